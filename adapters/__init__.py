@@ -1,0 +1,1 @@
+"""Doors to other ecosystems; each module needs the extra of its name."""

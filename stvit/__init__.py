@@ -1,0 +1,10 @@
+"""Super Token Vision Transformer (STViT): super token attention and its timm-style backbones.
+
+Importing this package registers the models in timm: `import stvit; timm.create_model("stvit_small")`.
+"""
+
+from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens
+from stvit.stvit import STViT
+
+__all__ = ["STViT", "SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"]
+__version__ = "0.1.0"

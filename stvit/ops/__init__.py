@@ -1,0 +1,205 @@
+"""Super token attention: sample, attend, upsample.
+
+Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/2211.11167, section 3.
+
+Pixels are softly grouped into a few super tokens (`sample_super_tokens`), self-attention runs among those, and
+each pixel is given back the mixture of the refined tokens that it belongs to (`upsample_super_tokens`).
+`SuperTokenAttention` is the three together, as a module.
+
+The two functions check their arguments and hand them to a backend. There is one, `stvit.ops.reference`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stvit.ops import reference
+
+__all__ = ["SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"]
+
+
+# The public functions are leaves for torch.fx: what they check cannot be asked of a symbolic tensor.
+@torch.fx.wrap
+def sample_super_tokens(
+    x: torch.Tensor, stoken_size: int | tuple[int, int], n_iter: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups pixels into super tokens (section 3.2, equations 2 to 5).
+
+    The image is cut into cells of `stoken_size`, with zeros added at the right and at the bottom. Super tokens
+    start as the means of their cells. In each round every pixel is associated with the 3x3 super tokens around
+    its cell, and every super token becomes the association-weighted mean of the pixels in the 3x3 cells around
+    it. Gradients flow through the last mean alone, with the association held constant.
+
+    Args:
+        x: Pixel features (B, C, H, W), of any floating dtype, in any memory format; B may be 0.
+        stoken_size: Height and width of a cell in pixels, each at least 1.
+        n_iter: Rounds of association and averaging, at least 1.
+
+    Returns:
+        The super tokens (B, C, ceil(H / h), ceil(W / w)), and the association (B, 9, H, W) of each pixel with the
+        nine super tokens around its cell, row by row: entry 4 is the cell's own, and the nine add up to 1. Entries
+        that point outside the grid belong to zero tokens. The association carries no gradient.
+
+    Raises:
+        ValueError: If an argument is not as described.
+    """
+    _check_pixels(x, "x")
+    return reference.sample_super_tokens(x, _cell_size(stoken_size), _check_n_iter(n_iter))
+
+
+@torch.fx.wrap
+def upsample_super_tokens(
+    tokens: torch.Tensor, association: torch.Tensor, stoken_size: int | tuple[int, int]
+) -> torch.Tensor:
+    """Gives each pixel the association-weighted sum of the nine super tokens around its cell (section 3.3).
+
+    Args:
+        tokens: Super tokens (B, C, ceil(H / h), ceil(W / w)).
+        association: (B, 9, H, W), as `sample_super_tokens` returns it.
+        stoken_size: Height and width of a cell in pixels, as given to `sample_super_tokens`.
+
+    Returns:
+        Pixel features (B, C, H, W).
+
+    Raises:
+        ValueError: If an argument is not as described, or the two tensors do not fit each other.
+    """
+    _check_pixels(tokens, "tokens")
+    _check_pixels(association, "association")
+    h, w = _cell_size(stoken_size)
+    if not torch.jit.is_tracing():  # which would warn that it cannot record a check of sizes
+        _check_fit(tokens, association, h, w)
+    return reference.upsample_super_tokens(tokens, association, (h, w))
+
+
+class SuperTokenAttention(nn.Module):
+    """Multi-head self-attention among super tokens (section 3): sample, attend, upsample.
+
+    With a `stoken_size` of 1x1 every pixel is its own token, and this is plain multi-head self-attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        stoken_size: int | tuple[int, int] = 8,
+        n_iter: int = 1,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels of the input and of the output.
+            stoken_size: Height and width of a super token's cell in pixels, each at least 1.
+            n_iter: Rounds of association and averaging, at least 1.
+            num_heads: Attention heads; must divide `dim`.
+            qkv_bias: Whether the projection to queries, keys and values has a bias.
+            attn_drop: Dropout rate of the attention weights.
+            proj_drop: Dropout rate of the output.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: If an argument is not as described.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if dim < 1 or num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"dim must be divisible by num_heads, got dim={dim} and num_heads={num_heads}")
+        for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not 0.0 <= rate <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {rate}")
+        self.dim = dim
+        self.stoken_size = _cell_size(stoken_size)
+        self.n_iter = _check_n_iter(n_iter)
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        # Channels of qkv: for each head its queries, then its keys, then its values (the published order).
+        self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=qkv_bias, **dd)
+        self.proj = nn.Conv2d(dim, dim, kernel_size=1, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (B, dim, H, W), H and W at least 1.
+
+        Returns:
+            (B, dim, H, W)
+
+        Raises:
+            ValueError: If `x` is not as described or not of a floating dtype.
+        """
+        _check_module_input(x, self.dim)
+        if self.stoken_size == (1, 1):
+            return self.attend(x)
+        tokens, association = sample_super_tokens(x, self.stoken_size, self.n_iter)
+        return upsample_super_tokens(self.attend(tokens), association, self.stoken_size)
+
+    def attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same."""
+        B, C, Hs, Ws = tokens.shape
+        qkv = self.qkv(tokens).flatten(2).transpose(1, 2)  # (B, Hs * Ws, 3 * C)
+        qkv = qkv.unflatten(2, (self.num_heads, 3, self.dim // self.num_heads))
+        q, k, v = qkv.transpose(1, 2).unbind(3)  # each (B, heads, Hs * Ws, C / heads)
+        tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        tokens = tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
+        return self.proj_drop(self.proj(tokens))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, num_heads={self.num_heads}"
+
+
+def _cell_size(stoken_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = (stoken_size, stoken_size) if isinstance(stoken_size, int) else stoken_size
+    if not torch.jit.is_scripting() and not _are_two_integers(size):
+        raise ValueError(f"stoken_size must be an integer or a pair of them, got {stoken_size}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"stoken_size must be at least 1 in each axis, got {size[0]}x{size[1]}")
+    return size[0], size[1]
+
+
+@torch.jit.ignore
+def _are_two_integers(size: Any) -> bool:
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(axis, int) for axis in size)
+
+
+def _check_n_iter(n_iter: int) -> int:
+    if not isinstance(n_iter, int) or n_iter < 1:
+        raise ValueError(f"n_iter must be an integer of at least 1, got {n_iter}")
+    return n_iter
+
+
+def _check_pixels(x: torch.Tensor, name: str) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be 4-D (B, C, H, W), got shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
+
+
+def _check_fit(tokens: torch.Tensor, association: torch.Tensor, h: int, w: int) -> None:
+    H, W = association.shape[2], association.shape[3]
+    Hs, Ws = (H + h - 1) // h, (W + w - 1) // w
+    if association.shape[1] != 9:
+        raise ValueError(f"association must have 9 channels, got shape {list(association.shape)}")
+    if tokens.shape[0] != association.shape[0]:
+        raise ValueError(
+            f"tokens and association must have the same batch size, got {tokens.shape[0]} and {association.shape[0]}"
+        )
+    if tokens.shape[2] != Hs or tokens.shape[3] != Ws:
+        raise ValueError(
+            f"tokens must be a grid of {Hs}x{Ws} for an association of {H}x{W} pixels and stoken_size {h}x{w}, "
+            f"got {tokens.shape[2]}x{tokens.shape[3]}"
+        )
+
+
+@torch.fx.wrap
+def _check_module_input(x: torch.Tensor, dim: int) -> None:
+    _check_pixels(x, "x")
+    if not torch.jit.is_tracing() and x.shape[1] != dim:
+        raise ValueError(f"x must have dim={dim} channels, got shape {list(x.shape)}")

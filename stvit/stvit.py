@@ -1,0 +1,708 @@
+"""Super Token Vision Transformer (STViT)
+
+Paper: `Vision Transformer with Super Token Sampling` - https://arxiv.org/abs/2211.11167 (CVPR 2023)
+@inproceedings{huang2023stvit,
+  author    = {Huaibo Huang and Xiaoqiang Zhou and Jie Cao and Ran He and Tieniu Tan},
+  title     = {Vision Transformer with Super Token Sampling},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2023},
+}
+
+The definition follows the paper and the authors' implementation, https://github.com/hhb072/STViT (MIT license), whose
+checkpoints load here as they are. Variants small, base and large are the published ones; pico, nano, tiny and test
+are this project's.
+
+Shapes:
+    B        batch
+    C        channels of a stage
+    H, W     pixels of the stage's map: of the image, 1/4, 1/8, 1/16 and 1/32, rounded up
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    LayerScale2d,
+    LayerType,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from torch import nn
+
+from stvit.ops import SuperTokenAttention
+
+__all__ = ["STViT", "checkpoint_filter_fn"]
+
+Device = torch.device | str | None
+
+
+class ResidualDepthwiseConv(nn.Module):
+    """x + depthwise 3x3 convolution of x, (B, C, H, W) to the same: a block's position information (section 3.1)."""
+
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+class ConvMlp(nn.Module):
+    """1x1 up, activation, residual depthwise 3x3, 1x1 down (section 3.1), (B, C, H, W) to the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.conv = ResidualDepthwiseConv(hidden_dim, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(self.conv(x)))
+
+
+class STViTBlock(nn.Module):
+    """Position embedding, super token attention, convolutional MLP (figure 2), (B, C, H, W) to the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        stoken_size: int | tuple[int, int] = 1,
+        n_iter: int = 1,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attn_norm_layer: Callable[..., nn.Module] = LayerNorm2d,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cpe = ResidualDepthwiseConv(dim, **dd)
+
+        self.norm1 = attn_norm_layer(dim, **dd)
+        self.attn = SuperTokenAttention(
+            dim,
+            stoken_size=stoken_size,
+            n_iter=n_iter,
+            num_heads=num_heads,
+            qkv_bias=True,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.ls1 = LayerScale2d(dim, ls_init_value, **dd) if ls_init_value is not None else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.ls2 = LayerScale2d(dim, ls_init_value, **dd) if ls_init_value is not None else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.cpe(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class STViTStage(nn.Module):
+    """Down-sampling by 2 (except in the first stage), then blocks at one resolution."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        depth: int,
+        drop_path_rates: list[float],
+        downsample: bool = True,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **block_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample: nn.Module = nn.Identity()
+        if downsample:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_chs, out_chs, kernel_size=3, stride=2, padding=1, **dd),
+                norm_layer(out_chs, **dd),
+            )
+        self.blocks = nn.Sequential(
+            *[
+                STViTBlock(out_chs, drop_path=drop_path_rates[i], norm_layer=norm_layer, **block_kwargs, **dd)
+                for i in range(depth)
+            ]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class STViT(nn.Module):
+    """Super Token Vision Transformer.
+
+    A hierarchical backbone of four stages at strides 4, 8, 16 and 32. The early, high-resolution stages attend
+    globally among super tokens; where the token size is 1, attention is among all pixels of the map.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (64, 128, 320, 512),
+        depths: tuple[int, ...] = (3, 5, 9, 3),
+        num_heads: tuple[int, ...] = (1, 2, 5, 8),
+        stoken_size: int | tuple[int | tuple[int, int], ...] = (8, 4, 1, 1),
+        n_iter: int | tuple[int, ...] = 1,
+        mlp_ratio: float = 4.0,
+        ls_init_values: float | tuple[float | None, ...] | None = None,
+        head_hidden_size: int = 1024,
+        act_layer: LayerType = "gelu",
+        norm_layer: LayerType = "batchnorm2d",
+        attn_norm_layer: LayerType = "layernorm2d",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            in_chans: Channels of the input image.
+            num_classes: Classes of the classifier, 0 for none.
+            global_pool: Pooling before the classifier, '' for none.
+            dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage; each must divide the stage's channels.
+            stoken_size: Pixels of a super token's cell: one for all stages, or one for each; a stage's own may be a
+                (height, width) pair. 1 is attention among all pixels.
+            n_iter: Rounds of association: one for all stages, or one for each.
+            mlp_ratio: Hidden channels of the MLP over those of the stage.
+            ls_init_values: Initial layer scale: one for all stages, or one for each; None for no layer scale.
+            head_hidden_size: Channels of the 1x1 projection before pooling.
+            act_layer: Activation of the stem and the MLPs.
+            norm_layer: Normalization after convolutions and before the MLPs.
+            attn_norm_layer: Normalization before the attention, over the channels of (B, C, H, W).
+            drop_rate: Dropout rate before the classifier.
+            attn_drop_rate: Dropout rate of the attention weights.
+            proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block; grows linearly from 0 at the first.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: If an argument does not fit the number of stages, or the attention refuses its own.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        num_stages = len(dims)
+        per_stage = {
+            name: _per_stage(name, value, num_stages)
+            for name, value in (
+                ("depths", depths),
+                ("num_heads", num_heads),
+                ("stoken_size", stoken_size),
+                ("n_iter", n_iter),
+                ("ls_init_values", ls_init_values),
+            )
+        }
+        act = get_act_layer(act_layer)
+        norm = get_norm_layer(norm_layer)
+        attn_norm = get_norm_layer(attn_norm_layer)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.feature_info: list[dict[str, Any]] = []
+
+        stem_chs = (dims[0] // 2, dims[0] // 2, dims[0], dims[0])
+        stem: list[nn.Module] = []
+        prev_chs = in_chans
+        for i, chs in enumerate(stem_chs):
+            stride = 2 if i % 2 == 0 else 1
+            stem += [nn.Conv2d(prev_chs, chs, 3, stride=stride, padding=1, **dd), act(), norm(chs, **dd)]
+            prev_chs = chs
+        self.stem = nn.Sequential(*stem)
+
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(per_stage["depths"]), stagewise=True)
+        stages = []
+        for i in range(num_stages):
+            stages.append(
+                STViTStage(
+                    prev_chs,
+                    dims[i],
+                    depth=per_stage["depths"][i],
+                    drop_path_rates=drop_path_rates[i],
+                    downsample=i > 0,
+                    num_heads=per_stage["num_heads"][i],
+                    stoken_size=per_stage["stoken_size"][i],
+                    n_iter=per_stage["n_iter"][i],
+                    mlp_ratio=mlp_ratio,
+                    ls_init_value=per_stage["ls_init_values"][i],
+                    attn_drop=attn_drop_rate,
+                    proj_drop=proj_drop_rate,
+                    act_layer=act,
+                    norm_layer=norm,
+                    attn_norm_layer=attn_norm,
+                    **dd,
+                )
+            )
+            prev_chs = dims[i]
+            self.feature_info.append({"num_chs": prev_chs, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = head_hidden_size
+        self.final_conv: nn.Module = nn.Conv2d(prev_chs, head_hidden_size, kernel_size=1, **dd)
+        self.final_norm: nn.Module = norm(head_hidden_size, **dd)
+        self.final_act: nn.Module = nn.SiLU()
+        self.head = ClassifierHead(head_hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initializes the weights, as the published code does: truncated normal for the classifier, else PyTorch's.
+
+        Args:
+            needs_reset: Whether every layer is also reset to PyTorch's own initialization first, as a model needs
+                that was made on the meta device and materialized with `to_empty`.
+        """
+        for module in self.modules():
+            reset_parameters = getattr(module, "reset_parameters", None)
+            if needs_reset and callable(reset_parameters):
+                reset_parameters()
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, other than those with one dimension, to leave out of weight decay: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns for grouping parameters by depth, for layer-wise learning rate decay.
+
+        Args:
+            coarse: Whether a group is a stage, and not a block.
+        """
+        return {
+            "stem": r"^stem",
+            "blocks": [(r"^stages\.(\d+)", None), (r"^final_", (99999,))]
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^final_", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the activations of each block in the backward pass, to save memory."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier layer."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier.
+
+        Args:
+            num_classes: Classes of the new one, 0 for none.
+            global_pool: New pooling, '' for none; None keeps the present one.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in `torch.nn.Module`, but refuses the published code's keys instead of reporting every one of them.
+
+        Raises:
+            RuntimeError: If the keys do not fit, or are those of the published code.
+        """
+        if _is_official(state_dict):
+            raise RuntimeError(
+                "These are weights of the authors' published code, under its names. Load them with timm.create_model("
+                "<name>, pretrained=True, pretrained_cfg_overlay=dict(file=<path>)), which renames them "
+                "(checkpoint_path=<path> does not), or pass them through stvit.stvit.checkpoint_filter_fn first."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features of the stages.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: The last n stages if an int, all if None, else those named.
+            norm: Has no effect: no normalization stands between a stage and its feature map.
+            stop_early: Whether to stop after the last stage asked for.
+            output_fmt: 'NCHW', there is no other.
+            intermediates_only: Whether to return the feature maps alone.
+
+        Returns:
+            The feature maps (B, C, H / stride, W / stride), or a tuple of the final features and these.
+        """
+        assert output_fmt == "NCHW", "Output format must be NCHW."
+        intermediates = []
+        take_indices, max_index = _take_indices(len(self.stages), indices)
+
+        x = self.stem(x)
+        last_idx = len(self.stages) - 1
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice stages
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        feat_idx = 0
+        for feat_idx, stage in enumerate(stages):
+            x = stage(x)
+            if feat_idx in take_indices:
+                intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+        if feat_idx == last_idx:
+            x = self._project(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Removes the layers that the intermediate features asked for do not need.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Whether to remove the projection before the pooling, with its normalization.
+            prune_head: Whether to remove the classifier, and the projection that feeds nothing else.
+
+        Returns:
+            The indices of the stages asked for.
+        """
+        take_indices, max_index = _take_indices(len(self.stages), indices)
+        if prune_norm or prune_head or max_index < len(self.stages) - 1:
+            self.final_conv = nn.Identity()
+            self.final_norm = nn.Identity()
+            self.final_act = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.reset_classifier(0, "")
+        self.stages = self.stages[: max_index + 1]
+        return take_indices
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.final_act(self.final_norm(self.final_conv(x)))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to features before pooling (B, num_features, H / 32, W / 32)."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self._project(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features before pooling to logits (B, num_classes), or to pooled features if `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W), of any size, to logits (B, num_classes)."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def _per_stage(name: str, value: Any, num_stages: int) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        return (value,) * num_stages
+    if len(value) != num_stages:
+        raise ValueError(f"{name} must be one value, or one for each of the {num_stages} stages, got {value}")
+    return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+
+
+def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The stages that `indices` names, counted from 0, and the greatest of them."""
+    if indices is None:
+        indices = num_stages
+    taken: list[int] = []
+    if isinstance(indices, int):
+        if not 0 < indices <= num_stages:
+            raise ValueError(f"indices must ask for the last 1 to {num_stages} stages, got {indices}")
+        for i in range(num_stages - indices, num_stages):
+            taken.append(i)
+    else:
+        for i in indices:
+            if not -num_stages <= i < num_stages:
+                raise ValueError(f"indices must be from {-num_stages} to {num_stages - 1}, got {i}")
+            taken.append(i % num_stages)
+    return taken, max(taken)
+
+
+def _is_official(state_dict: Mapping[str, Any]) -> bool:
+    return any(key.startswith(("patch_embed.", "layers.")) for key in state_dict)
+
+
+def _official_key(key: str) -> str:
+    """The published code's name for a parameter or buffer of STViT."""
+    parts = key.split(".")
+    if parts[0] == "stem":
+        return ".".join(["patch_embed", "proj", *parts[1:]])
+    if parts[0] != "stages":
+        top = {"final_conv": "proj", "final_norm": "norm", "head": "head"}[parts[0]]
+        return f"{top}.{parts[-1]}"
+    stage, kind, rest = int(parts[1]), parts[2], parts[3:]
+    if kind == "downsample":  # theirs ends a stage, ours begins the next
+        return ".".join(["layers", str(stage - 1), "downsample", "proj", *rest])
+    block, layer, rest = rest[0], rest[1], rest[2:]
+    names = {
+        "cpe": ["pos_embed", *rest],
+        "norm1": ["norm1", "norm", *rest],
+        "attn": ["attn", "stoken_refine", *rest],
+        "ls1": ["gamma_1"],
+        "norm2": ["norm2", *rest],
+        "mlp": ["mlp2", *rest],
+        "ls2": ["gamma_2"],
+    }
+    return ".".join(["layers", str(stage), "blocks", block, *names[layer]])
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, torch.Tensor]:
+    """Renames the published code's weights to ours, and checks that the weights are the model's, all of them.
+
+    timm calls this between reading a file and adapting its classifier and first convolution to the model; those two
+    are left to it. The rest is checked here because timm loads without complaint what is missing once `num_classes`
+    differs.
+
+    Args:
+        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', ….
+        model: What they are for.
+
+    Returns:
+        The weights under our names.
+
+    Raises:
+        RuntimeError: If a key is missing, left over, or of another shape; names it.
+    """
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+            break
+    official = _is_official(state_dict)
+    left = dict(state_dict)
+    if official:
+        _take_fixed_kernels(left)
+
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    classifier = ("head.fc.weight", "head.fc.bias")
+    out_dict, problems = {}, []
+    for key in [*(key for key in shapes if key not in classifier), *classifier]:
+        name = _official_key(key) if official else key
+        if name not in left:
+            if key not in classifier:
+                problems.append(f"missing key {name}")
+            continue
+        value = left.pop(name)
+        if official and name.endswith((".gamma_1", ".gamma_2")):
+            value = value.flatten()  # (1, C, 1, 1), ours is 1-D
+        shape = tuple(value.shape)
+        if key == "stem.0.weight":
+            fits = shape[:1] + shape[2:] == shapes[key][:1] + shapes[key][2:]
+        else:
+            fits = key in classifier or shape == shapes[key]
+        if not fits:
+            problems.append(f"key {name} has shape {shape}, the model's is {shapes[key]}")
+        out_dict[key] = value
+    problems += [f"left-over key {name}" for name in left]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
+        raise RuntimeError(
+            f"The weights do not fit the model ({len(problems)} mismatches, is it the right variant?): {shown}"
+        )
+    return out_dict
+
+
+def _take_fixed_kernels(state_dict: dict[str, Any]) -> None:
+    """Removes the one-hot kernels by which the published code gathers neighbors, constants that we do not keep."""
+    for key in [key for key in state_dict if key.endswith((".attn.unfold.weights", ".attn.fold.weights"))]:
+        kernel = state_dict.pop(key)
+        if not torch.equal(kernel.cpu().float().reshape(9, -1), torch.eye(9)):
+            raise RuntimeError(
+                f"The weights do not fit the model: key {key} must hold the nine one-hot 3x3 kernels of the published "
+                "code, and has been changed"
+            )
+
+
+def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STViT:
+    return build_model_with_cfg(
+        STViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2211.11167",
+        "paper_name": "Vision Transformer with Super Token Sampling",
+        "origin_url": "https://github.com/hhb072/STViT",
+        **kwargs,
+    }
+
+
+_CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "stvit_small.in1k": _cfg(license="mit"),
+        "stvit_small.in1k_384": _cfg(license="mit", **_CFG_384),
+        "stvit_base.in1k": _cfg(license="mit"),
+        "stvit_base.in1k_384": _cfg(license="mit", **_CFG_384),
+        "stvit_large.in1k": _cfg(license="mit"),
+        "stvit_large.in1k_384": _cfg(license="mit", **_CFG_384),
+        "stvit_pico.in1k": _cfg(),
+        "stvit_nano.in1k": _cfg(),
+        "stvit_tiny.in1k": _cfg(),
+        "test_stvit.in1k": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    }
+)
+
+
+@register_model
+def stvit_small(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """STViT-S (table 1)."""
+    model_args = {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)}
+    return _create_stvit("stvit_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_base(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """STViT-B (table 1)."""
+    model_args = {
+        "dims": (96, 192, 384, 512),
+        "depths": (4, 6, 14, 6),
+        "num_heads": (2, 3, 6, 8),
+        "ls_init_values": (None, None, 1e-6, 1e-6),
+    }
+    return _create_stvit("stvit_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """STViT-L (table 1)."""
+    model_args = {
+        "dims": (96, 192, 448, 640),
+        "depths": (4, 7, 19, 8),
+        "num_heads": (2, 3, 7, 10),
+        "ls_init_values": (None, None, 1e-6, 1e-6),
+    }
+    return _create_stvit("stvit_large", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """About 2 M parameters: a third of small's depth, near half its width."""
+    model_args = {
+        "dims": (32, 64, 128, 192),
+        "depths": (1, 2, 3, 1),
+        "num_heads": (1, 2, 4, 6),
+        "head_hidden_size": 512,
+    }
+    return _create_stvit("stvit_pico", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """About 5 M parameters: two thirds of small's depth, half its width."""
+    model_args = {
+        "dims": (32, 64, 160, 256),
+        "depths": (2, 3, 6, 2),
+        "num_heads": (1, 2, 5, 8),
+        "head_hidden_size": 768,
+    }
+    return _create_stvit("stvit_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_tiny(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """About 12 M parameters: two thirds of small's depth, near three quarters of its later stages' width."""
+    model_args = {"dims": (64, 128, 256, 384), "depths": (2, 3, 6, 2), "num_heads": (1, 2, 4, 6)}
+    return _create_stvit("stvit_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_stvit(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """Under 0.5 M parameters, for tests."""
+    model_args = {
+        "dims": (32, 32, 64, 64),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 2, 2),
+        "head_hidden_size": 128,
+    }
+    return _create_stvit("test_stvit", pretrained, **dict(model_args, **kwargs))

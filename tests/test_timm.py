@@ -1,0 +1,98 @@
+"""timm's own model tests, from the source archive of the installed timm, run on the models of this package."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+
+import stvit  # noqa: F401  registers the models in timm
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".cache" / f"timm-{timm.__version__}"
+FEATURE_MODULES = "FEAT_INTER_FILTERS = ["
+
+# Loaded into timm's test session: registers our models and leaves the tests of the others out.
+PLUGIN = """
+import timm
+import stvit
+
+OURS = set(timm.list_models(module="stvit"))
+
+
+def pytest_collection_modifyitems(config, items):
+    def is_ours(item):
+        name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
+        return str(name).split(".")[0] in OURS
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = [item for item in items if is_ours(item)]
+"""
+
+
+def fetch_test_models() -> str:
+    """The text of tests/test_models.py in timm's source archive; skips the test, loudly, where that cannot be had."""
+    archive = CACHE / f"timm-{timm.__version__}.tar.gz"
+    if not archive.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        download = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=timm", "--dest", str(CACHE)]
+            + [f"timm=={timm.__version__}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if download.returncode != 0 or not archive.exists():
+            reason = f"timm {timm.__version__}'s source archive cannot be had, ITS TESTS OF OUR MODELS DID NOT RUN"
+            if os.environ.get("CI"):
+                pytest.fail(f"{reason}:\n{download.stdout}{download.stderr}")
+            warnings.warn(reason, stacklevel=1)
+            pytest.skip(f"{reason}: {download.stderr.strip().splitlines()[-1:]}")
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile(f"timm-{timm.__version__}/tests/test_models.py")
+        assert member is not None
+        return member.read().decode()
+
+
+@pytest.mark.timeout(900)
+def test_timm_tests_pass_for_our_models(tmp_path: Path) -> None:
+    source = fetch_test_models()
+    assert source.count(FEATURE_MODULES) == 1
+    (tmp_path / "test_models.py").write_text(source.replace(FEATURE_MODULES, FEATURE_MODULES + "'stvit', "))
+    (tmp_path / "only_stvit.py").write_text(PLUGIN)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "only_stvit", "-p", "no:cacheprovider", "-W", "ignore", "-v", "-rs"]
+        + ["test_models.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(result.stdout[-20000:])
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+    passed: dict[str, set[str]] = {}
+    for test, parameters in re.findall(r"::(test_\w+)\[(\S+)\] PASSED", result.stdout):
+        passed.setdefault(test, set()).add(parameters.removeprefix("1-").removeprefix("2-").split(".")[0])
+    for test in (
+        "test_model_forward",
+        "test_model_backward",
+        "test_model_default_cfgs",
+        "test_model_forward_torchscript",
+        "test_model_forward_features",
+        "test_model_forward_intermediates_features",
+        "test_model_forward_intermediates",
+        "test_prune_intermediate_layers_contract",
+        "test_model_forward_fx",
+        "test_model_backward_fx",
+        "test_model_forward_fx_torchscript",
+    ):
+        assert passed.get(test) == set(timm.list_models(module="stvit")), test
+    assert " skipped" not in result.stdout.splitlines()[-1]

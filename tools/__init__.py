@@ -1,0 +1,1 @@
+"""Commands: `python -m stvit.tools.<name> --help`."""
