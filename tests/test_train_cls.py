@@ -1,0 +1,459 @@
+"""tools/train_cls.py on real images: scikit-learn's digits, in memory and as files."""
+
+import csv
+import json
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from timm.data import create_transform, resolve_model_data_config
+
+from stvit.tools import train_cls
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "configs/cls").glob("*.yaml"))
+# Two steps of a small model: enough where the subject is not what it learns.
+SHORT = ["--model=test_stvit", "--img-size=32", "--epochs=1", "--batch-size=16", "--workers=0", "--lr=1e-3"]
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits 0 to 3 as PNG files, train/<class>/* and val/<class>/*."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits(n_class=4)
+    for i, (pixels, target) in enumerate(zip(digits.images[:80], digits.target[:80], strict=True)):
+        path = folder / ("train" if i < 60 else "val") / f"digit_{target}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((16, 16)).save(path)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test leaves anything in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def own_digits_folder(digits_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `digits_folder` to spoil."""
+    for path in digits_folder.rglob("*.png"):
+        copy = tmp_path / "data" / path.relative_to(digits_folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs the command in this process and returns the run's folder."""
+
+    def run(*flags: str, short: bool = True) -> Path:
+        common = [f"--output={tmp_path / 'runs'}", "--experiment=it"]
+        assert train_cls.main([*(SHORT if short else []), *common, *flags]) == 0
+        return tmp_path / "runs/it"
+
+    return run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """Runs the command, which must fail; returns the one line that it says about it."""
+    capsys.readouterr()
+    try:
+        status = train_cls.main([*SHORT, *flags])
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        status = exit_.code
+    assert status != 0
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    with (folder / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# What the README promises of `make train`
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_digits_recipe_reaches_97_percent(seed: int, run: Run) -> None:
+    folder = run(f"--config={ROOT / 'configs/cls/stvit_pico_digits.yaml'}", f"--seed={seed}", short=False)
+    rows = read_summary(folder)
+    recipe = yaml.safe_load((ROOT / "configs/cls/stvit_pico_digits.yaml").read_text())
+    assert [int(row["epoch"]) for row in rows] == list(range(recipe["epochs"]))
+    best = max(float(row["eval_top1"]) for row in rows)
+    assert best >= 97.0
+    assert float(rows[-1]["eval_top1"]) >= 97.0
+
+    # The saved model is that model: what timm makes of it has the accuracy that the summary says.
+    model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    _, held_out = train_cls._digits(seed)
+    with torch.no_grad():
+        logits = model(torch.stack([transform(image) for image, _ in held_out]))
+    correct = (logits.argmax(1) == torch.tensor([target for _, target in held_out])).float().mean()
+    assert 100 * correct.item() == pytest.approx(best, abs=0.3)
+
+
+def test_held_out_digits_are_a_fifth_fixed_by_the_seed() -> None:
+    def content(split: list[tuple[Image.Image, int]]) -> set[bytes]:
+        return {image.tobytes() for image, _ in split}
+
+    train, held_out = train_cls._digits(1)
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert not content(train) & content(held_out)
+    assert [t for _, t in held_out] == [t for _, t in train_cls._digits(1)[1]]
+    assert content(held_out) != content(train_cls._digits(2)[1])
+    counts = np.bincount([target for _, target in held_out])
+    assert counts.min() >= 34 and counts.max() <= 37  # every digit
+
+
+def test_command_shows_progress_and_says_how_to_load(tmp_path: Path) -> None:
+    """As a user runs it, by file name and from elsewhere; the last line is then run as it stands."""
+    command = [sys.executable, str(ROOT / "tools/train_cls.py"), *SHORT, "--dataset=sklearn/digits", "--in-chans=1"]
+    command.append("--batch-size=256")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    bar = result.stderr.replace("\r", "\n").splitlines()[-1]
+    assert re.search(r"\d+:\d\d<\d+:\d\d", bar), bar  # time spent, time left
+    assert re.search(r"loss \d+\.\d+, accuracy \d+\.\d %, \d+ images/s", bar), bar
+    assert "epoch 1/1: training loss" in result.stdout
+
+    load = result.stdout.splitlines()[-1]
+    assert "timm.create_model(" in load and "local-dir:runs/" in load
+    check = subprocess.run(
+        [sys.executable, "-c", load + "; print(type(model).__name__, model.num_classes)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert check.stdout.split() == ["STViT", "10"]
+
+
+def test_module_and_file_are_the_same_program(tmp_path: Path) -> None:
+    helps = [
+        subprocess.run(
+            [sys.executable, *program, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        for program in (["-m", "stvit.tools.train_cls"], [str(ROOT / "tools/train_cls.py")])
+    ]
+    assert helps[0] == helps[1]
+    for flag in ("--model", "--epochs", "--batch-size", "--lr", "--seed", "--workers", "--output", "--experiment"):
+        assert flag in helps[0]
+
+
+# Results
+
+
+def test_results_of_a_folder_run(digits_folder: Path, run: Run) -> None:
+    folder = run(f"--data-dir={digits_folder}", "--epochs=2", "--drop-path=0.1")
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "config.yaml", "last", "summary.csv"]
+
+    rows = read_summary(folder)
+    columns = ["epoch", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert list(rows[0]) == columns and len(rows) == 2
+
+    for name in ("best", "last"):
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["architecture"] == "test_stvit"
+        assert config["label_names"] == ["digit_0", "digit_1", "digit_2", "digit_3"]
+        model = timm.create_model(f"local-dir:{folder / name}", pretrained=True)
+        assert model.num_classes == 4 and model.default_cfg["input_size"] == (3, 32, 32)
+        for key, value in load_file(folder / name / "model.safetensors").items():
+            assert torch.equal(model.state_dict()[key], value)
+
+
+def test_resolved_config_repeats_the_run_exactly(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    first = run(f"--data-dir={digits_folder}", "--seed=7", "--mixup=0.2", "--cutmix=1.0", "--model-kwargs", "n_iter=2")
+    resolved = yaml.safe_load((first / "config.yaml").read_text())
+    assert resolved["seed"] == 7 and resolved["num_classes"] == 4 and resolved["model_kwargs"] == {"n_iter": 2}
+    again = train_cls.main([f"--config={first / 'config.yaml'}", "--experiment=again"])
+    assert again == 0
+    weights = [load_file(tmp_path / "runs" / name / "last/model.safetensors") for name in ("it", "again")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_another_seed_is_another_run(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    first = run(f"--data-dir={digits_folder}", "--seed=7")
+    second = run(f"--data-dir={digits_folder}", "--seed=8", "--experiment=other").parent / "other"
+    key = "head.fc.weight"
+    assert not torch.equal(
+        load_file(first / "last/model.safetensors")[key], load_file(second / "last/model.safetensors")[key]
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixup=0.8", "--cutmix=1.0", "--mixup-off-epoch=1", "--epochs=2"],
+        ["--color-jitter=0.4", "--reprob=0.5", "--hflip=0.5", "--train-interpolation=bicubic"],
+        ["--no-aug", "--smoothing=0", "--sched=constant", "--opt=sgd"],
+        ["--clip-grad=1", "--layer-decay=0.8", "--sched-on-updates", "--drop=0.1", "--drop-path=0.1"],
+        ["--channels-last", "--grad-checkpointing", "--in-chans=1"],
+        ["--clip-grad=0.02", "--clip-mode=agc", "--opt-betas", "0.9", "0.99", "--opt-eps=1e-8"],
+        ["--workers=2", "--validation-batch-size=3"],
+        ["--model=resnet10t"],
+    ],
+    ids=lambda flags: flags[0].lstrip("-"),
+)
+def test_flags_train(flags: list[str], digits_folder: Path, run: Run) -> None:
+    folder = run(f"--data-dir={digits_folder}", *flags)
+    rows = read_summary(folder)
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert timm.create_model(f"local-dir:{folder / 'last'}", pretrained=True).num_classes == 4
+
+
+def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    """With a learning rate of zero, what comes out is what went in."""
+    source = timm.create_model("test_stvit", num_classes=4)
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    zero = ["--lr=0", "--warmup-epochs=0", "--min-lr=0", "--weight-decay=0"]
+    folder = run(f"--data-dir={digits_folder}", f"--pretrained-path={tmp_path / 'start.pth'}", *zero)
+    saved = load_file(folder / "last/model.safetensors")
+    for key, value in source.named_parameters():
+        if not key.startswith("head."):  # sized for 1000 classes in the published weights: begins anew
+            assert torch.equal(saved[key], value)
+
+
+# Data
+
+
+def test_torchvision_dataset(run: Run, tmp_path: Path) -> None:
+    """timm's torch/ prefix, with digits in MNIST's own files."""
+    digits, raw = load_digits(), tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for name, part in (("train", slice(0, 64)), ("t10k", slice(64, 96))):
+        images = (digits.images[part] * 15.9).astype("uint8").repeat(4, 1).repeat(4, 2)
+        labels = digits.target[part].astype("uint8")
+        head = struct.pack(">IIII", 0x803, *images.shape)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
+    folder = run("--dataset=torch/mnist", f"--data-dir={tmp_path}", "--in-chans=1")
+    assert json.loads((folder / "best/config.json").read_text())["num_classes"] == 10
+
+
+def test_hugging_face_dataset(digits_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = run(f"--dataset=hfds/{digits_folder}", f"--data-dir={tmp_path / 'cache'}")
+    config = json.loads((folder / "best/config.json").read_text())
+    assert config["label_names"] == ["digit_0", "digit_1", "digit_2", "digit_3"]
+
+
+def test_webdataset(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    import tarfile
+
+    info: dict[str, dict[str, object]] = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        paths = sorted((digits_folder / split).rglob("*.png"))
+        with tarfile.open(tmp_path / f"{name}-000000.tar", "w") as tar:
+            for path in paths:
+                label = tmp_path / f"{path.stem}.cls"
+                label.write_text(path.parent.name.removeprefix("digit_"))
+                tar.add(path, path.name)
+                tar.add(label, label.name)
+        info[name] = {
+            "name": name,
+            "num_samples": len(paths),
+            "filenames": [f"{name}-000000.tar"],
+            "shard_lengths": [len(paths)],
+        }
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
+    folder = run("--dataset=wds/digits", f"--data-dir={tmp_path}", "--num-classes=4", "--workers=1")
+    assert len(read_summary(folder)) == 1
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_opens_with_its_command(path: Path) -> None:
+    args = train_cls.parse_args([f"--config={path}"])
+    assert timm.is_model(args.model)
+    text = path.read_text()
+    assert f"--config configs/cls/{path.name}" in text.split("\n\n")[0].replace("\n#", "\n") or "make train" in text
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    for word in ("train_cls.py", "Hardware", "Time", "Expected"):
+        assert word in head
+    assert path.name in {entry.name for entry in (files("stvit.configs") / "cls").iterdir()}
+
+
+def test_flag_wins_over_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "epochs: 3\nlr: 1e-3\nmean: [0.1, 0.2, 0.3]\nchannels_last: true\nno_aug: true\nexperiment: null\n"
+        "model-kwargs: {n_iter: 2, stoken_size: [4, 2, 1, 1]}\n"
+    )
+    args = train_cls.parse_args([f"--config={recipe}", "--epochs=5", "--no-channels-last"])
+    assert (args.epochs, args.lr, args.mean, args.channels_last, args.no_aug) == (5, 1e-3, [0.1, 0.2, 0.3], False, True)
+    assert args.model_kwargs == {"n_iter": 2, "stoken_size": [4, 2, 1, 1]} and args.experiment is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("epoch: 3", "unknown key 'epoch', did you mean 'epochs'?"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("epochs: ten", "--epochs: must be a whole number, at least 1, got 'ten'"),
+        ("epochs: 1.5", "--epochs: must be a whole number"),
+        ("epochs: true", "epochs must be a number, got True"),
+        ("epochs: 0", "--epochs: must be a whole number, at least 1"),
+        ("lr: fast", "--lr: invalid float value: 'fast'"),
+        ("lr: [1, 2]", "lr must be a number"),
+        ("model: 7", "model must be text, got 7"),
+        ("drop_path: 1.5", "--drop-path: must be a number from 0 to 1"),
+        ("channels_last: 1", "channels_last must be true or false"),
+        ("scale: [0.5]", "--scale: expected 2 arguments"),
+        ("clip_mode: hard", "--clip-mode: invalid choice"),
+        ("model_kwargs: 3", "model_kwargs must be a mapping"),
+        ("- epochs", "a recipe is a mapping"),
+        ("epochs: [", "cannot read --config"),
+    ],
+)
+def test_bad_recipe_is_refused(recipe: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    line = refused(capsys, f"--config={path}")
+    assert said in line and str(path) in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--epoch=3"], "--epoch"),
+        (["--epochs=ten"], "--epochs: must be a whole number"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *flags)
+
+
+# Everything else that can go wrong, each in one line that says what to do
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model=stvit_smal"], "unknown model 'stvit_smal', did you mean stvit_small"),
+        (["--data-dir=nowhere"], "--data-dir nowhere is not a folder"),
+        (["--dataset=sklearn/iris"], "'sklearn/digits'"),
+        (["--num-classes=7"], "--num-classes is 7, but the images have 4 classes: leave it out"),
+        (["--in-chans=4"], "--in-chans must be 1 (gray) or 3 (color), got 4"),
+        (["--device=warp"], "--device warp cannot be used"),
+        (["--model-kwargs", "depth=3"], "cannot create model test_stvit"),
+        (["--model-kwargs", "stoken_size=0"], "stoken_size must be at least 1"),
+        (["--pretrained"], "No pretrained weights exist for test_stvit"),
+        (["--pretrained-path=nowhere.pth"], "--pretrained-path nowhere.pth is not a file"),
+        (["--opt=adamx"], "cannot create optimizer adamx"),
+        (["--sched=sine"], "with schedule sine"),
+        (["--batch-size=1000"], "--batch-size 1000 is more than the 60 training images: lower it"),
+        (["--mixup=1", "--batch-size=15"], "even --batch-size, got 15"),
+        (["--aa=nonsense"], "cannot set up the images"),
+        (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of 3 channels"),
+        (["--lr=1e30", "--warmup-epochs=0", "--log-interval=1", "--epochs=20"], "lower --lr (it is 1e+30)"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+)
+def test_trouble_is_one_clear_line(
+    flags: list[str], said: str, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, f"--data-dir={digits_folder}", f"--output={tmp_path}", *flags)
+
+
+def test_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give --data-dir" in refused(capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "checksum"])
+def test_unreadable_image(
+    damage: str, workers: int, own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = sorted((own_digits_folder / "train").rglob("*.png"))[5]
+    whole = bad.read_bytes()
+    spoiled = bytearray(whole)
+    spoiled[len(whole) // 2] ^= 0xFF
+    content = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no image", "checksum": bytes(spoiled)}
+    bad.write_bytes(content[damage])
+    # With two workers, two batches of thirty: every image is read.
+    flags = [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", f"--workers={workers}", "--batch-size=30"]
+    line = refused(capsys, *flags)
+    assert f"cannot read image {bad}" in line and "repair it or remove it" in line
+
+
+def test_empty_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_digits_folder / "train/digit_9").mkdir()
+    line = refused(capsys, f"--data-dir={own_digits_folder}")
+    assert str(own_digits_folder / "train/digit_9") in line and "has no image" in line
+
+
+def test_class_in_one_split_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_digits_folder / "val/digit_2").rename(own_digits_folder / "val/two")
+    line = refused(capsys, f"--data-dir={own_digits_folder}")
+    assert "class 'digit_2' is in" in line and "both need the same class folders" in line
+
+
+def test_images_without_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = next((own_digits_folder / "val").rglob("*.png"))
+    image.rename(own_digits_folder / "val/stray.png")
+    assert "beside the class folders" in refused(capsys, f"--data-dir={own_digits_folder}")
+
+
+def test_missing_split(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here timm takes the folder above for the split that is missing, and evaluates on the training images."""
+    (own_digits_folder / "val").rename(own_digits_folder / "held-back")
+    line = refused(capsys, f"--data-dir={own_digits_folder}")
+    assert "has no folder for --val-split validation" in line
+
+
+def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert "Found 0 images" in refused(capsys, f"--data-dir={tmp_path}")
+
+
+def test_class_number_beyond_the_model(digits_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(train_cls.TrainingError, match="class number 5, the model has 4: set --num-classes"):
+        train_cls._check_targets(torch.tensor([0, 5]), 4, "training")
+
+
+def test_results_are_never_overwritten(digits_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(f"--data-dir={digits_folder}")
+    before = (folder / "summary.csv").read_bytes()
+    line = refused(capsys, f"--data-dir={digits_folder}", f"--output={folder.parent}", "--experiment=it")
+    assert str(folder) in line and "choose another --experiment" in line
+    assert (folder / "summary.csv").read_bytes() == before
+
+
+def test_output_that_cannot_be_made(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, f"--data-dir={digits_folder}", f"--output={tmp_path / 'file'}")
+    assert "cannot make the folder" in line
+
+
+def test_exit_status_and_silence_of_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stvit.tools.train_cls", "--data-dir", str(tmp_path / "nowhere")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: --data-dir {tmp_path / 'nowhere'} is not a folder; it must hold train/<class>/* and val/<class>/*\n"
+    )
