@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml
 train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores); CONFIG=… and ARGS=… for other runs
 	$(BIN)/python tools/train_cls.py --config $(CONFIG) $(ARGS)
 
+# One thread: the tests' models are small, and threads that wait for each other in turns are slow beside other programs.
 test: setup  ## Run all tests (up to 15 minutes on two cores)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

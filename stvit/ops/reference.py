@@ -111,17 +111,19 @@ def _from_cells(cells: torch.Tensor, stoken_size: tuple[int, int], height: int, 
 
 def _crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The first `height` rows and `width` columns of (B, H, W, C)."""
-    if _is_exporting():
-        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-        return x.index_select(1, rows).index_select(2, columns)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            # The strides of a slice depend on whether anything is cut off: torch.compile would need a graph for each
+            # case, and torch.export a proof that it does not find. Padding by a negative number is a copy, fused away.
+            return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x[:, :height, :width]
 
 
 def _is_exporting() -> bool:
     """Whether torch.export is tracing.
 
-    It proves each size relation that an operation relies on, for all sizes, or refuses. Reshaping Hs * h to (Hs, h),
-    and slicing the first H of Hs * h, ask for proofs that it does not find; their slower equals for export do not.
+    It proves each size relation that an operation relies on, for all sizes, or refuses, and finds no proof that Hs * h
+    can be reshaped to (Hs, h).
     """
     if torch.jit.is_scripting():
         return False

@@ -1,0 +1,68 @@
+"""The README: what it shows runs as written, and its figures are those of the models."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from fill import draw
+from torch.utils.flop_counter import FlopCounterMode
+
+from stvit.tools import train_cls
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MODELS = {
+    name: row for name, *row in re.findall(r"^\| `(stvit_\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", README, re.M)
+}
+
+
+def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
+    weights = {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}
+    torch.save(
+        {"model": weights}, "stvit_small_official.pth"
+    )  # stands for the authors' file, which is not ours to ship
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert scope["logits"].shape == (1, 10)
+    assert [m.shape[-1] for m in scope["maps"]] == [56, 28, 14, 7]
+    assert scope["tokens"].shape == (1, 64, 7, 7) and scope["association"].shape == (1, 9, 56, 56)
+    assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
+    assert torch.equal(scope["model"].head.fc.weight, weights["head.weight"])
+
+
+@pytest.mark.parametrize("name", sorted(set(timm.list_models(module="stvit")) - {"test_stvit"}))
+def test_figures_of_the_table(name: str) -> None:
+    model: Any = timm.create_model(name, device="meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    channels = ", ".join(str(info["num_chs"]) for info in model.feature_info)
+    depths = ", ".join(str(len(stage.blocks)) for stage in model.stages)
+    assert MODELS[name] == [f"{parameters:.2f}", f"{counter.get_total_flops() / 2e9:.2f}", channels, depths]
+
+
+def test_commands_exist() -> None:
+    commands = re.findall(r"^make (\w+)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.M)
+    assert {"train", "test"} <= set(commands)
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, re.M)
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+    for flags in re.findall(r"^python tools/train_cls.py (.*)$", README, re.M):
+        train_cls.parse_args(flags.split())
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\((?!http)(.*?)\)", (ROOT / document).read_text()):
+            assert (ROOT / link).exists(), f"{document}: {link}"
