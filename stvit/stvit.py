@@ -479,6 +479,8 @@ def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[lis
     if indices is None:
         indices = num_stages
     taken: list[int] = []
+    if not isinstance(indices, int) and len(indices) == 0:
+        raise ValueError("indices must name at least one stage, got none")
     if isinstance(indices, int):
         if not 0 < indices <= num_stages:
             raise ValueError(f"indices must ask for the last 1 to {num_stages} stages, got {indices}")
@@ -528,7 +530,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
     differs.
 
     Args:
-        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', ….
+        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', …. The
+            published code's one-hot kernels `fold` and `unfold` are constants, and may be absent.
         model: What they are for.
 
     Returns:
@@ -547,7 +550,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
         _take_fixed_kernels(left)
 
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    classifier = ("head.fc.weight", "head.fc.bias")
+    classifier: tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
+    pretrained_cfg: Any = getattr(model, "pretrained_cfg", {})
+    if model.num_classes > 0 and model.num_classes == pretrained_cfg.get("num_classes"):
+        classifier = ()  # it is loaded as it is, and so checked like the rest
     out_dict, problems = {}, []
     for key in [*(key for key in shapes if key not in classifier), *classifier]:
         name = _official_key(key) if official else key

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -211,6 +213,7 @@ def test_another_seed_is_another_run(digits_folder: Path, run: Run, tmp_path: Pa
         ["--channels-last", "--grad-checkpointing", "--in-chans=1"],
         ["--clip-grad=0.02", "--clip-mode=agc", "--opt-betas", "0.9", "0.99", "--opt-eps=1e-8"],
         ["--workers=2", "--validation-batch-size=3"],
+        ["--aa=rand-m10-n4-mstd0.5-inc1", "--epochs=4"],  # timm at full strength asks Pillow for colors of 0 bits
         ["--model=resnet10t"],
     ],
     ids=lambda flags: flags[0].lstrip("-"),
@@ -356,6 +359,14 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--model=stvit_smal"], "unknown model 'stvit_smal', did you mean stvit_small"),
         (["--data-dir=nowhere"], "--data-dir nowhere is not a folder"),
         (["--dataset=sklearn/iris"], "'sklearn/digits'"),
+        (["--dataset=hdfs/digits"], "unknown dataset 'hdfs/digits'"),
+        (["--dataset=torch/cifar10"], "--dataset-download"),
+        (["--device=meta"], "--device meta cannot be used"),
+        (["--model-kwargs", "depths"], "--model-kwargs: must be key=value, got 'depths'"),
+        (["--model-kwargs", "act_layer=none"], "cannot create model test_stvit: KeyError 'none'"),
+        (["--opt-betas", "0.9"], "cannot create optimizer adamw"),
+        (["--interpolation=cubic"], "--interpolation: invalid choice"),
+        (["--lr=1e30", "--warmup-epochs=0", "--batch-size=60"], "in the validation after epoch 1: lower --lr"),
         (["--num-classes=7"], "--num-classes is 7, but the images have 4 classes: leave it out"),
         (["--in-chans=4"], "--in-chans must be 1 (gray) or 3 (color), got 4"),
         (["--device=warp"], "--device warp cannot be used"),
@@ -412,6 +423,36 @@ def test_class_in_one_split_alone(own_digits_folder: Path, capsys: pytest.Captur
     assert "class 'digit_2' is in" in line and "both need the same class folders" in line
 
 
+def test_images_too_deep(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here timm takes the innermost folder for the class, the same for all."""
+    for split in ("train", "val"):
+        for path in sorted((own_digits_folder / split).rglob("*.png")):
+            (path.parent / "images").mkdir(exist_ok=True)
+            path.rename(path.parent / "images" / path.name)
+    line = refused(capsys, f"--data-dir={own_digits_folder}")
+    assert "is in a folder within its class folder: move it up" in line
+
+
+def test_one_class_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        for name in ("digit_1", "digit_2", "digit_3"):
+            shutil.rmtree(own_digits_folder / split / name)
+    assert "one class alone, 'digit_0'" in refused(capsys, f"--data-dir={own_digits_folder}")
+
+
+def test_unforeseen_error_is_one_line_too(
+    digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by chance")
+
+    monkeypatch.setattr(train_cls, "evaluate", fail)
+    assert "unforeseen ZeroDivisionError: by chance; please report it" in refused(capsys, f"--data-dir={digits_folder}")
+    monkeypatch.setenv("STVIT_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        train_cls.main([*SHORT, f"--data-dir={digits_folder}"])
+
+
 def test_images_without_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = next((own_digits_folder / "val").rglob("*.png"))
     image.rename(own_digits_folder / "val/stray.png")
@@ -457,3 +498,26 @@ def test_exit_status_and_silence_of_a_real_process(tmp_path: Path) -> None:
     assert result.stderr == (
         f"error: --data-dir {tmp_path / 'nowhere'} is not a folder; it must hold train/<class>/* and val/<class>/*\n"
     )
+
+
+def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, "--dataset=sklearn/digits", "--epochs=1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "epoch 1/1000" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err and err.splitlines()[-1] == "error: interrupted: what the run had written is kept"
+    (last,) = tmp_path.glob("runs/*/last")
+    assert timm.create_model(f"local-dir:{last}", pretrained=True).num_classes == 10
+
+
+def test_disk_that_is_full(digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """/dev/full stands for it: there every write fails for want of space."""
+    (tmp_path / "runs/it").mkdir(parents=True)
+    (tmp_path / "runs/it/config.yaml").symlink_to("/dev/full")
+    assert train_cls.main([*SHORT, f"--data-dir={digits_folder}", "--experiment=it"]) == 1
+    err = capfd.readouterr().err
+    assert "No space left on device" in err and "Traceback" not in err

@@ -30,8 +30,8 @@ from typing import Any
 import timm
 import torch
 import yaml
-from PIL import Image
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from PIL import Image, UnidentifiedImageError
+from timm.data import Mixup, auto_augment, create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -43,13 +43,15 @@ from tqdm import tqdm
 
 import stvit  # noqa: F401  registers the models in timm
 
+INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+
 
 class TrainingError(Exception):
     """What went wrong and what to do about it, in one line for the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error of the data or the run, 2 of the arguments."""
+    """Runs the command; returns the exit status: 0, 1 after an error of the data or the run, 130 after Ctrl-C."""
     # Errors are ours to word, once; timm's log of ordinary steps is not for this program's users.
     logging.getLogger("timm").setLevel(logging.ERROR)
     args = parse_args(argv)
@@ -58,6 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         # From a loader's worker process an error comes wrapped in that process's traceback, itself the last line.
         print("error:", str(error).strip().splitlines()[-1].split("TrainingError: ")[-1], file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: out of memory: lower --batch-size or set --grad-checkpointing ({_reason(error)})", file=sys.stderr
+        )
+        return 1
+    except OSError as error:
+        print(f"error: {_reason(error)}: the run cannot go on, what it had written is kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted: what the run had written is kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("STVIT_TRACEBACK"):
+            raise
+        print(
+            f"error: unforeseen {type(error).__name__}: {_reason(error)}; please report it, with what the same command "
+            "prints under STVIT_TRACEBACK=1",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -77,7 +99,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train_cls.py",
         description="Trains an image classifier: STViT, or any timm model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", "-c", metavar="FILE", help="recipe (YAML) whose keys are flags of this program")
@@ -99,12 +121,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--img-size", type=_positive, metavar="N", help="image height and width in pixels")
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the images' channels")
-    group.add_argument("--interpolation", metavar="NAME", help="resizing, e.g. bicubic (default: the model's)")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
     group.add_argument("--drop", type=_rate, default=0.0, metavar="X", help="dropout rate before the classifier")
     group.add_argument("--drop-path", type=_rate, metavar="X", help="stochastic depth rate of the last block")
     group.add_argument("--grad-checkpointing", action=_Switch, help="recompute activations, to save memory")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="more of them")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=_KeyValues, metavar="K=V", help="more of them")
 
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument("--epochs", type=_positive, default=300, metavar="N", help="epochs to train")
@@ -135,7 +157,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--vflip", type=_rate, default=0.0, metavar="X", help="probability of a vertical flip")
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of color jitter")
     group.add_argument("--aa", metavar="POLICY", help="augmentation policy, e.g. rand-m9-mstd0.5-inc1")
-    group.add_argument("--train-interpolation", default="random", metavar="NAME", help="resizing in training")
+    choices = ["random", *INTERPOLATIONS]
+    group.add_argument("--train-interpolation", default="random", choices=choices, help="resizing in training")
     group.add_argument("--reprob", type=_rate, default=0.0, metavar="X", help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erases")
     group.add_argument("--mixup", type=float, default=0.0, metavar="X", help="mixup alpha, 0 for none")
@@ -160,6 +183,19 @@ def create_parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
+
+
+class _KeyValues(ParseKwargs):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: must be key=value, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Switch(argparse.BooleanOptionalAction):
@@ -303,6 +339,7 @@ def train(args: argparse.Namespace) -> None:
                 mixup.mixup_enabled = epoch < args.mixup_off_epoch
             train_metrics = train_epoch(args, epoch, task, train_loader, mixup, optimizer, scheduler, bar)
             eval_metrics = evaluate(task, val_loader)
+            _check_loss(args, eval_metrics["loss"], f"in the validation after epoch {epoch + 1}")
             if scheduler is not None:
                 scheduler.step(epoch + 1, eval_metrics["top1"])
 
@@ -321,7 +358,8 @@ def train(args: argparse.Namespace) -> None:
             )
 
     print(f"best validation accuracy {best_top1:.2f} % (epoch {best_epoch + 1}); its weights are in {folder / 'best'}:")
-    print(f'import stvit, timm; model = timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
+    source = f"local-dir:{folder / 'best'}"
+    print(f"import stvit, timm; model = timm.create_model({source!r}, pretrained=True)")
 
 
 def _device(name: str | None) -> torch.device:
@@ -329,7 +367,7 @@ def _device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise TrainingError(f"--device {name} cannot be used: {_reason(error)}") from error
     return device
@@ -356,7 +394,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         )
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError, LookupError, AttributeError) as error:
         raise TrainingError(f"cannot create model {args.model}: {_reason(error)}") from error
     return model
 
@@ -371,7 +409,7 @@ def create_optimizer(
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
         schedule = scheduler_kwargs(args) | {"warmup_prefix": False}
         scheduler, _ = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates_per_epoch)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
         raise TrainingError(
             f"cannot create optimizer {args.opt} with schedule {args.sched}: {_reason(error)}"
         ) from error
@@ -409,11 +447,10 @@ def train_epoch(
     loss_sum = torch.zeros((), device=task.device)
     correct = torch.zeros((), device=task.device)
     images = images_before = 0
-    metrics: OrderedDict[str, float] = OrderedDict()
     since = time.perf_counter()
     steps = len(loader)
     for step, (image, target) in enumerate(loader, start=1):
-        if step == 1:
+        if step == 1 or task.device.type == "cpu":  # elsewhere a look at each batch would wait for the device
             _check_targets(target, args.num_classes, "training")
         labels = target
         if mixup is not None:
@@ -436,11 +473,7 @@ def train_epoch(
         images += len(image)
         if step % args.log_interval == 0 or step == steps:  # not at each step: it waits for the device
             metrics = OrderedDict(loss=loss_sum.item() / images, top1=100 * correct.item() / images)
-            if not math.isfinite(metrics["loss"]):
-                raise TrainingError(
-                    f"the loss became {metrics['loss']} in epoch {epoch + 1}, at or before step {step}: lower --lr "
-                    f"(it is {args.lr:g}), lengthen --warmup-epochs, or set --clip-grad 1"
-                )
+            _check_loss(args, metrics["loss"], f"in epoch {epoch + 1}, at or before step {step}")
             now = time.perf_counter()
             bar.set_postfix_str(
                 f"epoch {epoch + 1}/{args.epochs}, loss {metrics['loss']:.4f}, accuracy {metrics['top1']:.1f} %, "
@@ -449,7 +482,19 @@ def train_epoch(
             )
             since, images_before = now, images
         bar.update()
+    if images == 0:
+        raise TrainingError("the training set gave no whole batch: lower --batch-size or --workers")
+    metrics = OrderedDict(loss=loss_sum.item() / images, top1=100 * correct.item() / images)
+    _check_loss(args, metrics["loss"], f"in epoch {epoch + 1}")
     return metrics
+
+
+def _check_loss(args: argparse.Namespace, loss: float, when: str) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} {when}: lower --lr (it is {args.lr:g}), lengthen --warmup-epochs, or set "
+            "--clip-grad 1"
+        )
 
 
 @torch.no_grad()
@@ -460,7 +505,7 @@ def evaluate(task: ClassificationTask, loader: DataLoader) -> OrderedDict[str, f
     evaluator = task.create_evaluator()
     for image, target in loader:
         output = model(image)
-        if evaluator.num_samples == 0:
+        if evaluator.num_samples == 0 or task.device.type == "cpu":
             _check_targets(target, output.shape[1], "validation")
         evaluator.update(output, target)
     return evaluator.compute()
@@ -490,6 +535,10 @@ class ImageSamples(Dataset):
             if not isinstance(image, Image.Image):
                 image = Image.open(image)
             image = image.convert(self.mode)
+        except UnidentifiedImageError as error:
+            raise TrainingError(
+                f"cannot read image {self.name(index)}: not an image that Pillow knows; repair it or remove it"
+            ) from error
         except Exception as error:  # Pillow raises nearly everything at damaged files
             raise TrainingError(
                 f"cannot read image {self.name(index)}: {_reason(error)}; repair it or remove it"
@@ -515,8 +564,13 @@ def open_datasets(args: argparse.Namespace) -> tuple[Any, Any, list[str] | None]
     if args.dataset.startswith("sklearn/"):
         raise TrainingError(f"unknown dataset {args.dataset!r}: of scikit-learn's there is 'sklearn/digits'")
 
-    is_folder = "/" not in args.dataset
-    if args.data_dir is None and not args.dataset.startswith(("hfds/", "wds/")):
+    if args.dataset and not args.dataset.startswith(("torch/", "hfds/", "wds/")):
+        raise TrainingError(
+            f"unknown dataset {args.dataset!r}: give sklearn/digits, torch/…, hfds/… or wds/…, or leave --dataset out "
+            "for the image folder --data-dir"
+        )
+    is_folder = not args.dataset
+    if args.data_dir is None and not args.dataset.startswith("hfds/"):
         raise TrainingError("no data: give --data-dir, or --dataset sklearn/digits to try the program out")
     if is_folder and not Path(args.data_dir).is_dir():
         raise TrainingError(
@@ -535,14 +589,17 @@ def open_datasets(args: argparse.Namespace) -> tuple[Any, Any, list[str] | None]
                 input_img_mode=mode,
                 download=args.dataset_download,
             )
-        except (RuntimeError, OSError, ValueError, AssertionError, ImportError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError, ImportError, LookupError, TypeError) as error:
             where = args.dataset or args.data_dir
-            raise TrainingError(f"cannot open the {split} images of {where}: {_reason(error)}") from error
+            reason = _reason(error).replace("download=True", "--dataset-download")
+            raise TrainingError(f"cannot open the {split} images of {where}: {reason}") from error
         datasets.append(dataset)
     if is_folder:
         _check_folders(args, datasets[0].reader, datasets[1].reader)
 
     names = _class_names(datasets[0])
+    if names is not None and len(names) < 2:
+        raise TrainingError(f"the images have one class alone, {names[0]!r}: a classifier needs two or more")
     if names is not None and _class_names(datasets[1]) not in (None, names):
         raise TrainingError("the training and the validation images do not have the same classes")
     samples = [
@@ -587,6 +644,9 @@ def _check_folders(args: argparse.Namespace, train_reader: Any, val_reader: Any)
         empty = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name not in held)
         if empty:
             raise TrainingError(f"class folder {root / empty[0]} has no image: add some, or remove the folder")
+        deep = next((name for name in map(reader.filename, range(len(reader))) if name.count(os.sep) > 1), None)
+        if deep is not None:  # timm would name the class after the folder that holds the image
+            raise TrainingError(f"image {root / deep} is in a folder within its class folder: move it up")
     train_classes, val_classes = set(train_reader.class_to_idx), set(val_reader.class_to_idx)
     if train_classes != val_classes:
         odd = sorted(train_classes ^ val_classes)[0]
@@ -621,6 +681,11 @@ def _check_targets(target: torch.Tensor, num_classes: int, what: str) -> None:
         raise TrainingError(f"a {what} image has class number {bad}, the model has {num_classes}: set --num-classes")
 
 
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at full strength, and Pillow from version 13 on for at least 1."""
+    return auto_augment.posterize(image, max(1, bits), **kwargs)
+
+
 def create_loaders(
     args: argparse.Namespace, train_set: Any, val_set: Any, data_config: dict[str, Any], device: torch.device
 ) -> tuple[DataLoader, DataLoader]:
@@ -629,6 +694,8 @@ def create_loaders(
         raise TrainingError(
             f"--batch-size {args.batch_size} is more than the {len(train_set)} training images: lower it"
         )
+    for policy in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[policy] = _posterize
     common = {
         "input_size": data_config["input_size"],
         "mean": data_config["mean"],
@@ -674,7 +741,7 @@ def create_run_folder(args: argparse.Namespace, input_size: Sequence[int]) -> Pa
     """A new folder for the results of this run."""
     model = args.model.split(":")[-1].replace("/", "_")
     name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
-    folder = Path(args.output) / name
+    folder = Path(args.output).expanduser() / name
     if (folder / "summary.csv").exists():
         raise TrainingError(f"{folder} holds the results of another run: choose another --experiment, or move it away")
     try:

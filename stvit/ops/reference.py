@@ -18,8 +18,11 @@ happen even where they change nothing.
 import torch
 import torch.nn.functional as F
 
-# torch 2.6 cannot tell export from compilation; there the way of export, see `_is_exporting`, serves both.
-_is_exporting_or_compiling = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+# Two questions whose answers choose between equal ways. torch 2.6 cannot tell export from compilation, and its
+# compiler mistakes the strides of what is cropped by padding: there, everything goes the way of eager execution.
+_is_new_torch = hasattr(torch.compiler, "is_exporting")
+_torch_is_exporting = torch.compiler.is_exporting if _is_new_torch else lambda: False
+_torch_is_compiling = torch.compiler.is_compiling if _is_new_torch else lambda: False
 
 
 def sample_super_tokens(
@@ -43,7 +46,7 @@ def upsample_super_tokens(
 ) -> torch.Tensor:
     """See `stvit.ops.upsample_super_tokens`; the arguments have been checked there."""
     height, width = association.shape[2], association.shape[3]
-    weights = _to_cells(association, stoken_size)  # (B, Hs, Ws, P, 9)
+    weights = _to_cells(association.to(tokens.dtype), stoken_size)  # (B, Hs, Ws, P, 9)
     neighbors = _gather_neighbors(tokens.permute(0, 2, 3, 1))  # (B, Hs, Ws, 9, C)
     return _from_cells(torch.matmul(weights, neighbors), stoken_size, height, width)
 
@@ -112,7 +115,7 @@ def _from_cells(cells: torch.Tensor, stoken_size: tuple[int, int], height: int, 
 def _crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The first `height` rows and `width` columns of (B, H, W, C)."""
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
+        if _torch_is_compiling():
             # The strides of a slice depend on whether anything is cut off: torch.compile would need a graph for each
             # case, and torch.export a proof that it does not find. Padding by a negative number is a copy, fused away.
             return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
@@ -127,7 +130,7 @@ def _is_exporting() -> bool:
     """
     if torch.jit.is_scripting():
         return False
-    return _is_exporting_or_compiling()
+    return _torch_is_exporting()
 
 
 def _gather_neighbors(tokens: torch.Tensor) -> torch.Tensor:
