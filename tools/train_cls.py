@@ -32,7 +32,7 @@ import torch
 import yaml
 from PIL import Image, UnidentifiedImageError
 from timm.data import Mixup, auto_augment, create_dataset, create_loader, resolve_data_config
-from timm.models import save_for_hf
+from timm.models import get_pretrained_cfg_value, load_state_dict, save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
@@ -382,11 +382,19 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     if args.pretrained_path and not Path(args.pretrained_path).is_file():
         raise TrainingError(f"--pretrained-path {args.pretrained_path} is not a file")
     kwargs: dict[str, Any] = {"drop_path_rate": args.drop_path, **args.model_kwargs}
+    overlay: dict[str, Any] = {}
     try:
+        if args.pretrained_path:
+            overlay["file"] = args.pretrained_path
+            # timm keeps a classifier if it has the classes of the weights, which it does not ask the file for.
+            weights = load_state_dict(args.pretrained_path)
+            for name in (get_pretrained_cfg_value(args.model, "classifier"), "head"):
+                if f"{name}.weight" in weights:
+                    overlay["num_classes"] = len(weights[f"{name}.weight"])
         model: Any = timm.create_model(
             args.model,
             pretrained=args.pretrained or args.pretrained_path is not None,
-            pretrained_cfg_overlay={"file": args.pretrained_path} if args.pretrained_path else None,
+            pretrained_cfg_overlay=overlay,
             num_classes=args.num_classes,
             in_chans=args.in_chans,
             drop_rate=args.drop,
@@ -394,7 +402,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         )
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError, LookupError, AttributeError) as error:
+    except Exception as error:  # unpickling a file that holds no weights raises nearly everything
         raise TrainingError(f"cannot create model {args.model}: {_reason(error)}") from error
     return model
 
