@@ -479,14 +479,14 @@ def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[lis
     if indices is None:
         indices = num_stages
     taken: list[int] = []
-    if not isinstance(indices, int) and len(indices) == 0:
-        raise ValueError("indices must name at least one stage, got none")
     if isinstance(indices, int):
         if not 0 < indices <= num_stages:
             raise ValueError(f"indices must ask for the last 1 to {num_stages} stages, got {indices}")
         for i in range(num_stages - indices, num_stages):
             taken.append(i)
     else:
+        if len(indices) == 0:
+            raise ValueError("indices must name at least one stage, got none")
         for i in indices:
             if not -num_stages <= i < num_stages:
                 raise ValueError(f"indices must be from {-num_stages} to {num_stages - 1}, got {i}")

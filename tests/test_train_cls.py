@@ -472,7 +472,7 @@ def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "Found 0 images" in refused(capsys, f"--data-dir={tmp_path}")
 
 
-def test_class_number_beyond_the_model(digits_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_number_beyond_the_model() -> None:
     with pytest.raises(train_cls.TrainingError, match="class number 5, the model has 4: set --num-classes"):
         train_cls._check_targets(torch.tensor([0, 5]), 4, "training")
 
