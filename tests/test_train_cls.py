@@ -21,8 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import DropPath
 
 from stvit.tools import train_cls
+from stvit.tools.common import data
+from stvit.tools.common.cli import CommandError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs/cls").glob("*.yaml"))
@@ -32,32 +35,10 @@ SHORT = ["--model=test_stvit", "--img-size=32", "--epochs=1", "--batch-size=16",
 Run = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits 0 to 3 as PNG files, train/<class>/* and val/<class>/*."""
-    folder = tmp_path_factory.mktemp("digits")
-    digits = load_digits(n_class=4)
-    for i, (pixels, target) in enumerate(zip(digits.images[:80], digits.target[:80], strict=True)):
-        path = folder / ("train" if i < 60 else "val") / f"digit_{target}" / f"{i:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15.9).astype("uint8")).resize((16, 16)).save(path)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test leaves anything in the repository."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def own_digits_folder(digits_folder: Path, tmp_path: Path) -> Path:
-    """A copy of `digits_folder` to spoil."""
-    for path in digits_folder.rglob("*.png"):
-        copy = tmp_path / "data" / path.relative_to(digits_folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -109,7 +90,7 @@ def test_digits_recipe_reaches_97_percent(seed: int, run: Run) -> None:
     # The saved model is that model: what timm makes of it has the accuracy that the summary says.
     model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
-    _, held_out = train_cls._digits(seed)
+    _, held_out = data.digits(seed)
     with torch.no_grad():
         logits = model(torch.stack([transform(image) for image, _ in held_out]))
     correct = (logits.argmax(1) == torch.tensor([target for _, target in held_out])).float().mean()
@@ -120,11 +101,11 @@ def test_held_out_digits_are_a_fifth_fixed_by_the_seed() -> None:
     def content(split: list[tuple[Image.Image, int]]) -> set[bytes]:
         return {image.tobytes() for image, _ in split}
 
-    train, held_out = train_cls._digits(1)
+    train, held_out = data.digits(1)
     assert (len(train), len(held_out)) == (1437, 360)
     assert not content(train) & content(held_out)
-    assert [t for _, t in held_out] == [t for _, t in train_cls._digits(1)[1]]
-    assert content(held_out) != content(train_cls._digits(2)[1])
+    assert [t for _, t in held_out] == [t for _, t in data.digits(1)[1]]
+    assert content(held_out) != content(data.digits(2)[1])
     counts = np.bincount([target for _, target in held_out])
     assert counts.min() >= 34 and counts.max() <= 37  # every digit
 
@@ -168,7 +149,10 @@ def test_module_and_file_are_the_same_program(tmp_path: Path) -> None:
 
 def test_results_of_a_folder_run(digits_folder: Path, run: Run) -> None:
     folder = run(f"--data-dir={digits_folder}", "--epochs=2", "--drop-path=0.1")
-    assert sorted(path.name for path in folder.iterdir()) == ["best", "config.yaml", "last", "summary.csv"]
+    names = ["best", "checkpoints", "config.yaml", "curve.png", "last", "log.jsonl", "summary.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    with Image.open(folder / "curve.png") as curve:
+        assert curve.size == (1200, 480) and len(curve.convert("RGB").getcolors(1 << 20) or []) > 3
 
     rows = read_summary(folder)
     columns = ["epoch", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "lr"]
@@ -215,6 +199,11 @@ def test_another_seed_is_another_run(digits_folder: Path, run: Run, tmp_path: Pa
         ["--workers=2", "--validation-batch-size=3"],
         ["--aa=rand-m10-n4-mstd0.5-inc1", "--epochs=4"],  # timm at full strength asks Pillow for colors of 0 bits
         ["--model=resnet10t"],
+        ["--amp", "--grad-accum-steps=2", "--batch-size=8"],
+        ["--amp-dtype=float16", "--amp", "--clip-grad=1"],
+        ["--model-ema", "--model-ema-warmup", "--amp"],
+        ["--model-dtype=bfloat16", "--bn-eval"],
+        ["--sched=plateau", "--epochs=2"],
     ],
     ids=lambda flags: flags[0].lstrip("-"),
 )
@@ -234,6 +223,77 @@ def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path
     saved = load_file(folder / "last/model.safetensors")
     for key, value in source.named_parameters():
         assert torch.equal(saved[key], value), key
+
+
+def test_drop_path_follows_its_schedule(digits_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the large model's recipe has it: a rate for the first epochs, another for the last."""
+    seen: list[float] = []
+    begin = train_cls._Training._begin_epoch
+
+    def begin_and_look(self: train_cls._Training) -> None:
+        begin(self)
+        rates = [module.drop_prob for module in self.model.modules() if isinstance(module, DropPath)]
+        # Of the blocks the first has none, the last has it all, and those between them lie on a line.
+        assert rates == sorted(rates) and min(rates) > 0
+        seen.append(max(rates))
+
+    monkeypatch.setattr(train_cls._Training, "_begin_epoch", begin_and_look)
+    run(f"--data-dir={digits_folder}", "--epochs=4", "--drop-path=0.2", "--drop-path-schedule", "2:0.5", "3:0.1")
+    assert seen == pytest.approx([0.2, 0.2, 0.5, 0.1])
+    args = train_cls.parse_args([f"--config={ROOT / 'configs/cls/stvit_large_in1k.yaml'}"])
+    assert [train_cls._drop_path_at(args, epoch) for epoch in (0, 259, 260, 299)] == [0.4, 0.4, 0.6, 0.6]
+
+
+def test_frozen_batch_norm_keeps_its_statistics(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    source = timm.create_model("test_stvit", num_classes=4)
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    flags = [f"--data-dir={digits_folder}", f"--pretrained-path={tmp_path / 'start.pth'}", "--warmup-epochs=0"]
+    saved = load_file(run(*flags, "--bn-eval") / "last/model.safetensors")
+    kept = {key: torch.equal(value, saved[key]) for key, value in source.state_dict().items()}
+    assert all(kept[key] for key in kept if "running" in key or "num_batches" in key)
+    assert not kept["head.fc.weight"]
+    saved = load_file(run(*flags, "--experiment=moving").parent / "moving/last/model.safetensors")
+    assert not torch.equal(source.state_dict()["stem.2.running_mean"], saved["stem.2.running_mean"])
+
+
+def test_weight_decay_spares_one_dimensional_parameters(digits_folder: Path, run: Run, tmp_path: Path) -> None:
+    """With no gradient to speak of, decay is all that moves weights."""
+    args = train_cls.parse_args([*SHORT, "--weight-decay=0.1", "--lr=0.5"])
+    model = timm.create_model("test_stvit", num_classes=4)
+    optimizer, _ = train_cls.create_optimizer(args, model, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if parameter.ndim <= 1 else 1 - 0.5 * 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_published_recipes_are_the_papers(tmp_path: Path) -> None:
+    for name, drop_path in (("small", 0.1), ("base", 0.4), ("large", 0.4)):
+        args = train_cls.parse_args([f"--config={ROOT / f'configs/cls/stvit_{name}_in1k.yaml'}"])
+        assert args.batch_size * args.grad_accum_steps * 8 == 1024 and args.drop_path == drop_path
+        model = timm.create_model("test_stvit")
+        optimizer, scheduler = train_cls.create_optimizer(args, model, 1251, processes=8)
+        assert args.lr == pytest.approx(1e-3)
+        assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.9, 0.999)}
+        assert {(group["eps"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-8, 0.05), (1e-8, 0)}
+        rates = []
+        for epoch in (0, 1, 5, 299):
+            scheduler.step(epoch)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates[0] == pytest.approx(1e-6) and rates[1] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 5)
+        assert rates[2] == pytest.approx(1e-3, rel=1e-2) and rates[3] == pytest.approx(1e-5, rel=0.01)
+        fine = train_cls.parse_args([f"--config={ROOT / f'configs/cls/stvit_{name}_in1k_384.yaml'}"])
+        assert (fine.epochs, fine.img_size, fine.weight_decay, fine.bn_eval) == (30, 384, 1e-8, True)
+        optimizer, scheduler = train_cls.create_optimizer(fine, model, 100, processes=8)
+        for epoch in (0, 29):
+            if scheduler is not None:
+                scheduler.step(epoch)
+            assert {group["lr"] for group in optimizer.param_groups} == {5e-6}
 
 
 # Data
@@ -258,29 +318,6 @@ def test_hugging_face_dataset(digits_folder: Path, run: Run, monkeypatch: pytest
     folder = run(f"--dataset=hfds/{digits_folder}", f"--data-dir={tmp_path / 'cache'}")
     config = json.loads((folder / "best/config.json").read_text())
     assert config["label_names"] == ["digit_0", "digit_1", "digit_2", "digit_3"]
-
-
-def test_webdataset(digits_folder: Path, run: Run, tmp_path: Path) -> None:
-    import tarfile
-
-    info: dict[str, dict[str, object]] = {}
-    for split, name in (("train", "train"), ("val", "validation")):
-        paths = sorted((digits_folder / split).rglob("*.png"))
-        with tarfile.open(tmp_path / f"{name}-000000.tar", "w") as tar:
-            for path in paths:
-                label = tmp_path / f"{path.stem}.cls"
-                label.write_text(path.parent.name.removeprefix("digit_"))
-                tar.add(path, path.name)
-                tar.add(label, label.name)
-        info[name] = {
-            "name": name,
-            "num_samples": len(paths),
-            "filenames": [f"{name}-000000.tar"],
-            "shard_lengths": [len(paths)],
-        }
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    folder = run("--dataset=wds/digits", f"--data-dir={tmp_path}", "--num-classes=4", "--workers=1")
-    assert len(read_summary(folder)) == 1
 
 
 # Recipes
@@ -372,11 +409,11 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--model-kwargs", "depth=3"], "cannot create model test_stvit"),
         (["--model-kwargs", "stoken_size=0"], "stoken_size must be at least 1"),
         (["--pretrained"], "No pretrained weights exist for test_stvit"),
-        (["--pretrained-path=nowhere.pth"], "--pretrained-path nowhere.pth is not a file"),
-        ([f"--pretrained-path={__file__}"], "cannot create model test_stvit"),
+        (["--pretrained-path=nowhere.pth"], "cannot read weights from nowhere.pth: it is not a file"),
+        ([f"--pretrained-path={__file__}"], f"cannot read weights from {__file__}"),
         (["--opt=adamx"], "cannot create optimizer adamx"),
         (["--sched=sine"], "with schedule sine"),
-        (["--batch-size=1000"], "--batch-size 1000 is more than the 60 training images: lower it"),
+        (["--batch-size=1000"], "takes 1000 images (--batch-size 1000), more than the 60 training images: lower"),
         (["--mixup=1", "--batch-size=15"], "even --batch-size, got 15"),
         (["--aa=nonsense"], "cannot set up the images"),
         (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of 3 channels"),
@@ -443,7 +480,7 @@ def test_one_class_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[
 def test_unforeseen_error_is_one_line_too(
     digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
     monkeypatch.setattr(train_cls, "evaluate", fail)
@@ -473,8 +510,8 @@ def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_class_number_beyond_the_model() -> None:
-    with pytest.raises(train_cls.TrainingError, match="class number 5, the model has 4: set --num-classes"):
-        train_cls._check_targets(torch.tensor([0, 5]), 4, "training")
+    with pytest.raises(CommandError, match="class number 5, the model has 4: set --num-classes"):
+        data.check_targets(torch.tensor([0, 5]), 4, "training")
 
 
 def test_results_are_never_overwritten(digits_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -509,7 +546,10 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Traceback" not in err and err.splitlines()[-1] == "error: interrupted: what the run had written is kept"
+    assert re.fullmatch(
+        r"interrupted; saved after epoch \d+, update \d+ of 89: to go on, give the same command with --resume auto",
+        err.splitlines()[-1],
+    ), err
     (last,) = tmp_path.glob("runs/*/last")
     assert timm.create_model(f"local-dir:{last}", pretrained=True).num_classes == 10
 
@@ -517,7 +557,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
 def test_disk_that_is_full(digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """/dev/full stands for it: there every write fails for want of space."""
     (tmp_path / "runs/it").mkdir(parents=True)
-    (tmp_path / "runs/it/config.yaml").symlink_to("/dev/full")
+    (tmp_path / "runs/it/config.yaml.tmp").symlink_to("/dev/full")
     assert train_cls.main([*SHORT, f"--data-dir={digits_folder}", "--experiment=it"]) == 1
     err = capfd.readouterr().err
     assert "No space left on device" in err and "Traceback" not in err

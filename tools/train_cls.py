@@ -2,136 +2,174 @@
 """Trains an image classifier: STViT, or any timm model.
 
     python tools/train_cls.py --config configs/cls/stvit_pico_digits.yaml
-    python tools/train_cls.py --model stvit_small --data-dir /data/imagenet --epochs 300 --batch-size 128
+    torchrun --nproc-per-node 8 tools/train_cls.py --config configs/cls/stvit_small_in1k.yaml --data-dir /data/imagenet
+
+    # two machines of eight devices each, the same on both but for --node-rank
+    torchrun --nnodes 2 --node-rank 0 --master-addr HOST --nproc-per-node 8 tools/train_cls.py --config … -b 64
 
 `python -m stvit.tools.train_cls` is the same program. Every key of a recipe is a flag too, and a flag on the command
-line wins. Data are a folder with train/<class>/* and val/<class>/* images (--data-dir), or a named set (--dataset):
-`sklearn/digits` (shipped with scikit-learn, nothing to download) or timm's `torch/…`, `hfds/…` and `wds/…`.
+line wins. Data are a folder with train/<class>/* and val/<class>/* images or train.tar and val.tar (--data-dir), or a
+named set (--dataset): `sklearn/digits` (shipped with scikit-learn, nothing to download) or timm's `torch/…`, `hfds/…`
+and `wds/…`.
 
-Results go to <output>/<experiment>/: config.yaml, the resolved recipe; summary.csv, a line for each epoch; best/ and
-last/, the weights (model.safetensors) and the config.json by which timm loads them.
+Results go to <output>/<experiment>/: config.yaml, the resolved recipe; summary.csv, a line for each epoch; curve.png,
+the same drawn; log.jsonl, the same and more for machines; best/ and last/ (and last_ema/), weights (model.safetensors)
+and the config.json by which timm loads them; checkpoints/, from which --resume auto goes on after whatever ended the
+run.
 """
 
 import argparse
 import copy
-import difflib
 import logging
 import math
-import os
 import shutil
+import signal
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
-from PIL import Image, UnidentifiedImageError
-from timm.data import Mixup, auto_augment, create_dataset, create_loader, resolve_data_config
-from timm.models import get_pretrained_cfg_value, load_state_dict, save_for_hf
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
-from timm.utils import ParseKwargs, dispatch_clip_grad, random_seed, update_summary
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 import stvit  # noqa: F401  registers the models in timm
+from stvit.tools.common.checkpoint import (
+    Checkpoints,
+    get_random_state,
+    load_checkpoint,
+    replace_files,
+    replace_whole,
+    set_random_state,
+)
+from stvit.tools.common.cli import (
+    CommandError,
+    Interrupted,
+    KeyValues,
+    Parser,
+    Switch,
+    count,
+    parse_with_recipe,
+    positive,
+    progress_bar,
+    rate,
+    reason,
+    run,
+)
+from stvit.tools.common.data import (
+    INTERPOLATIONS,
+    BadImages,
+    TrainLoader,
+    add_data_arguments,
+    check_targets,
+    create_val_loader,
+    open_images,
+)
+from stvit.tools.common.evaluation import evaluate
+from stvit.tools.common.logs import RunLog, require_loggers
+from stvit.tools.common.model import create_model, read_weights
+from stvit.tools.common.processes import DTYPES, StopRequest, World, add_device_arguments, autocast, join_world
 
-INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
-
-
-class TrainingError(Exception):
-    """What went wrong and what to do about it, in one line for the user."""
+# Flags that a resumed run may change: they say where and how fast, not what.
+FREE_FLAGS = {
+    "batch_size",
+    "checkpoint_steps",
+    "compile",
+    "config",
+    "data_dir",
+    "device",
+    "dist_backend",
+    "experiment",
+    "grad_accum_steps",
+    "grad_checkpointing",
+    "log_interval",
+    "log_tensorboard",
+    "log_wandb",
+    "max_bad_images",
+    "output",
+    "resume",
+    "validation_batch_size",
+    "wandb_project",
+    "workers",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error of the data or the run, 130 after Ctrl-C."""
+    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     # Errors are ours to word, once; timm's log of ordinary steps is not for this program's users.
     logging.getLogger("timm").setLevel(logging.ERROR)
-    args = parse_args(argv)
-    try:
-        train(args)
-    except TrainingError as error:
-        # From a loader's worker process an error comes wrapped in that process's traceback, itself the last line.
-        print("error:", str(error).strip().splitlines()[-1].split("TrainingError: ")[-1], file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: out of memory: lower --batch-size or set --grad-checkpointing ({_reason(error)})", file=sys.stderr
-        )
-        return 1
-    except OSError as error:
-        print(f"error: {_reason(error)}: the run cannot go on, what it had written is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted: what the run had written is kept", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if os.environ.get("STVIT_TRACEBACK"):
-            raise
-        print(
-            f"error: unforeseen {type(error).__name__}: {_reason(error)}; please report it, with what the same command "
-            "prints under STVIT_TRACEBACK=1",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-def _reason(error: BaseException) -> str:
-    """The message of somebody else's error in one line."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__} {message}".strip() if isinstance(error, KeyError) or not message else message
+    return run(train, parse_args(argv))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
-def create_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line over those of the recipe (`--config`) over the defaults.
+
+    Raises:
+        SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or ill-typed.
+    """
+    return parse_with_recipe(create_parser, argv)
+
+
+def create_parser() -> Parser:
     """The flags, under timm's names."""
-    parser = _Parser(
-        prog="train_cls.py",
-        description="Trains an image classifier: STViT, or any timm model.",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="train_cls.py", description="Trains an image classifier: STViT, or any timm model.")
     parser.add_argument("--config", "-c", metavar="FILE", help="recipe (YAML) whose keys are flags of this program")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="folder with train/<class>/* and val/<class>/* images")
-    group.add_argument("--dataset", default="", metavar="NAME", help="sklearn/digits, torch/…, hfds/… or wds/…")
+    add_data_arguments(group)
     group.add_argument("--train-split", default="train", metavar="NAME", help="split to train on")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
-    group.add_argument("--dataset-download", action=_Switch, help="download a torch/… set into --data-dir")
-    group.add_argument("--workers", "-j", type=_count, default=4, metavar="N", help="processes that load images")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="stvit_small", metavar="NAME", help="model to train, any of timm's")
-    group.add_argument("--pretrained", action=_Switch, help="start from the published weights")
+    group.add_argument("--pretrained", action=Switch, help="start from the published weights")
     group.add_argument("--pretrained-path", metavar="FILE", help="start from these weights, ours or the authors'")
-    group.add_argument("--num-classes", type=_positive, metavar="N", help="classes (default: those of the data)")
-    group.add_argument("--in-chans", type=_positive, metavar="N", help="image channels, 1 or 3")
-    group.add_argument("--img-size", type=_positive, metavar="N", help="image height and width in pixels")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes (default: those of the data)")
+    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels, 1 or 3")
+    group.add_argument("--img-size", type=positive, metavar="N", help="image height and width in pixels")
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the images' channels")
     group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
-    group.add_argument("--drop", type=_rate, default=0.0, metavar="X", help="dropout rate before the classifier")
-    group.add_argument("--drop-path", type=_rate, metavar="X", help="stochastic depth rate of the last block")
-    group.add_argument("--grad-checkpointing", action=_Switch, help="recompute activations, to save memory")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=_KeyValues, metavar="K=V", help="more of them")
+    group.add_argument("--drop", type=rate, default=0.0, metavar="X", help="dropout rate before the classifier")
+    group.add_argument("--drop-path", type=rate, metavar="X", help="stochastic depth rate of the last block")
+    group.add_argument(
+        "--drop-path-schedule",
+        nargs="+",
+        type=_from_epoch,
+        metavar="E:X",
+        help="rate X instead from epoch E (0-based) on",
+    )
+    group.add_argument("--bn-eval", action=Switch, help="keep BatchNorm in evaluation mode: its statistics stay")
+    group.add_argument("--sync-bn", action=Switch, help="BatchNorm statistics over all processes (GPUs)")
+    group.add_argument("--grad-checkpointing", action=Switch, help="recompute activations, to save memory")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of them")
 
     group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument("--epochs", type=_positive, default=300, metavar="N", help="epochs to train")
-    group.add_argument("--batch-size", "-b", type=_positive, default=128, metavar="N", help="images of a step")
-    group.add_argument("--validation-batch-size", "-vb", type=_positive, metavar="N", help="(default: --batch-size)")
+    group.add_argument("--epochs", type=positive, default=300, metavar="N", help="epochs to train")
+    group.add_argument(
+        "--batch-size", "-b", type=positive, default=128, metavar="N", help="images of a step, of each process"
+    )
+    group.add_argument("--validation-batch-size", "-vb", type=positive, metavar="N", help="(default: --batch-size)")
+    group.add_argument("--grad-accum-steps", type=positive, default=1, metavar="N", help="steps of an update")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="optimizer, any of timm's")
     group.add_argument("--opt-eps", type=float, metavar="X", help="optimizer epsilon (default: the optimizer's)")
     group.add_argument("--opt-betas", type=float, nargs="+", metavar="X", help="(default: the optimizer's)")
@@ -142,285 +180,588 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"], help="what to clip")
     group.add_argument("--lr", type=float, metavar="X", help="learning rate (default: from --lr-base)")
     group.add_argument("--lr-base", type=float, default=5e-4, metavar="X", help="rate for --lr-base-size images")
-    group.add_argument("--lr-base-size", type=_positive, default=512, metavar="N", help="batch --lr-base is meant for")
+    group.add_argument("--lr-base-size", type=positive, default=512, metavar="N", help="update --lr-base is meant for")
     group.add_argument("--sched", default="cosine", metavar="NAME", help="learning rate schedule, any of timm's")
-    group.add_argument("--sched-on-updates", action=_Switch, help="step the schedule each update, not each epoch")
-    group.add_argument("--warmup-epochs", type=_count, default=5, metavar="N", help="epochs from --warmup-lr to --lr")
+    group.add_argument("--sched-on-updates", action=Switch, help="step the schedule each update, not each epoch")
+    group.add_argument("--warmup-epochs", type=count, default=5, metavar="N", help="epochs from --warmup-lr to --lr")
     group.add_argument("--warmup-lr", type=float, default=1e-6, metavar="X", help="learning rate of the first step")
     group.add_argument("--min-lr", type=float, default=1e-5, metavar="X", help="learning rate of the last epoch")
+    group.add_argument("--model-ema", action=Switch, help="keep a moving average of the weights, evaluate and save it")
+    group.add_argument("--model-ema-decay", type=rate, default=0.9998, metavar="X", help="its decay, each update")
+    group.add_argument("--model-ema-warmup", action=Switch, help="let the decay grow to that from 0")
 
     group = parser.add_argument_group("augmentation and regularization")
     group.add_argument("--no-aug", action="store_true", help="resize and crop as in evaluation, nothing else")
+    group.add_argument("--aug-repeats", type=positive, default=1, metavar="N", help="views of an image in a row")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="area of random crops")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="their aspect ratio")
-    group.add_argument("--hflip", type=_rate, default=0.5, metavar="X", help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=_rate, default=0.0, metavar="X", help="probability of a vertical flip")
+    group.add_argument("--hflip", type=rate, default=0.5, metavar="X", help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=rate, default=0.0, metavar="X", help="probability of a vertical flip")
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of color jitter")
     group.add_argument("--aa", metavar="POLICY", help="augmentation policy, e.g. rand-m9-mstd0.5-inc1")
     choices = ["random", *INTERPOLATIONS]
     group.add_argument("--train-interpolation", default="random", choices=choices, help="resizing in training")
-    group.add_argument("--reprob", type=_rate, default=0.0, metavar="X", help="probability of random erasing")
+    group.add_argument("--reprob", type=rate, default=0.0, metavar="X", help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erases")
     group.add_argument("--mixup", type=float, default=0.0, metavar="X", help="mixup alpha, 0 for none")
     group.add_argument("--cutmix", type=float, default=0.0, metavar="X", help="cutmix alpha, 0 for none")
-    group.add_argument("--mixup-prob", type=_rate, default=1.0, metavar="X", help="probability of either")
-    group.add_argument("--mixup-switch-prob", type=_rate, default=0.5, metavar="X", help="of cutmix, if both are on")
-    group.add_argument("--mixup-off-epoch", type=_count, default=0, metavar="N", help="turn both off from then on")
-    group.add_argument("--smoothing", type=_rate, default=0.1, metavar="X", help="label smoothing")
+    group.add_argument("--mixup-prob", type=rate, default=1.0, metavar="X", help="probability of either")
+    group.add_argument("--mixup-switch-prob", type=rate, default=0.5, metavar="X", help="of cutmix, if both are on")
+    group.add_argument("--mixup-off-epoch", type=count, default=0, metavar="N", help="turn both off from then on")
+    group.add_argument("--smoothing", type=rate, default=0.1, metavar="X", help="label smoothing")
+
+    group = parser.add_argument_group("device and speed")
+    add_device_arguments(group)
+    group.add_argument("--compile", action=Switch, help="torch.compile the model")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", "-s", type=_count, default=42, metavar="N", help="random seed")
-    group.add_argument("--device", metavar="NAME", help="(default: cuda where there is one, else cpu)")
-    group.add_argument("--channels-last", action=_Switch, help="channels_last memory format")
-    group.add_argument(
-        "--log-interval", type=_positive, default=10, metavar="N", help="steps between looks at the loss"
-    )
+    group.add_argument("--seed", "-s", type=count, default=42, metavar="N", help="random seed")
     group.add_argument("--output", default="runs", metavar="DIR", help="folder of all runs")
     group.add_argument("--experiment", metavar="NAME", help="folder of this run (default: time, model and size)")
+    group.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from a run's folder or a checkpoint; auto: from what this command last wrote, if anything",
+    )
+    group.add_argument(
+        "--checkpoint-steps", type=count, default=500, metavar="N", help="updates between checkpoints within an epoch"
+    )
+    group.add_argument(
+        "--log-interval", type=positive, default=10, metavar="N", help="updates between looks at the loss"
+    )
+    group.add_argument("--log-tensorboard", action=Switch, help="log to <run>/tensorboard")
+    group.add_argument("--log-wandb", action=Switch, help="log to Weights & Biases")
+    group.add_argument("--wandb-project", default="stvit", metavar="NAME", help="its project")
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
-
-
-class _KeyValues(ParseKwargs):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for value in values:
-            if "=" not in value:
-                parser.error(f"argument {option_string}: must be key=value, got {value!r}")
-        super().__call__(parser, namespace, values, option_string)
-
-
-class _Switch(argparse.BooleanOptionalAction):
-    """A flag that is off unless given, and that `--no-…` turns off again where a recipe has it on."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, **{**kwargs, "default": False})
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
-    return int(text)
-
-
-def _rate(text: str) -> float:
+def _from_epoch(text: str) -> str:
+    epoch, _, value = text.partition(":")
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
-    return value
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags of the command line over those of the recipe (`--config`) over the defaults.
-
-    Raises:
-        SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or ill-typed.
-    """
-    parser = create_parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config_parser = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", "-c")
-    config = config_parser.parse_known_args(argv)[0].config
-    # A recipe is turned into flags, and so meets the same checks as they do.
-    recipe = _recipe_flags(parser, Path(config)) if config else []
-    return parser.parse_args(recipe + argv)
-
-
-def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"cannot read --config {path}: {_reason(error)}")
-    if not isinstance(recipe, dict):
-        parser.error(f"{path}: a recipe is a mapping of flags to values, got {type(recipe).__name__}")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    flags: list[str] = []
-    for key, value in recipe.items():
-        action = actions.get(str(key).replace("-", "_"))
-        if action is None:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), actions, n=1)
-            parser.error(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-        if value is None:
-            continue
-        option = action.option_strings[0]
-        if action.nargs == 0:
-            if not isinstance(value, bool):
-                parser.error(f"{path}: {key} must be true or false, got {value!r}")
-            flags += [option] if value else []
-        elif isinstance(action, ParseKwargs):
-            if not isinstance(value, dict):
-                parser.error(f"{path}: {key} must be a mapping, got {value!r}")
-            flags += [option, *(f"{k}={v!r}" for k, v in value.items())]
-        else:
-            values = value if isinstance(value, list) and action.nargs else [value]
-            for item in values:
-                # YAML reads 1e-3, without a point, as text: numbers may be either, text must be text.
-                wanted = str if action.type is None else (int, float, str)
-                if isinstance(item, bool) or not isinstance(item, wanted):
-                    parser.error(f"{path}: {key} must be {'text' if wanted is str else 'a number'}, got {value!r}")
-            if action.nargs:
-                flags += [option, *map(str, values)]
-            else:
-                flags.append(f"{option}={value}")  # the value may begin with a dash
-    # So that a value of the wrong type is reported with the name of the file that holds it.
-    checker = create_parser()
-    checker.error = lambda message: parser.error(f"{path}: {message}")  # type: ignore[method-assign]
-    checker.parse_args(flags)
-    return flags
+        return f"{count(epoch)}:{rate(value)}"
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"must be EPOCH:RATE, such as 260:0.6, got {text!r}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
+@dataclass
+class Progress:
+    """How far a run is, and what it has found.
+
+    Attributes:
+        epoch: Epochs done, each with its evaluation.
+        step: Updates done of the next epoch.
+        loss_sum: Of this process's images of that epoch.
+        correct: Of those images, how many were classified rightly.
+        images: Their number.
+        history: The numbers of each epoch done.
+        best: Epoch, top-1 and kind of weights ("", "EMA") of the best evaluation.
+        wandb_id: Run of Weights & Biases.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    images: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: list[Any] = field(default_factory=lambda: [-1, -1.0, ""])
+    wandb_id: str | None = None
+
+    def begin_epoch(self) -> None:
+        """Forgets the sums of the epoch before."""
+        self.step = self.images = self.correct = 0
+        self.loss_sum = 0.0
+
+
 def train(args: argparse.Namespace) -> None:
     """Trains, evaluates after each epoch, and writes the results.
 
     Raises:
-        TrainingError: If the data, the model or the run is at fault.
+        CommandError: If the data, the model or the run is at fault, or a signal ended it.
     """
-    device = _device(args.device)
-    random_seed(args.seed)
-    if args.in_chans is None:
-        args.in_chans = 3
-    if args.in_chans not in (1, 3):
-        raise TrainingError(f"--in-chans must be 1 (gray) or 3 (color), got {args.in_chans}")
-    for name, values in (("mean", args.mean), ("std", args.std)):
-        if values is not None and len(values) not in (1, args.in_chans):
-            raise TrainingError(
-                f"--{name} must be one number, or one for each of {args.in_chans} channels, got {values}"
+    require_loggers(args.log_tensorboard, args.wandb_project if args.log_wandb else None)
+    with join_world(args.device, args.dist_backend) as world, StopRequest() as stop:
+        _Training(args, world, stop).run()
+
+
+class _Training:
+    """One run: what it is made of, and its steps from top to bottom."""
+
+    def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest) -> None:
+        self.args, self.world, self.stop = args, world, stop
+        _check_args(args, world)
+        random_seed(args.seed)
+        images = open_images(args, world)
+        self.train_set, self.val_set, self.class_names = images.train, images.val, images.class_names
+        args.num_classes = _num_classes(args.num_classes, self.class_names)
+
+        self.model = _create_model(args).to(device=world.device, dtype=DTYPES[args.model_dtype])
+        # A block of rate 0 has no such module: with a schedule the model is made with the highest rate.
+        self.drop_paths = [
+            (module, module.drop_prob) for module in self.model.modules() if isinstance(module, DropPath)
+        ]
+        if args.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if args.sync_bn:
+            self.model = convert_sync_batchnorm(self.model)
+        self.data_config = resolve_data_config(vars(args), model=self.model)
+        if args.in_chans == 1 and args.mean is None:
+            self.data_config |= {
+                name: (sum(self.data_config[name]) / len(self.data_config[name]),) for name in ("mean", "std")
+            }
+        dtype = DTYPES[args.model_dtype]
+        self.loader = TrainLoader(args, self.train_set, self.data_config, world, dtype)
+        self.val_loader = create_val_loader(args, self.val_set, self.data_config, world, dtype)
+        self.updates = self.loader.steps // args.grad_accum_steps
+        if self.updates == 0:
+            raise CommandError("the training set gives no whole update: lower --batch-size or --workers")
+
+        self.mixup = create_mixup(args)
+        self.erase = (
+            RandomErasing(args.reprob, mode=args.remode, max_count=1, device=world.device) if args.reprob else None
+        )
+        criterion = {"smoothing": args.smoothing} if self.mixup is None else {"soft_targets": True}
+        self.task = ClassificationTask(
+            self.model, criterion_kwargs=criterion, device=world.device, dtype=dtype, verbose=False
+        )
+        self.optimizer, self.scheduler = create_optimizer(args, self.model, self.updates, world.size)
+        self.scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
+        if args.model_ema:
+            self.task.setup_ema(args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.compile:
+            self.task.compile()
+        if world.size > 1:
+            self.task.prepare_distributed(device_ids=[world.device] if world.device.type == "cuda" else None)
+
+        self.folder, resumed = _find_run_together(args, world, self.data_config["input_size"])
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.progress = Progress()
+        random_seed(args.seed, world.rank)
+        if resumed is not None:
+            self._resume(resumed)
+        bad_images = BadImages(args.max_bad_images, self.folder / "bad_images.jsonl")
+        self.train_set.bad_images = self.val_set.bad_images = bad_images
+        self.bad_images = bad_images
+
+    def run(self) -> None:
+        """Trains to the end."""
+        args, world, progress = self.args, self.world, self.progress
+        if progress.epoch >= args.epochs:
+            world.say(f"{self.folder} is finished: {args.epochs} epochs are done")
+            self._say_result()
+            return
+        log = self._open_log() if world.is_first else None
+        world.say(
+            f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
+            f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "
+            f"{world.size if world.size > 1 else ''}{' x ' if world.size > 1 else ''}{world.device.type}; results in "
+            f"{self.folder}"
+        )
+        done = progress.epoch * self.updates + progress.step
+        bar = progress_bar(args.epochs * self.updates, "step", world.is_first, done)
+        try:
+            with bar:
+                while progress.epoch < args.epochs:
+                    if progress.step < self.updates:
+                        self._train_epoch(bar, log)
+                        if world.size > 1:  # several processes cannot leave an evaluation early
+                            self._save_checkpoint()
+                    self._finish_epoch(bar, log)
+                    self._save_checkpoint()
+        except _Stopped as stopped:
+            self._save_checkpoint()
+            raise Interrupted(
+                f"{stopped}; saved after epoch {progress.epoch}, update {progress.step} of {self.updates}: to go on, "
+                "give the same command with --resume auto",
+                stopped.signum,
+            ) from stopped
+        finally:
+            if log is not None:
+                log.close()
+        if world.is_first:
+            if not (self.folder / "curve.png").exists():
+                print("there is no curve.png, for which matplotlib is needed: pip install matplotlib")
+            bad = len(self.bad_images.names())
+            if bad:
+                print(f"{bad} images could not be read and were skipped: {self.bad_images.log}")
+        self._say_result()
+
+    def _open_log(self) -> RunLog:
+        args, progress = self.args, self.progress
+        recipe = yaml.safe_dump(_resolved(args), sort_keys=False)
+        replace_whole(self.folder / "config.yaml", lambda path: path.write_text(recipe))
+        log = RunLog(
+            self.folder,
+            tensorboard=args.log_tensorboard,
+            wandb_project=args.wandb_project if args.log_wandb else None,
+            config=_resolved(args),
+            wandb_id=progress.wandb_id,
+            start_update=progress.epoch * self.updates + progress.step,
+        )
+        progress.wandb_id = log.wandb_id
+        log.event(
+            "resume" if progress.epoch or progress.step else "start",
+            {"epoch": progress.epoch, "step": progress.step, "processes": self.world.size, "torch": torch.__version__},
+        )
+        return log
+
+    def _say_result(self) -> None:
+        epoch, top1, kind = self.progress.best
+        best = self.folder / "best"
+        self.world.say(
+            f"best validation accuracy {top1:.2f} % (epoch {epoch + 1}{', ' + kind if kind else ''}); its weights are "
+            f"in {best}:"
+        )
+        source = f"local-dir:{best}"
+        self.world.say(f"import stvit, timm; model = timm.create_model({source!r}, pretrained=True)")
+
+    # One epoch
+
+    def _train_epoch(self, bar: tqdm, log: RunLog | None) -> None:
+        """The updates of an epoch that are still to do."""
+        args, progress, task, world = self.args, self.progress, self.task, self.world
+        self._begin_epoch()
+        accum = args.grad_accum_steps
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64 if world.device.type != "mps" else None)
+        loss_sum = loss_sum.to(world.device)
+        correct = torch.tensor(progress.correct, device=world.device)
+        since, images_before = time.perf_counter(), progress.images
+        batches = self.loader.epoch(progress.epoch, progress.step * accum)
+        while progress.step < self.updates:
+            for micro_step in range(1, accum + 1):
+                image, target, labels = self._next_batch(batches)
+                if image is None:
+                    break
+                with task.no_sync() if micro_step < accum else nullcontext():
+                    with autocast(args, world):
+                        result = task(image, target)
+                    self._backward(result["loss"] / accum, is_last=micro_step == accum)
+                loss_sum += result["loss"].detach() * len(image)
+                correct += (result["output"].argmax(dim=1) == labels).sum()
+                progress.images += len(image)
+            if image is None:
+                break  # a stream that is shorter than it says
+            progress.step += 1
+            update = progress.epoch * self.updates + progress.step
+            task.update_ema(step=update)
+            if self.scheduler is not None:
+                self.scheduler.step_update(update)
+            bar.update()
+
+            is_look = progress.step % args.log_interval == 0 or progress.step == self.updates
+            if is_look:  # not at each update: it waits for the device
+                progress.loss_sum, progress.correct = loss_sum.item(), int(correct)
+                metrics = self._train_metrics()
+                now = time.perf_counter()
+                speed = (progress.images - images_before) * world.size / (now - since)
+                since, images_before = now, progress.images
+                self._show(bar, log, metrics, speed)
+            is_saving = args.checkpoint_steps and progress.step % args.checkpoint_steps == 0
+            if is_saving and progress.step < self.updates:
+                progress.loss_sum, progress.correct = loss_sum.item(), int(correct)
+                self._save_checkpoint()
+            # Several processes must agree to stop, which costs a message: at looks alone.
+            if world.any(bool(self.stop)) if world.size > 1 and is_look else world.size == 1 and self.stop:
+                progress.loss_sum, progress.correct = loss_sum.item(), int(correct)
+                raise _Stopped(self.stop)
+        if progress.images == 0:
+            raise CommandError("the training set gave no whole batch: lower --batch-size or --workers")
+        progress.step = self.updates
+        progress.loss_sum, progress.correct = loss_sum.item(), int(correct)
+
+    def _begin_epoch(self) -> None:
+        """Sets what depends on the epoch."""
+        args, epoch = self.args, self.progress.epoch
+        self.task.train()
+        if args.bn_eval:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+                    module.eval()
+        if args.drop_path_schedule:
+            share = _drop_path_at(args, epoch) / _highest_drop_path(args)
+            for module, highest in self.drop_paths:
+                module.drop_prob = highest * share
+        if self.mixup is not None and args.mixup_off_epoch:
+            self.mixup.mixup_enabled = epoch < args.mixup_off_epoch
+
+    def _next_batch(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Any, Any, Any]:
+        """Images, what to learn, and class numbers; None for the images at the end."""
+        batch = next(batches, None)
+        if batch is None:
+            return None, None, None
+        image, labels = batch
+        if self.progress.step == 0 or self.world.device.type == "cpu":  # elsewhere a look waits for the device
+            check_targets(labels, self.args.num_classes, "training")
+        target = labels
+        if self.erase is not None:
+            image = self.erase(image)
+        if self.mixup is not None:
+            image, target = self.mixup(image, labels)
+        if self.args.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return image, target, labels
+
+    def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Gradients, and in the last step of an update the update."""
+        args = self.args
+        parameters = None
+        if args.clip_grad is not None:
+            parameters = list(self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc"))
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, need_update=is_last)
+        else:
+            loss.backward()
+            if is_last:
+                if parameters is not None:
+                    dispatch_clip_grad(parameters, args.clip_grad, args.clip_mode)
+                self.optimizer.step()
+        if is_last:
+            self.optimizer.zero_grad()
+
+    def _train_metrics(self) -> OrderedDict[str, float]:
+        """Mean loss and accuracy in percent of the epoch so far, over all processes."""
+        progress = self.progress
+        dtype = torch.float64 if self.world.device.type != "mps" else torch.float32
+        sums = torch.tensor(
+            [progress.loss_sum, progress.correct, progress.images], dtype=dtype, device=self.world.device
+        )
+        loss_sum, correct, images = self.world.sum(sums).tolist()
+        metrics = OrderedDict(loss=loss_sum / images, top1=100 * correct / images)
+        self._check_loss(metrics["loss"], f"in epoch {progress.epoch + 1}, at or before step {progress.step}")
+        return metrics
+
+    def _check_loss(self, loss: float, when: str) -> None:
+        if not math.isfinite(loss):
+            raise CommandError(
+                f"the loss became {loss} {when}: lower --lr (it is {self.args.lr:g}), lengthen --warmup-epochs, or set "
+                "--clip-grad 1"
             )
 
-    train_set, val_set, class_names = open_datasets(args)
-    args.num_classes = _num_classes(args.num_classes, class_names)
-    model = create_model(args).to(device=device)
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    data_config = resolve_data_config(vars(args), model=model)
-    if args.in_chans == 1 and args.mean is None:
-        data_config |= {name: (sum(data_config[name]) / len(data_config[name]),) for name in ("mean", "std")}
-    train_loader, val_loader = create_loaders(args, train_set, val_set, data_config, device)
+    def _show(self, bar: tqdm, log: RunLog | None, metrics: OrderedDict[str, float], speed: float) -> None:
+        progress = self.progress
+        bar.set_postfix_str(
+            f"epoch {progress.epoch + 1}/{self.args.epochs}, loss {metrics['loss']:.4f}, accuracy "
+            f"{metrics['top1']:.1f} %, {speed:.0f} images/s",
+            refresh=False,
+        )
+        if log is not None:
+            values = {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                **metrics,
+                "lr": self._lr(),
+                "images_per_second": speed,
+            }
+            log.step(progress.epoch * self.updates + progress.step, values)
 
-    mixup = create_mixup(args)
-    criterion = {"smoothing": args.smoothing} if mixup is None else {"soft_targets": True}
-    task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
-    optimizer, scheduler = create_optimizer(args, model, len(train_loader))
+    def _lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
-    folder = create_run_folder(args, data_config["input_size"])
-    (folder / "config.yaml").write_text(yaml.safe_dump(_resolved(args), sort_keys=False))
-    print(
-        f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.num_classes} "
-        f"classes, {len(train_set)} training and {len(val_set)} validation images, on {device}; results in {folder}"
-    )
+    def _finish_epoch(self, bar: tqdm, log: RunLog | None) -> None:
+        """Evaluates, and writes the results of the epoch."""
+        args, progress, world = self.args, self.progress, self.world
+        train_metrics = self._train_metrics()
+        row: dict[str, Any] = {"epoch": progress.epoch, **{f"train_{k}": v for k, v in train_metrics.items()}}
+        kinds = {"": self.model}
+        if self.task.has_ema():
+            kinds["EMA"] = unwrap_model(self.task.get_trainable_module(ema=True))
+        for kind, model in kinds.items():
+            if world.size > 1:
+                # The statistics of BatchNorm are those of the first process, in every forward pass of DDP too.
+                distribute_bn(model, world.size, reduce=False)
+            metrics = self._evaluate(model)
+            self._check_loss(metrics["loss"], f"in the validation after epoch {progress.epoch + 1}")
+            row |= {f"{'ema' if kind else 'eval'}_{k}": v for k, v in metrics.items()}
+        if self.scheduler is not None:
+            self.scheduler.step(progress.epoch + 1, row["eval_top1"])
+        row["lr"] = self._lr()
 
-    best_top1, best_epoch = -1.0, 0
-    # Where it is not a terminal that shows the bar, a line now and then is enough.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=args.epochs * len(train_loader), unit="step", mininterval=interval, dynamic_ncols=True) as bar:
-        for epoch in range(args.epochs):
-            if mixup is not None and args.mixup_off_epoch:
-                mixup.mixup_enabled = epoch < args.mixup_off_epoch
-            train_metrics = train_epoch(args, epoch, task, train_loader, mixup, optimizer, scheduler, bar)
-            eval_metrics = evaluate(task, val_loader)
-            _check_loss(args, eval_metrics["loss"], f"in the validation after epoch {epoch + 1}")
-            if scheduler is not None:
-                scheduler.step(epoch + 1, eval_metrics["top1"])
-
-            update_summary(
-                epoch, train_metrics, eval_metrics, str(folder / "summary.csv"), lr=optimizer.param_groups[0]["lr"]
-            )
-            save_model(model, folder / "last", class_names, data_config)
-            if eval_metrics["top1"] > best_top1:
-                best_top1, best_epoch = eval_metrics["top1"], epoch
-                save_model(model, folder / "best", class_names, data_config)
+        best_kind = max(kinds, key=lambda kind: row["ema_top1" if kind else "eval_top1"])
+        best_top1 = row["ema_top1" if best_kind else "eval_top1"]
+        is_best = best_top1 > progress.best[1]
+        if world.is_first:
+            for kind, model in kinds.items():
+                self._save_model(model, "last_ema" if kind else "last")
+            if is_best:
+                self._save_model(kinds[best_kind], "best")
+        if is_best:
+            progress.best = [progress.epoch, best_top1, best_kind]
+        progress.history.append(row)
+        progress.epoch += 1
+        progress.begin_epoch()
+        if log is not None:
+            log.epoch(progress.epoch * self.updates, progress.history)
+            ema = f" (EMA {row['ema_top1']:.2f} %)" if self.task.has_ema() else ""
             bar.write(
-                f"epoch {epoch + 1}/{args.epochs}: training loss {train_metrics['loss']:.4f}, accuracy "
-                f"{train_metrics['top1']:.2f} %; validation loss {eval_metrics['loss']:.4f}, accuracy "
-                f"{eval_metrics['top1']:.2f} %",
+                f"epoch {progress.epoch}/{args.epochs}: training loss {row['train_loss']:.4f}, accuracy "
+                f"{row['train_top1']:.2f} %; validation loss {row['eval_loss']:.4f}, accuracy "
+                f"{row['eval_top1']:.2f} %{ema}",
                 file=sys.stdout,
             )
 
-    print(f"best validation accuracy {best_top1:.2f} % (epoch {best_epoch + 1}); its weights are in {folder / 'best'}:")
-    source = f"local-dir:{folder / 'best'}"
-    print(f"import stvit, timm; model = timm.create_model({source!r}, pretrained=True)")
+    def _evaluate(self, model: nn.Module) -> OrderedDict[str, float]:
+        def leave_if_asked(*_: object) -> None:
+            if self.stop:
+                raise _Stopped(self.stop)
 
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"--device {name} cannot be used: {_reason(error)}") from error
-    return device
-
-
-def create_model(args: argparse.Namespace) -> nn.Module:
-    """The model of the flags, on the CPU."""
-    if not timm.is_model(args.model) and not args.model.startswith(("hf-hub:", "local-dir:")):
-        near = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        hint = f", did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise TrainingError(f"unknown model {args.model!r}{hint}")
-    if args.pretrained_path and not Path(args.pretrained_path).is_file():
-        raise TrainingError(f"--pretrained-path {args.pretrained_path} is not a file")
-    kwargs: dict[str, Any] = {"drop_path_rate": args.drop_path, **args.model_kwargs}
-    overlay: dict[str, Any] = {}
-    try:
-        if args.pretrained_path:
-            overlay["file"] = args.pretrained_path
-            # timm keeps a classifier if it has the classes of the weights, which it does not ask the file for.
-            weights = load_state_dict(args.pretrained_path)
-            for name in (get_pretrained_cfg_value(args.model, "classifier"), "head"):
-                if f"{name}.weight" in weights:
-                    overlay["num_classes"] = len(weights[f"{name}.weight"])
-        model: Any = timm.create_model(
-            args.model,
-            pretrained=args.pretrained or args.pretrained_path is not None,
-            pretrained_cfg_overlay=overlay,
-            num_classes=args.num_classes,
-            in_chans=args.in_chans,
-            drop_rate=args.drop,
-            **kwargs,
+        return evaluate(
+            model,
+            self.val_loader,
+            self.world,
+            autocast(self.args, self.world),
+            self.args.channels_last,
+            # One process of several must not leave alone: the others would wait for it.
+            on_batch=leave_if_asked if self.world.size == 1 else None,
         )
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing()
-    except Exception as error:  # unpickling a file that holds no weights raises nearly everything
-        raise TrainingError(f"cannot create model {args.model}: {_reason(error)}") from error
-    return model
+
+    # Checkpoints
+
+    def _save_model(self, model: nn.Module, name: str) -> None:
+        save_model(model, self.folder / name, self.class_names, self.data_config)
+
+    def _save_checkpoint(self) -> None:
+        """Writes all that the rest of the run depends on."""
+        progress, task = self.progress, self.task
+        own = {
+            "random": get_random_state(self.world.device),
+            "loss_sum": progress.loss_sum,
+            "correct": progress.correct,
+            "images": progress.images,
+        }
+        processes = self.world.gather(own)
+        if not self.world.is_first:
+            return
+        state = {
+            "progress": asdict(progress),
+            "processes": processes,
+            "recipe": _recipe_key(self.args),
+            "update_images": self._update_images(),
+            "updates": self.updates,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        if task.has_ema():
+            state["model_ema"] = unwrap_model(task.get_trainable_module(ema=True)).state_dict()
+        self.checkpoints.save(state, progress.epoch, progress.step)
+
+    def _update_images(self) -> int:
+        return self.args.batch_size * self.args.grad_accum_steps * self.world.size
+
+    def _resume(self, path: Path) -> None:
+        """Takes up the state of a checkpoint."""
+        state = load_checkpoint(path)
+        if state["update_images"] != self._update_images():
+            raise CommandError(
+                f"{path} is of a run with {state['update_images']} images an update, this one has "
+                f"{self._update_images()}: let processes x --batch-size x --grad-accum-steps be the same"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.task.has_ema():
+                unwrap_model(self.task.get_trainable_module(ema=True)).load_state_dict(state["model_ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CommandError(f"{path} does not fit this run: {reason(error)}") from error
+        self.progress = Progress(**state["progress"])
+        processes, rank = state["processes"], self.world.rank
+        if len(processes) == self.world.size:
+            own = processes[rank]
+            set_random_state(own["random"], self.world.device)
+            for name in ("loss_sum", "correct", "images"):
+                setattr(self.progress, name, own[name])
+        else:
+            # The data stay the same, what each process draws by itself (dropout, mixup, …) cannot.
+            for name in ("loss_sum", "correct", "images"):
+                total = sum(process[name] for process in processes)
+                setattr(self.progress, name, total if rank == 0 else 0)
+            random_seed(self.args.seed + self.progress.epoch * self.updates + self.progress.step, rank)
+            self.world.say(f"resuming on {self.world.size} processes what {len(processes)} began")
+        self.world.say(f"resuming {path}: {self.progress.epoch} epochs and {self.progress.step} updates are done")
+
+
+class _Stopped(Exception):
+    """The wish to stop was seen, and the state is that after a whole update."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        # Another process may have seen the signal.
+        self.signum = stop.signum or signal.SIGTERM
+        super().__init__("interrupted" if self.signum == signal.SIGINT else "terminated")
+
+
+def _check_args(args: argparse.Namespace, world: World) -> None:
+    """Refuses flags that do not go together, and fills in what has no default of its own."""
+    if args.in_chans is None:
+        args.in_chans = 3
+    if args.in_chans not in (1, 3):
+        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {args.in_chans}")
+    for name, values in (("mean", args.mean), ("std", args.std)):
+        if values is not None and len(values) not in (1, args.in_chans):
+            raise CommandError(
+                f"--{name} must be one number, or one for each of {args.in_chans} channels, got {values}"
+            )
+    if args.sync_bn and (world.size == 1 or world.device.type == "cpu"):
+        raise CommandError("--sync-bn needs several processes (torchrun), each with a GPU: leave it out here")
+    if args.drop_path_schedule and _highest_drop_path(args) == 0:
+        raise CommandError("--drop-path-schedule needs a rate above 0")
+    if args.aug_repeats > 1 and args.dataset.startswith("wds/"):
+        raise CommandError("--aug-repeats needs images that can be read in any order, which wds/ shards cannot")
+
+
+def _drop_path_at(args: argparse.Namespace, epoch: int) -> float:
+    steps = sorted((int(e), float(x)) for e, x in (text.split(":") for text in args.drop_path_schedule or ()))
+    return [args.drop_path or 0.0, *(value for start, value in steps if start <= epoch)][-1]
+
+
+def _highest_drop_path(args: argparse.Namespace) -> float:
+    return max(args.drop_path or 0.0, *(float(text.split(":")[1]) for text in args.drop_path_schedule or ("0:0",)))
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    """The model of the flags, on the CPU."""
+    drop_path = _highest_drop_path(args) if args.drop_path_schedule else args.drop_path
+    return create_model(
+        args.model,
+        pretrained=args.pretrained,
+        weights=read_weights(Path(args.pretrained_path))[0] if args.pretrained_path else None,
+        num_classes=args.num_classes,
+        in_chans=args.in_chans,
+        grad_checkpointing=args.grad_checkpointing,
+        model_kwargs={"drop_rate": args.drop, "drop_path_rate": drop_path, **args.model_kwargs},
+    )
+
+
+def _num_classes(asked: int | None, class_names: list[str] | None) -> int:
+    if class_names is None:
+        if asked is None:
+            raise CommandError("the dataset does not say how many classes it has: set --num-classes")
+        return asked
+    if asked is not None and asked != len(class_names):
+        raise CommandError(f"--num-classes is {asked}, but the images have {len(class_names)} classes: leave it out")
+    return len(class_names)
 
 
 def create_optimizer(
-    args: argparse.Namespace, model: nn.Module, updates_per_epoch: int
+    args: argparse.Namespace, model: nn.Module, updates_per_epoch: int, processes: int = 1
 ) -> tuple[torch.optim.Optimizer, Any]:
     """Optimizer and schedule (None for none) of the flags."""
     if args.lr is None:
-        args.lr = args.lr_base * args.batch_size / args.lr_base_size
+        args.lr = args.lr_base * args.batch_size * args.grad_accum_steps * processes / args.lr_base_size
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
         schedule = scheduler_kwargs(args) | {"warmup_prefix": False}
         scheduler, _ = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates_per_epoch)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
-        raise TrainingError(
-            f"cannot create optimizer {args.opt} with schedule {args.sched}: {_reason(error)}"
-        ) from error
+        raise CommandError(f"cannot create optimizer {args.opt} with schedule {args.sched}: {reason(error)}") from error
     return optimizer, scheduler
 
 
@@ -429,7 +770,7 @@ def create_mixup(args: argparse.Namespace) -> Mixup | None:
     if args.mixup <= 0.0 and args.cutmix <= 0.0:
         return None
     if args.batch_size % 2 != 0:
-        raise TrainingError(f"--mixup and --cutmix need an even --batch-size, got {args.batch_size}")
+        raise CommandError(f"--mixup and --cutmix need an even --batch-size, got {args.batch_size}")
     return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
@@ -440,328 +781,94 @@ def create_mixup(args: argparse.Namespace) -> Mixup | None:
     )
 
 
-def train_epoch(
-    args: argparse.Namespace,
-    epoch: int,
-    task: ClassificationTask,
-    loader: DataLoader,
-    mixup: Mixup | None,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    bar: tqdm,
-) -> OrderedDict[str, float]:
-    """One pass over the training images; returns its mean loss, and its accuracy in percent."""
-    task.train()
-    loss_sum = torch.zeros((), device=task.device)
-    correct = torch.zeros((), device=task.device)
-    images = images_before = 0
-    since = time.perf_counter()
-    steps = len(loader)
-    for step, (image, target) in enumerate(loader, start=1):
-        if step == 1 or task.device.type == "cpu":  # elsewhere a look at each batch would wait for the device
-            _check_targets(target, args.num_classes, "training")
-        labels = target
-        if mixup is not None:
-            image, target = mixup(image, target)
-        if args.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        result = task(image, target)
-        loss = result["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        if args.clip_grad is not None:
-            parameters = task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
-            dispatch_clip_grad(parameters, args.clip_grad, args.clip_mode)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step_update(epoch * steps + step)
-
-        loss_sum += loss.detach() * len(image)
-        correct += (result["output"].argmax(dim=1) == labels).sum()
-        images += len(image)
-        if step % args.log_interval == 0 or step == steps:  # not at each step: it waits for the device
-            metrics = OrderedDict(loss=loss_sum.item() / images, top1=100 * correct.item() / images)
-            _check_loss(args, metrics["loss"], f"in epoch {epoch + 1}, at or before step {step}")
-            now = time.perf_counter()
-            bar.set_postfix_str(
-                f"epoch {epoch + 1}/{args.epochs}, loss {metrics['loss']:.4f}, accuracy {metrics['top1']:.1f} %, "
-                f"{(images - images_before) / (now - since):.0f} images/s",
-                refresh=False,
-            )
-            since, images_before = now, images
-        bar.update()
-    if images == 0:
-        raise TrainingError("the training set gave no whole batch: lower --batch-size or --workers")
-    metrics = OrderedDict(loss=loss_sum.item() / images, top1=100 * correct.item() / images)
-    _check_loss(args, metrics["loss"], f"in epoch {epoch + 1}")
-    return metrics
-
-
-def _check_loss(args: argparse.Namespace, loss: float, when: str) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss became {loss} {when}: lower --lr (it is {args.lr:g}), lengthen --warmup-epochs, or set "
-            "--clip-grad 1"
-        )
-
-
-@torch.no_grad()
-def evaluate(task: ClassificationTask, loader: DataLoader) -> OrderedDict[str, float]:
-    """One pass over the validation images; returns their mean loss, and top-1 and top-5 accuracy in percent."""
-    task.eval()
-    model: Any = task.get_eval_model()
-    evaluator = task.create_evaluator()
-    for image, target in loader:
-        output = model(image)
-        if evaluator.num_samples == 0 or task.device.type == "cpu":
-            _check_targets(target, output.shape[1], "validation")
-        evaluator.update(output, target)
-    return evaluator.compute()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# The run's folder
 
 
-class ImageSamples(Dataset):
-    """Images and class numbers of a source that gives PIL images or files; an unreadable image stops the run.
-
-    timm's own dataset goes on with the next image instead. `transform` is set by `create_loader`.
-    """
-
-    def __init__(self, source: Any, mode: str) -> None:
-        self.source = source
-        self.mode = mode
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            image, target = self.source[index]
-            if not isinstance(image, Image.Image):
-                image = Image.open(image)
-            image = image.convert(self.mode)
-        except UnidentifiedImageError as error:
-            raise TrainingError(
-                f"cannot read image {self.name(index)}: not an image that Pillow knows; repair it or remove it"
-            ) from error
-        except Exception as error:  # Pillow raises nearly everything at damaged files
-            raise TrainingError(
-                f"cannot read image {self.name(index)}: {_reason(error)}; repair it or remove it"
-            ) from error
-        try:
-            return self.transform(image), target
-        except Exception as error:
-            raise TrainingError(
-                f"cannot transform image {self.name(index)}: {_reason(error)}; look at --aa and the flags beside it"
-            ) from error
-
-    def name(self, index: int) -> str:
-        """The image's path, or its number where it has none."""
-        return self.source.filename(index, absolute=True) if hasattr(self.source, "filename") else f"number {index}"
-
-
-def open_datasets(args: argparse.Namespace) -> tuple[Any, Any, list[str] | None]:
-    """Training and validation images, and the names of their classes where they are known."""
-    mode = "L" if args.in_chans == 1 else "RGB"
-    if args.dataset == "sklearn/digits":
-        train_digits, val_digits = _digits(args.seed)
-        return ImageSamples(train_digits, mode), ImageSamples(val_digits, mode), [str(digit) for digit in range(10)]
-    if args.dataset.startswith("sklearn/"):
-        raise TrainingError(f"unknown dataset {args.dataset!r}: of scikit-learn's there is 'sklearn/digits'")
-
-    if args.dataset and not args.dataset.startswith(("torch/", "hfds/", "wds/")):
-        raise TrainingError(
-            f"unknown dataset {args.dataset!r}: give sklearn/digits, torch/…, hfds/… or wds/…, or leave --dataset out "
-            "for the image folder --data-dir"
-        )
-    is_folder = not args.dataset
-    if args.data_dir is None and not args.dataset.startswith("hfds/"):
-        raise TrainingError("no data: give --data-dir, or --dataset sklearn/digits to try the program out")
-    if is_folder and not Path(args.data_dir).is_dir():
-        raise TrainingError(
-            f"--data-dir {args.data_dir} is not a folder; it must hold train/<class>/* and val/<class>/*"
-        )
-    datasets = []
-    for split, is_training in ((args.train_split, True), (args.val_split, False)):
-        try:
-            dataset = create_dataset(
-                args.dataset,
-                root=args.data_dir,
-                split=split,
-                is_training=is_training,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                input_img_mode=mode,
-                download=args.dataset_download,
+def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path, Path | None]:
+    """The folder of this run, and the checkpoint to go on from (None to begin)."""
+    output = Path(args.output).expanduser()
+    if args.resume and args.resume != "auto":
+        path = Path(args.resume).expanduser()
+        if path.is_dir():
+            folder = path
+            found = Checkpoints(folder / "checkpoints").load()
+        else:
+            folder = path.parent.parent
+            found = (load_checkpoint(path), path) if path.is_file() else None
+        if found is None:
+            raise CommandError(
+                f"--resume {args.resume}: no checkpoint there; give a run's folder, a checkpoint, or auto"
             )
-        except (RuntimeError, OSError, ValueError, AssertionError, ImportError, LookupError, TypeError) as error:
-            where = args.dataset or args.data_dir
-            reason = _reason(error).replace("download=True", "--dataset-download")
-            raise TrainingError(f"cannot open the {split} images of {where}: {reason}") from error
-        datasets.append(dataset)
-    if is_folder:
-        _check_folders(args, datasets[0].reader, datasets[1].reader)
+        _check_same_recipe(args, found[0], folder)
+        return folder, found[1]
 
-    names = _class_names(datasets[0])
-    if names is not None and len(names) < 2:
-        raise TrainingError(f"the images have one class alone, {names[0]!r}: a classifier needs two or more")
-    if names is not None and _class_names(datasets[1]) not in (None, names):
-        raise TrainingError("the training and the validation images do not have the same classes")
-    samples = [
-        dataset if isinstance(dataset, IterableDataset) else ImageSamples(getattr(dataset, "reader", dataset), mode)
-        for dataset in datasets
-    ]
-    return samples[0], samples[1], names
-
-
-def _digits(seed: int) -> list[list[tuple[Image.Image, int]]]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 gray, split 4 to 1 by the seed, equally in each class."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise TrainingError("--dataset sklearn/digits needs scikit-learn: pip install scikit-learn") from error
-    digits = load_digits()
-    # The gray levels are 0 to 16, more ink is higher.
-    samples = [
-        (Image.fromarray((pixels * (255 / 16)).astype("uint8")), int(target))
-        for pixels, target in zip(digits.images, digits.target, strict=True)
-    ]
-    return train_test_split(samples, test_size=0.2, random_state=seed, stratify=digits.target)
-
-
-def _check_folders(args: argparse.Namespace, train_reader: Any, val_reader: Any) -> None:
-    """Refuses what timm's image folders let pass: a split that is missing, a class with no image."""
-    for reader, flag, split in (
-        (train_reader, "--train-split", args.train_split),
-        (val_reader, "--val-split", args.val_split),
-    ):
-        if Path(reader.root).samefile(args.data_dir):  # timm's way out where it finds no such folder
-            raise TrainingError(
-                f"--data-dir {args.data_dir} has no folder for {flag} {split}; it must hold train/<class>/* and "
-                "val/<class>/*"
-            )
-    for reader in (train_reader, val_reader):
-        root = Path(reader.root)
-        held = {reader.filename(i).split(os.sep)[0] for i in range(len(reader))}
-        if "" in reader.class_to_idx:
-            raise TrainingError(f"{root} holds images beside the class folders: move each into the folder of its class")
-        empty = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name not in held)
-        if empty:
-            raise TrainingError(f"class folder {root / empty[0]} has no image: add some, or remove the folder")
-        deep = next((name for name in map(reader.filename, range(len(reader))) if name.count(os.sep) > 1), None)
-        if deep is not None:  # timm would name the class after the folder that holds the image
-            raise TrainingError(f"image {root / deep} is in a folder within its class folder: move it up")
-    train_classes, val_classes = set(train_reader.class_to_idx), set(val_reader.class_to_idx)
-    if train_classes != val_classes:
-        odd = sorted(train_classes ^ val_classes)[0]
-        has, lacks = (train_reader, val_reader) if odd in train_classes else (val_reader, train_reader)
-        raise TrainingError(f"class {odd!r} is in {has.root} but not in {lacks.root}: both need the same class folders")
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(
-        dataset, "class_to_idx", None
-    )
-    if class_to_idx:
-        return [str(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
-    names = getattr(dataset, "classes", None)
-    return [str(name) for name in names] if names else None
-
-
-def _num_classes(asked: int | None, class_names: list[str] | None) -> int:
-    if class_names is None:
-        if asked is None:
-            raise TrainingError("the dataset does not say how many classes it has: set --num-classes")
-        return asked
-    if asked is not None and asked != len(class_names):
-        raise TrainingError(f"--num-classes is {asked}, but the images have {len(class_names)} classes: leave it out")
-    return len(class_names)
-
-
-def _check_targets(target: torch.Tensor, num_classes: int, what: str) -> None:
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or high >= num_classes:
-        bad = low if low < 0 else high
-        raise TrainingError(f"a {what} image has class number {bad}, the model has {num_classes}: set --num-classes")
-
-
-def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """timm's, which asks for 0 bits at full strength, and Pillow from version 13 on for at least 1."""
-    return auto_augment.posterize(image, max(1, bits), **kwargs)
-
-
-def create_loaders(
-    args: argparse.Namespace, train_set: Any, val_set: Any, data_config: dict[str, Any], device: torch.device
-) -> tuple[DataLoader, DataLoader]:
-    """timm's loaders: augmented and shuffled for training, in order for validation."""
-    if not isinstance(train_set, IterableDataset) and len(train_set) < args.batch_size:
-        raise TrainingError(
-            f"--batch-size {args.batch_size} is more than the {len(train_set)} training images: lower it"
-        )
-    for policy in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[policy] = _posterize
-    common = {
-        "input_size": data_config["input_size"],
-        "mean": data_config["mean"],
-        "std": data_config["std"],
-        "num_workers": args.workers,
-        "pin_memory": device.type == "cuda",
-        "device": device,
-    }
-    try:
-        train_loader = create_loader(
-            train_set,
-            batch_size=args.batch_size,
-            is_training=True,
-            no_aug=args.no_aug,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
-            **common,
-        )
-        val_loader = create_loader(
-            val_set,
-            batch_size=args.validation_batch_size or args.batch_size,
-            interpolation=data_config["interpolation"],
-            crop_pct=data_config["crop_pct"],
-            **common,
-        )
-    except (ValueError, AssertionError, KeyError, TypeError) as error:
-        raise TrainingError(f"cannot set up the images: {_reason(error)}") from error
-    return train_loader, val_loader
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def create_run_folder(args: argparse.Namespace, input_size: Sequence[int]) -> Path:
-    """A new folder for the results of this run."""
+    if args.experiment is None and args.resume == "auto":
+        for checkpoints in sorted(output.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True):
+            if _recipe_of(checkpoints.parent) == _recipe_key(args):
+                found = Checkpoints(checkpoints).load()
+                if found is not None and found[0]["progress"]["epoch"] < args.epochs:
+                    return checkpoints.parent, found[1]
     model = args.model.split(":")[-1].replace("/", "_")
     name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
-    folder = Path(args.output).expanduser() / name
-    if (folder / "summary.csv").exists():
-        raise TrainingError(f"{folder} holds the results of another run: choose another --experiment, or move it away")
+    folder = output / name
+    if args.resume == "auto":
+        found = Checkpoints(folder / "checkpoints").load()
+        if found is not None:
+            _check_same_recipe(args, found[0], folder)
+            return folder, found[1]
+    if (folder / "summary.csv").exists() or ((folder / "checkpoints").exists() and args.resume is None):
+        raise CommandError(
+            f"{folder} holds the results of another run: choose another --experiment, move it away, or go on with it "
+            "by --resume auto"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return folder
+        raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return folder, None
+
+
+def _find_run_together(args: argparse.Namespace, world: World, input_size: Sequence[int]) -> tuple[Path, Path | None]:
+    """`find_run` by the first process, whose error is everybody's."""
+    found: Any = None
+    if world.is_first:
+        try:
+            found = find_run(args, input_size)
+        except CommandError as error:
+            found = error
+    found = world.from_first(found)
+    if isinstance(found, CommandError):
+        raise found
+    return found
+
+
+def _recipe_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return {key: value for key, value in recipe.items() if key not in FREE_FLAGS} if isinstance(recipe, dict) else None
+
+
+def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: Path) -> None:
+    then, now = state["recipe"], _recipe_key(args)
+    changed = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
+    if changed:
+        raise CommandError(
+            f"{folder} was begun with other flags ({'; '.join(changed)}): go on with the same, or start afresh with "
+            "another --experiment, from its weights if you like (--pretrained-path)"
+        )
+
+
+def _recipe_key(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run must share with the one that it goes on from."""
+    return {key: value for key, value in _resolved(args).items() if key not in FREE_FLAGS}
 
 
 def _resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe that repeats the run: every flag but --config, which it stands for."""
-    return {key: value for key, value in vars(args).items() if key != "config"}
+    """The recipe that repeats the run: every flag but --config, which it stands for, and --resume."""
+    return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
 
 
 def save_model(model: nn.Module, folder: Path, class_names: list[str] | None, data_config: dict[str, Any]) -> None:
@@ -776,11 +883,7 @@ def save_model(model: nn.Module, folder: Path, class_names: list[str] | None, da
         safe_serialization=True,
         data_config=data_config,
     )
-    # Whole files take the place of the old ones, so that a reader never sees half of one.
-    folder.mkdir(exist_ok=True)
-    for file in fresh.iterdir():
-        os.replace(file, folder / file.name)
-    fresh.rmdir()
+    replace_files(fresh, folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""The images of the tools: each kind of set, what cannot be read in it, and what a training sample depends on."""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stvit.tools import train_cls
+from stvit.tools.common.data import TrainBatches, TrainLoader, open_images
+from stvit.tools.common.processes import World
+
+# Two images of the training and one of the validation, by their numbers in `digits_folder`.
+BAD = (3, 17, 70)
+SHORT = "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=1e-3 --experiment=it".split()
+
+
+def spoil(folder: Path) -> list[Path]:
+    """Cuts the bad images short."""
+    paths = [path for number in BAD for path in folder.rglob(f"{number:03d}.png")]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
+    assert len(paths) == len(BAD)
+    return paths
+
+
+def as_folder(folder: Path, _: Path) -> list[str]:
+    return [f"--data-dir={folder}"]
+
+
+def as_tar(folder: Path, target: Path) -> list[str]:
+    for split in ("train", "val"):
+        with tarfile.open(target / f"{split}.tar", "w") as tar:
+            for path in sorted((folder / split).rglob("*.png")):
+                tar.add(path, path.relative_to(folder / split))
+    return [f"--data-dir={target}"]
+
+
+def as_shards(folder: Path, target: Path) -> list[str]:
+    """Two shards of each split, described as timm wants it."""
+    info: dict[str, dict[str, object]] = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        paths = sorted((folder / split).rglob("*.png"))
+        shards = {f"{name}-{i:06d}.tar": paths[i::2] for i in range(2)}
+        for shard, held in shards.items():
+            with tarfile.open(target / shard, "w") as tar:
+                for path in held:
+                    tar.add(path, path.name)
+                    label = path.parent.name.removeprefix("digit_").encode()
+                    member = tarfile.TarInfo(f"{path.stem}.cls")
+                    member.size = len(label)
+                    tar.addfile(member, io.BytesIO(label))
+        info[name] = {
+            "name": name,
+            "num_samples": len(paths),
+            "filenames": list(shards),
+            "shard_lengths": [len(held) for held in shards.values()],
+        }
+    (target / "_info.json").write_text(json.dumps({"splits": info}))
+    return ["--dataset=wds/digits", f"--data-dir={target}", "--num-classes=4", "--workers=1"]
+
+
+def as_parquet(folder: Path, target: Path) -> list[str]:
+    """Files as `datasets` writes and the Hub holds them: bytes and name of an image, and a class label."""
+    import datasets
+
+    names = [f"digit_{i}" for i in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for split, name in (("train", "train"), ("val", "validation")):
+        paths = sorted((folder / split).rglob("*.png"))
+        rows = {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+            "label": [names.index(path.parent.name) for path in paths],
+        }
+        (target / "set").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(target / f"set/{name}-00000-of-00001.parquet")
+    return [f"--dataset=hfds/{target / 'set'}", f"--data-dir={target / 'cache'}"]
+
+
+KINDS: dict[str, Callable[[Path, Path], list[str]]] = {
+    "folder": as_folder,
+    "tar": as_tar,
+    "wds": as_shards,
+    "parquet": as_parquet,
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+def read_bad(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "bad_images.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_bad_images_are_skipped_counted_and_named(
+    kind: str, own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(own_digits_folder)
+    (tmp_path / "made").mkdir()
+    flags = [*SHORT, *KINDS[kind](own_digits_folder, tmp_path / "made"), f"--output={tmp_path}"]
+
+    # By default the first one ends the run, with its name.
+    assert train_cls.main(flags) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: cannot read image" in error and "--max-bad-images" in error
+    assert any(f"{number:03d}" in error for number in BAD)
+
+    # One too many, in whichever epoch it turns up.
+    assert train_cls.main([*flags, "--max-bad-images=2", "--experiment=two"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 others were skipped" in error and "more than --max-bad-images 2 allows" in error
+
+    # The default of a run that is gone on with may be changed.
+    assert train_cls.main([*flags, "--max-bad-images=3", "--experiment=two", "--resume=auto"]) == 0
+    printed = capsys.readouterr()
+    log = tmp_path / "two/bad_images.jsonl"
+    assert f"3 images could not be read and were skipped: {log}" in printed.out
+    named = read_bad(tmp_path / "two")
+    assert len(named) == 3 and all(entry["reason"] for entry in named)
+    assert all(any(f"{number:03d}" in entry["image"] for entry in named) for number in BAD)
+
+    # 19 validation images are left, and are what counts.
+    with (tmp_path / "two/summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    for row in rows:
+        right = float(row["eval_top1"]) * 19 / 100
+        assert right == pytest.approx(round(right), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_whole_images_of_each_kind(kind: str, digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    flags = [*SHORT, *KINDS[kind](digits_folder, tmp_path / "made"), f"--output={tmp_path}"]
+    assert train_cls.main(flags) == 0
+    config = json.loads((tmp_path / "it/best/config.json").read_text())
+    assert config["num_classes"] == 4
+    if kind != "wds":  # shards do not know the names
+        assert config["label_names"] == [f"digit_{i}" for i in range(4)]
+    assert not (tmp_path / "it/bad_images.jsonl").exists()
+
+
+def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a disk is gone: it is not the images' fault."""
+    for path in (own_digits_folder / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    flags = [*SHORT, f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--max-bad-images=1000"]
+    assert train_cls.main(flags) == 1
+    assert "10 images in a row cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_validation_image_can_be_read(
+    own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (own_digits_folder / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    flags = [*SHORT, f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--max-bad-images=1000"]
+    assert train_cls.main(flags) == 1
+    assert "none of the validation images could be counted" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_shard_that_is_cut_short(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SHORT, *as_shards(digits_folder, tmp_path), f"--output={tmp_path}", "--max-bad-images=1000"]
+    shard = tmp_path / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    assert train_cls.main(flags) == 1
+    assert "error: cannot read a shard" in capsys.readouterr().err.splitlines()[-1]
+
+
+# What a training sample depends on
+
+
+def loader(folder: Path, *flags: str) -> TrainLoader:
+    line = [*SHORT, f"--data-dir={folder}", "--batch-size=8", "--in-chans=1", "--color-jitter=0.4", *flags]
+    args = train_cls.parse_args(line)
+    world = World(torch.device("cpu"))
+    config = {
+        "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0,
+        "crop_mode": "center",
+    }  # fmt: skip
+    return TrainLoader(args, open_images(args, world).train, config, world, torch.float32)
+
+
+def test_samples_depend_on_seed_epoch_and_place_alone(digits_folder: Path) -> None:
+    batches = list(loader(digits_folder).epoch(3))
+    assert len(batches) == 7
+    for other in (
+        list(loader(digits_folder, "--workers=2").epoch(3)),
+        [*list(loader(digits_folder).epoch(3))[:4], *loader(digits_folder).epoch(3, first_step=4)],
+    ):
+        for (image, target), (wanted, labels) in zip(other, batches, strict=True):
+            assert torch.equal(image, wanted) and torch.equal(target, labels)
+    for other in (list(loader(digits_folder, "--seed=7").epoch(3)), list(loader(digits_folder).epoch(4))):
+        assert not torch.equal(other[0][0], batches[0][0])
+
+
+def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
+    plain = TrainBatches(60, 12, World(torch.device("cpu")))
+    repeated = TrainBatches(60, 12, World(torch.device("cpu")), repeats=3)
+    assert len(plain) == len(repeated) == 5
+    assert sorted(index for batch in plain for _, _, index in batch) == list(range(60))
+    indices = [index for batch in repeated for _, _, index in batch]
+    assert indices[0::3] == indices[1::3] == indices[2::3] and len(set(indices)) == 20
+    images = next(iter(loader(digits_folder, "--aug-repeats=3").epoch(0)))[0]
+    assert not torch.equal(images[0], images[1])
+    # Several processes get the views of one image each.
+    shares = [list(TrainBatches(60, 4, World(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)]
+    assert [[index for _, _, index in batch] for batch in shares[0]] == [
+        [index for _, _, index in batch] for batch in shares[1]
+    ]
+
+
+def test_processes_and_steps_share_an_update_alike() -> None:
+    """What one process sees in an update is what several see together, and what several steps of it see."""
+    one = list(TrainBatches(100, 24, World(torch.device("cpu"))))
+    shares = [list(TrainBatches(100, 8, World(torch.device("cpu"), rank, 3))) for rank in range(3)]
+    steps = list(TrainBatches(100, 6, World(torch.device("cpu")), accum_steps=4))
+    assert len(one) == len(shares[0]) == len(steps) // 4 == 4
+    for update, batch in enumerate(one):
+        assert sorted(key for share in shares for key in share[update]) == sorted(batch)
+        assert [key for step in steps[4 * update : 4 * update + 4] for key in step] == batch

@@ -1,0 +1,256 @@
+"""Real training processes, ended by signals, damage and full disks: what the same command then makes of it."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
+from stvit.tools.common.cli import CommandError
+
+# All that has a state: workers, accumulation, every random augmentation, dropout, EMA, a schedule by updates.
+EPOCHS, UPDATES = 5, 22
+RUN = (
+    "--model=test_stvit --img-size=32 --dataset=sklearn/digits --in-chans=1 --workers=2 --batch-size=32 "
+    f"--grad-accum-steps=2 --epochs={EPOCHS} --lr=3e-3 --warmup-epochs=1 --sched-on-updates --drop=0.1 --drop-path=0.2 "
+    "--drop-path-schedule 2:0.1 --mixup=0.2 --cutmix=1 --mixup-prob=0.8 --mixup-off-epoch=4 --reprob=0.5 "
+    "--aa=rand-m5-mstd0.5 --aug-repeats=2 --model-ema --model-ema-decay=0.9 --clip-grad=5 --checkpoint-steps=4 "
+    "--log-interval=1 --experiment=it --resume=auto"
+).split()
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *RUN, f"--output={folder}", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(folder: Path, *flags: str) -> str:
+    """Runs the command to its end, and returns what it printed."""
+    process = start(folder, *flags)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    return out
+
+
+def updates_logged(folder: Path) -> int:
+    log = folder / "it/log.jsonl"
+    return log.read_bytes().count(b'"event": "train"') if log.exists() else 0
+
+
+def wait_for_updates(process: subprocess.Popen[str], folder: Path, updates: int) -> None:
+    """Waits until the process has done so many more updates."""
+    goal = updates_logged(folder) + updates
+    while updates_logged(folder) < goal:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves but its logs, which say when things happened."""
+    files = ("model.safetensors", "config.json")
+    names = [f"{model}/{file}" for model in ("best", "last", "last_ema") for file in files]
+    return {name: (folder / "it" / name).read_bytes() for name in [*names, "summary.csv"]}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    ours, wanted = results(folder), results(reference)
+    assert [name for name in wanted if ours[name] != wanted[name]] == []
+    # Optimizer, schedule and random states too.
+    last = f"it/checkpoints/{EPOCHS:05d}-00000000.pt"
+    assert same(load_checkpoint(folder / last), load_checkpoint(reference / last))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts, which did begin although there was nothing to go on from."""
+    folder = tmp_path_factory.mktemp("reference")
+    out = finish(folder)
+    assert "resuming" not in out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run killed in the middle, for tests to take copies of."""
+    folder = tmp_path_factory.mktemp("halfway")
+    process = start(folder)
+    wait_for_updates(process, folder, UPDATES * 2 + 10)
+    process.kill()
+    process.communicate()
+    return folder
+
+
+@pytest.fixture
+def killed(halfway: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(halfway, tmp_path / "runs"))
+
+
+def test_killed_ten_times_at_random_is_the_same_run(reference: Path, tmp_path: Path) -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("random moments of seed", seed)
+    moments = random.Random(seed)
+    resumed = set()
+    for _ in range(10):
+        process = start(tmp_path)
+        wait_for_updates(process, tmp_path, moments.randint(1, 14))
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.kill()
+        out, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, out
+        resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
+    out = finish(tmp_path)
+    assert "resuming" in out
+    # From the middle of epochs, not their ends alone.
+    assert any(" and 0 updates" not in line for line in resumed), resumed
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_signal_saves_and_says_how_to_go_on(
+    signum: int, status: int, word: str, reference: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--checkpoint-steps=0")
+    wait_for_updates(process, tmp_path, UPDATES + 5)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == status
+    (path,) = Checkpoints(tmp_path / "it/checkpoints").paths()[-1:]
+    state = load_checkpoint(path)["progress"]
+    said = f"{word}; saved after epoch {state['epoch']}, update {state['step']} of {UPDATES}"
+    assert out.splitlines()[-1] == f"{said}: to go on, give the same command with --resume auto"
+    assert state["epoch"] * UPDATES + state["step"] > UPDATES
+    finish(tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
+def test_finished_run_stays_as_it_is(reference: Path) -> None:
+    before = results(reference)
+    assert f"is finished: {EPOCHS} epochs are done" in finish(reference)
+    assert results(reference) == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(damage: str, killed: Path, reference: Path) -> None:
+    newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    newest.write_bytes({"flipped": content, "cut": content[:-1000], "empty": b""}[damage])
+    out = finish(killed)
+    assert f"warning: checkpoint {newest} is damaged" in out and "using the one before it" in out
+    assert_same_run(killed, reference)
+
+
+def test_torn_files_beside_the_checkpoints_do_no_harm(killed: Path, reference: Path) -> None:
+    """What a kill in the middle of a write leaves: half a temporary file, half a line."""
+    checkpoints = killed / "it/checkpoints"
+    (checkpoints / "00003-00000000.pt.tmp").write_bytes(b"PK\x03\x04")
+    with (killed / "it/log.jsonl").open("a") as log:
+        log.write('{"event": "tra')
+    finish(killed)
+    assert [json.loads(line)["event"] for line in (killed / "it/log.jsonl").read_text().splitlines()][-1] == "epoch"
+    assert_same_run(killed, reference)
+
+
+def test_all_checkpoints_damaged(killed: Path) -> None:
+    for path in Checkpoints(killed / "it/checkpoints").paths():
+        path.write_bytes(b"")
+    process = start(killed)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "no checkpoint in" in out.splitlines()[-1]
+
+
+def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
+    """A limit on the size of files stands for it: a write fails in the middle."""
+    before = set(Checkpoints(killed / "it/checkpoints").paths())
+    process = start(killed)
+    wait_for_updates(process, killed, 1)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    line = out.splitlines()[-1]
+    assert line.startswith("error: cannot write checkpoint") and "--resume auto" in line, line
+    after = Checkpoints(killed / "it/checkpoints").paths()
+    assert after and all(load_checkpoint(path) for path in after)
+    assert before & set(after)
+    assert not list((killed / "it/checkpoints").glob("*.tmp"))
+    finish(killed)
+    assert_same_run(killed, reference)
+
+
+def refused(folder: Path, *flags: str) -> str:
+    process = start(folder, *flags)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    return out.splitlines()[-1]
+
+
+def test_other_flags_are_refused(killed: Path) -> None:
+    assert "begun with other flags (lr 0.003, now 0.1)" in refused(killed, "--lr=0.1")
+    assert "with 64 images an update, this one has 32" in refused(killed, "--grad-accum-steps=1")
+    assert "holds the results of another run" in refused(killed, "--resume=")
+    assert "no checkpoint there" in refused(killed, "--resume=nowhere")
+
+
+def test_resume_by_path(killed: Path, reference: Path, tmp_path: Path) -> None:
+    """A folder or a file, whatever the experiment is called now."""
+    checkpoint = Checkpoints(killed / "it/checkpoints").paths()[0]
+    out = finish(killed, f"--resume={checkpoint}", "--experiment=other")
+    assert f"resuming {checkpoint}" in out
+    assert_same_run(killed, reference)
+
+
+def test_auto_finds_the_run_without_its_name(killed: Path, reference: Path) -> None:
+    # The recipe that the run wrote, without the name of the run.
+    recipe = yaml.safe_load((killed / "it/config.yaml").read_text())
+    del recipe["experiment"]
+    (killed / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "stvit.tools.train_cls", f"--config={killed / 'recipe.yaml'}", "--resume=auto"]
+    command.append(f"--output={killed}")
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"resuming {killed / 'it'}" in out
+    assert sorted(path.name for path in killed.iterdir()) == ["it", "recipe.yaml"]
+    assert results(killed) == results(reference)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
+def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CommandError, match="is damaged"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    """An archive may ask for any function to be called on loading: this one would end the process."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, Sequence[Any]]:
+            return os._exit, (7,)
+
+    torch.save({"progress": Evil()}, tmp_path / "a.pt")
+    with pytest.raises(CommandError, match="is damaged"):
+        load_checkpoint(tmp_path / "a.pt")

@@ -1,0 +1,245 @@
+"""The command line: errors in one line, flags and their types, recipes whose keys are flags."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+from tqdm import tqdm
+
+
+class CommandError(Exception):
+    """What went wrong and what to do about it, in one line for the user.
+
+    Attributes:
+        status: Exit status of the command.
+    """
+
+    status = 1
+
+
+class OneProcessError(CommandError):
+    """An error that one process of several may meet alone, such as an image it cannot read."""
+
+
+class Interrupted(CommandError):
+    """A signal ended the command, in good order."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signum
+
+
+def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Runs a command; returns its exit status, and words what went wrong in one line on standard error.
+
+    Of several processes (RANK of torchrun) the first speaks, and another one of what only it can know.
+    """
+    rank = _rank()
+    prefix = f"error: process {rank}: " if rank else "error: "
+    try:
+        command(args)
+        return 0
+    except CommandError as error:
+        if rank == 0 or isinstance(error, OneProcessError):
+            # From a loader's worker process an error comes wrapped in that process's traceback, itself the last line.
+            message = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
+            print(f"{'' if isinstance(error, Interrupted) else prefix}{message}", file=sys.stderr)
+        # An error out of a loader is part of a cycle that holds the loader: its workers end at once only without it.
+        traceback.clear_frames(error.__traceback__)
+        return error.status
+    except torch.OutOfMemoryError as error:
+        print(
+            f"{prefix}out of memory: lower --batch-size or set --grad-checkpointing ({reason(error)})", file=sys.stderr
+        )
+    except OSError as error:
+        print(f"{prefix}{reason(error)}: the run cannot go on, what it had written is kept", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted: what the run had written is kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("STVIT_TRACEBACK"):
+            raise
+        if _is_lost_process(error):
+            if rank == 0:
+                print(f"{prefix}another process of the run ended; see what it said", file=sys.stderr)
+        else:
+            print(
+                f"{prefix}unforeseen {type(error).__name__}: {reason(error)}; please report it, with what the same "
+                "command prints under STVIT_TRACEBACK=1",
+                file=sys.stderr,
+            )
+    return 1
+
+
+def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
+    """A progress bar on standard error; where that is no terminal, a line now and then."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+        disable=not is_shown,
+    )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_lost_process(error: Exception) -> bool:
+    """Whether a collective operation failed because a process it needs is gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in words)
+
+
+def reason(error: BaseException) -> str:
+    """The message of somebody else's error in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__} {message}".strip() if isinstance(error, KeyError) or not message else message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which knows no abbreviated flags."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n" if _rank() == 0 else None)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
+
+
+class KeyValues(ParseKwargs):
+    """key=value pairs, the values in Python's syntax."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: must be key=value, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """A flag that is off unless given, and that `--no-…` turns off again where a recipe has it on."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **{"default": False, **kwargs})
+
+
+def count(text: str) -> int:
+    """A flag's whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A flag's whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A flag's number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def parse_with_recipe(create_parser: Callable[[], Parser], argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags of the command line over those of the recipe (`--config`) over the defaults.
+
+    Raises:
+        SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or ill-typed.
+    """
+    parser = create_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config_parser = Parser(prog=parser.prog, add_help=False)
+    config_parser.add_argument("--config", "-c")
+    config = config_parser.parse_known_args(argv)[0].config
+    # A recipe is turned into flags, and so meets the same checks as they do.
+    recipe = _recipe_flags(create_parser, Path(config)) if config else []
+    return parser.parse_args(recipe + argv)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which PyYAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
+    parser = create_parser()
+    try:
+        recipe = yaml.load(path.read_text(), _RecipeLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"cannot read --config {path}: {reason(error)}")
+    if not isinstance(recipe, dict):
+        parser.error(f"{path}: a recipe is a mapping of flags to values, got {type(recipe).__name__}")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
+            parser.error(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        if value is None:
+            continue
+        action = actions[name]
+        option = action.option_strings[0]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                parser.error(f"{path}: {key} must be true or false, got {value!r}")
+            flags += [option] if value else []
+        elif isinstance(action, ParseKwargs):
+            if not isinstance(value, dict):
+                parser.error(f"{path}: {key} must be a mapping, got {value!r}")
+            flags += [option, *(f"{k}={v!r}" for k, v in value.items())]
+        else:
+            values = value if isinstance(value, list) and action.nargs else [value]
+            for item in values:
+                # YAML reads 1e-3, without a point, as text: numbers may be either, text must be text.
+                wanted = str if action.type is None else (int, float, str)
+                if isinstance(item, bool) or not isinstance(item, wanted):
+                    parser.error(f"{path}: {key} must be {'text' if wanted is str else 'a number'}, got {value!r}")
+            if action.nargs:
+                flags += [option, *map(str, values)]
+            else:
+                flags.append(f"{option}={value}")  # the value may begin with a dash
+    # So that a value of the wrong type is reported with the name of the file that holds it.
+    checker = create_parser()
+    checker.error = lambda message: parser.error(f"{path}: {message}")  # type: ignore[method-assign]
+    checker.parse_args(flags)
+    return flags

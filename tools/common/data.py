@@ -1,0 +1,592 @@
+"""Images: where they come from, in which order, how they are augmented, and what becomes of those that cannot be read.
+
+What a training sample looks like depends on the seed, the epoch and its place in the epoch alone: not on the number of
+processes and workers, nor on where a run was interrupted.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from timm.data import auto_augment, create_dataset, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from stvit.tools.common.cli import CommandError, OneProcessError, Switch, count, reason
+from stvit.tools.common.processes import World, obey_parent_alone
+
+INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+# Unreadable images in a row after which the fault is not the images'.
+MOST_BAD_IN_A_ROW = 10
+
+
+def add_data_arguments(group: Any) -> None:
+    """The flags that say which images to take, alike in every command."""
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="folder with train/<class>/* and val/<class>/*, or the same in tar"
+    )
+    group.add_argument("--dataset", default="", metavar="NAME", help="sklearn/digits, torch/…, hfds/… or wds/…")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="split to evaluate on")
+    group.add_argument("--dataset-download", action=Switch, help="download a torch/… set into --data-dir")
+    group.add_argument("--workers", "-j", type=count, default=4, metavar="N", help="processes that load images")
+    group.add_argument(
+        "--max-bad-images", type=count, default=0, metavar="N", help="unreadable images to skip before stopping"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@dataclass
+class BadImages:
+    """The images that could not be read, each counted once, by all processes of a machine and over resumes.
+
+    Attributes:
+        limit: How many may be skipped.
+        log: JSON lines of their names and what was wrong, the record of the count. None where nothing may be skipped.
+    """
+
+    limit: int = 0
+    log: Path | None = None
+
+    def add(self, name: str, why: str) -> None:
+        """Counts an image.
+
+        Raises:
+            OneProcessError: If it is one more than may be skipped.
+        """
+        if self.limit == 0 or self.log is None:
+            raise OneProcessError(
+                f"cannot read image {name}: {why}; repair it or remove it, or let some be skipped with --max-bad-images"
+            )
+        with FileLock(f"{self.log}.lock"):
+            known = self.names()
+            if name in known:
+                return
+            if len(known) >= self.limit:
+                raise OneProcessError(
+                    f"cannot read image {name}: {why}; {len(known)} others were skipped (see {self.log}), more than "
+                    f"--max-bad-images {self.limit} allows"
+                )
+            with self.log.open("a") as file:
+                file.write(json.dumps({"image": name, "reason": why}) + "\n")
+
+    def names(self) -> set[str]:
+        """The images skipped so far."""
+        if self.log is None or not self.log.exists():
+            return set()
+        return {json.loads(line)["image"] for line in self.log.read_text().splitlines()}
+
+
+@contextmanager
+def _random_state(*key: int) -> Iterator[None]:
+    """Makes all random numbers depend on the key, and leaves the generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    low, high = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
+    random.seed(low)
+    np.random.seed(low)
+    # Not torch.manual_seed, which would reach for CUDA, out of a worker process too.
+    torch.default_generator.manual_seed(high << 32 | low)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class ImageSamples(Dataset):
+    """Images and class numbers of a source that gives PIL images or files.
+
+    Of an unreadable training image the next one takes the place; an unreadable validation image gets the class number
+    -1, by which it is left out of every count. `transform` is set by the loaders' makers.
+
+    Args:
+        source: What gives an image, or a file of one, and its class number.
+        mode: Pillow's mode of the images, L or RGB.
+        seed: Of the augmentation.
+    """
+
+    def __init__(self, source: Any, mode: str, seed: int = 0) -> None:
+        self.source = source
+        self.mode = mode
+        self.seed = seed
+        self.transform: Any = None
+        self.bad_images = BadImages()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Any, int]:
+        """The image of an index, or that of (epoch, place in the epoch, index), augmented."""
+        if isinstance(key, tuple):
+            epoch, place, index = key
+            for offset in range(MOST_BAD_IN_A_ROW):
+                image, target = self.read((index + offset) % len(self))
+                if image is not None:
+                    with _random_state(self.seed, epoch, place):
+                        return self._transformed(image, index + offset), target
+            raise OneProcessError(
+                f"{MOST_BAD_IN_A_ROW} images in a row cannot be read, up to {self.name((index + offset) % len(self))}: "
+                "look at where they are kept"
+            )
+        image, target = self.read(key)
+        blank = Image.new(self.mode, (8, 8))
+        return self._transformed(image or blank, key), -1 if image is None else target
+
+    def read(self, index: int) -> tuple[Image.Image | None, int]:
+        """The image and its class number; None for the image if it cannot be read and may be skipped."""
+        try:
+            image, target = self.source[index]
+            if not isinstance(image, Image.Image):
+                image = Image.open(image)
+            return image.convert(self.mode), target
+        except UnidentifiedImageError:
+            self.bad_images.add(self.name(index), "not an image that Pillow knows")
+        except Exception as error:  # Pillow raises nearly everything at damaged files
+            self.bad_images.add(self.name(index), reason(error))
+        return None, -1
+
+    def _transformed(self, image: Image.Image, index: int) -> Any:
+        try:
+            return self.transform(image)
+        except Exception as error:
+            raise OneProcessError(
+                f"cannot transform image {self.name(index % len(self))}: {reason(error)}; look at --aa and the flags "
+                "beside it"
+            ) from error
+
+    def name(self, index: int) -> str:
+        """The image's path, or its number where it has none."""
+        name = self.source.filename(index, absolute=True) if hasattr(self.source, "filename") else None
+        return name or f"number {index}"
+
+
+class StreamSamples(IterableDataset):
+    """Images and class numbers of a reader of shards, which only gives them in turn.
+
+    Args:
+        reader: timm's reader of a wds/ set.
+        world: In training each process reads its own shards. In evaluation each reads all, and keeps its share of the
+            images: shards are rarely as many as to be dealt out evenly, and so each image counts once.
+        is_training: Whether the images are shuffled and augmented.
+        seed: Of both.
+    """
+
+    def __init__(self, reader: Any, world: World, is_training: bool, seed: int) -> None:
+        self.reader = reader
+        self.rank, self.world_size = world.rank, world.size
+        self.is_training = is_training
+        self.seed = seed
+        self.transform: Any = None
+        self.bad_images = BadImages()
+        reader.dist_rank, reader.dist_num_replicas = (world.rank, world.size) if is_training else (0, 1)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the shards."""
+        self.reader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        reader = copy.copy(self.reader)  # unopened, so that each epoch's order depends on the epoch alone
+        epoch = reader.epoch_count.value
+        worker = get_worker_info()
+        worker_id = 0 if worker is None else worker.id
+        if worker is None:
+            reader.worker_seed = self.seed + epoch
+        _watch_shards(self.bad_images)
+        for place, (image, target) in enumerate(reader):
+            if self.is_training:
+                with _random_state(self.seed, epoch, self.rank, worker_id, place):
+                    yield self.transform(image), target
+            elif place % self.world_size == self.rank:
+                yield self.transform(image), target
+
+
+def _watch_shards(bad_images: BadImages) -> None:
+    """Has timm's reader of shards count what it cannot read: by itself it goes on with a warning."""
+    from timm.data.readers import reader_wds
+
+    plain = getattr(reader_wds._decode, "plain", reader_wds._decode)
+
+    def decode(sample: dict[str, Any], **kwargs: Any) -> dict[str, Any] | None:
+        try:
+            return plain(sample, **kwargs)
+        except Exception as error:
+            bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", reason(error))
+            return None
+
+    def stop(error: Exception) -> bool:
+        if isinstance(error, CommandError):
+            raise error
+        raise OneProcessError(f"cannot read a shard: {reason(error)}; fetch it again") from error
+
+    decode.plain = plain  # type: ignore[attr-defined]
+    reader_wds._decode = decode  # type: ignore[assignment]
+    reader_wds.log_and_continue = stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets
+
+
+@dataclass
+class Images:
+    """The images of a run.
+
+    Attributes:
+        train: To train on, None if they were not asked for.
+        val: To evaluate on.
+        class_names: In the order of their numbers, None where the set does not know them.
+    """
+
+    train: Any
+    val: Any
+    class_names: list[str] | None
+
+
+def open_images(args: argparse.Namespace, world: World, is_training: bool = True) -> Images:
+    """The images that the flags name.
+
+    Args:
+        args: The data flags, `seed`, `in_chans`, `batch_size`, and for training `train_split`.
+        world: The processes that share them.
+        is_training: Whether training images are wanted beside those of the validation.
+
+    Raises:
+        CommandError: If they cannot be opened, or are not what a classifier can learn from.
+    """
+    mode = "L" if args.in_chans == 1 else "RGB"
+    if args.dataset == "sklearn/digits":
+        train_digits, val_digits = digits(args.seed)
+        return Images(
+            ImageSamples(train_digits, mode, args.seed),
+            ImageSamples(val_digits, mode),
+            [str(digit) for digit in range(10)],
+        )
+    if args.dataset.startswith("sklearn/"):
+        raise CommandError(f"unknown dataset {args.dataset!r}: of scikit-learn's there is 'sklearn/digits'")
+    if args.dataset and not args.dataset.startswith(("torch/", "hfds/", "wds/")):
+        raise CommandError(
+            f"unknown dataset {args.dataset!r}: give sklearn/digits, torch/…, hfds/… or wds/…, or leave --dataset out "
+            "for the image folder --data-dir"
+        )
+    if args.data_dir is None and not args.dataset.startswith("hfds/"):
+        raise CommandError("no data: give --data-dir, or --dataset sklearn/digits to try the program out")
+    if not args.dataset and not Path(args.data_dir).is_dir():
+        raise CommandError(
+            f"--data-dir {args.data_dir} is not a folder; it must hold train/<class>/* and val/<class>/*"
+        )
+
+    splits = [("--train-split", args.train_split, True)] if is_training else []
+    splits.append(("--val-split", args.val_split, False))
+    with world.first_goes_first():
+        datasets = [_open_split(args, mode, split, training) for _, split, training in splits]
+    if not args.dataset:
+        _check_folders(
+            args, [(dataset.reader, flag, split) for dataset, (flag, split, _) in zip(datasets, splits, strict=True)]
+        )
+
+    names = _class_names(datasets[0])
+    if names is not None and len(names) < 2:
+        raise CommandError(f"the images have one class alone, {names[0]!r}: a classifier needs two or more")
+    if names is not None and _class_names(datasets[-1]) not in (None, names):
+        raise CommandError("the training and the validation images do not have the same classes")
+    samples = []
+    for dataset, (_, _, training) in zip(datasets, splits, strict=True):
+        is_stream = isinstance(dataset, IterableDataset)
+        source = getattr(dataset, "reader", dataset)
+        samples.append(
+            StreamSamples(source, world, training, args.seed) if is_stream else ImageSamples(source, mode, args.seed)
+        )
+    return Images(samples[0] if is_training else None, samples[-1], names)
+
+
+def _open_split(args: argparse.Namespace, mode: str, split: str, is_training: bool) -> Any:
+    root = args.data_dir
+    if not args.dataset:
+        names = ["validation", "val"] if split in ("val", "validation") else [split]
+        tars = [Path(root) / f"{name}.tar" for name in names]
+        root = next((str(tar) for tar in tars if tar.is_file()), root)
+    try:
+        return create_dataset(
+            args.dataset,
+            root=root,
+            split=split,
+            is_training=is_training,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            input_img_mode=mode,
+            download=args.dataset_download,
+        )
+    except (RuntimeError, OSError, ValueError, AssertionError, ImportError, LookupError, TypeError) as error:
+        where = args.dataset or args.data_dir
+        why = reason(error).replace("download=True", "--dataset-download")
+        raise CommandError(f"cannot open the {split} images of {where}: {why}") from error
+
+
+def digits(seed: int) -> list[list[tuple[Image.Image, int]]]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 gray, split 4 to 1 by the seed, equally in each class."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise CommandError("--dataset sklearn/digits needs scikit-learn: pip install scikit-learn") from error
+    raw = load_digits()
+    # The gray levels are 0 to 16, more ink is higher.
+    samples = [
+        (Image.fromarray((pixels * (255 / 16)).astype("uint8")), int(target))
+        for pixels, target in zip(raw.images, raw.target, strict=True)
+    ]
+    return train_test_split(samples, test_size=0.2, random_state=seed, stratify=raw.target)
+
+
+def _check_folders(args: argparse.Namespace, splits: Sequence[tuple[Any, str, str]]) -> None:
+    """Refuses what timm's image folders let pass: a split that is missing, a class with no image."""
+    for reader, flag, split in splits:
+        # The folder itself is timm's way out where it finds no such split.
+        if isinstance(reader, ReaderImageFolder) and Path(reader.root).samefile(args.data_dir):
+            raise CommandError(
+                f"--data-dir {args.data_dir} has no folder for {flag} {split}; it must hold train/<class>/* and "
+                "val/<class>/*"
+            )
+    for reader, _, _ in splits:
+        if not isinstance(reader, ReaderImageFolder):  # a tar: what has no image is not in it
+            continue
+        root = Path(reader.root)
+        held = {reader.filename(i).split(os.sep)[0] for i in range(len(reader))}
+        if "" in reader.class_to_idx:
+            raise CommandError(f"{root} holds images beside the class folders: move each into the folder of its class")
+        empty = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name not in held)
+        if empty:
+            raise CommandError(f"class folder {root / empty[0]} has no image: add some, or remove the folder")
+        deep = next((name for name in map(reader.filename, range(len(reader))) if name.count(os.sep) > 1), None)
+        if deep is not None:  # timm would name the class after the folder that holds the image
+            raise CommandError(f"image {root / deep} is in a folder within its class folder: move it up")
+    if len(splits) > 1:
+        (train, _, train_split), (val, _, val_split) = splits
+        train_names, val_names = _class_to_idx(train), _class_to_idx(val)
+        odd = sorted(set(train_names) ^ set(val_names))
+        if odd:
+            has, lacks = (train_split, val_split) if odd[0] in train_names else (val_split, train_split)
+            raise CommandError(
+                f"class {odd[0]!r} is in the {has} images but not in the {lacks} images of {args.data_dir}: both need "
+                "the same class folders"
+            )
+
+
+def _class_to_idx(source: Any) -> dict[str, int]:
+    return getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    class_to_idx = _class_to_idx(getattr(dataset, "reader", dataset))
+    if class_to_idx:
+        return [str(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if names else None
+
+
+def check_targets(target: torch.Tensor, num_classes: int, what: str) -> None:
+    """Refuses class numbers that the model does not have; -1 is nobody's."""
+    low, high = int(target.min()), int(target.max())
+    if low < -1 or high >= num_classes:
+        bad = low if low < -1 else high
+        raise OneProcessError(f"a {what} image has class number {bad}, the model has {num_classes}: set --num-classes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class TrainBatches(Sampler[list[tuple[int, int, int]]]):
+    """The batches of one process, as keys of `ImageSamples`.
+
+    Each epoch's order is drawn from the seed and the epoch, and dealt out to the steps and within a step to the
+    processes: the images of an update are the same however many processes and steps share them. What does not make a
+    whole update is left over.
+
+    Args:
+        length: Number of images.
+        batch_size: Images of a step of one process.
+        world: The processes that share each step.
+        accum_steps: Steps of an update.
+        repeats: How often an image stands in a row, augmented anew each time (repeated augmentation, Hoffer et al.
+            2020). The epoch does not become longer: it has fewer different images.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, world: World, accum_steps: int = 1, repeats: int = 1, seed: int = 0
+    ) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.rank, self.world_size = world.rank, world.size
+        self.repeats = repeats
+        self.seed = seed
+        self.steps = length // (batch_size * world.size * accum_steps) * accum_steps
+        self.epoch = 0
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        )
+        order = torch.randperm(self.length, generator=generator)
+        order = order.repeat_interleave(self.repeats)[: self.length]
+        size = self.batch_size * self.world_size
+        for step in range(self.first_step, self.steps):
+            places = range(step * size + self.rank, (step + 1) * size, self.world_size)
+            yield [(self.epoch, place, int(order[place])) for place in places]
+
+
+class TrainLoader:
+    """Augmented training batches on the device, from any step of any epoch on.
+
+    Args:
+        args: The flags of data and augmentation, `batch_size`, `grad_accum_steps`, `aug_repeats`, `seed`.
+        images: What `open_images` gave for training.
+        data_config: timm's `input_size`, `mean`, `std` and `interpolation`.
+        world: The processes that share each step.
+        dtype: Of the images on the device.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, images: Any, data_config: dict[str, Any], world: World, dtype: torch.dtype
+    ) -> None:
+        images.transform = _create_transform(args, data_config, is_training=True)
+        self.images = images
+        self.seed = args.seed
+        self.is_stream = isinstance(images, IterableDataset)
+        self.batches: TrainBatches | None = None
+        options: dict[str, Any] = {"batch_size": args.batch_size, "drop_last": True}
+        if self.is_stream:
+            images.reader.set_loader_cfg(num_workers=args.workers)
+        else:
+            update = args.batch_size * world.size * args.grad_accum_steps
+            if len(images) < update:
+                raise CommandError(
+                    f"an update takes {update} images (--batch-size {args.batch_size}"
+                    + (f" x {world.size} processes" if world.size > 1 else "")
+                    + (f" x --grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else "")
+                    + f"), more than the {len(images)} training images: lower --batch-size"
+                )
+            self.batches = TrainBatches(
+                len(images), args.batch_size, world, args.grad_accum_steps, args.aug_repeats, args.seed
+            )
+            options = {"batch_sampler": self.batches}
+        # Workers that read shards are new in each epoch: what they shuffle with must depend on the epoch alone.
+        self.generator = torch.Generator()
+        self.loader = _create_loader(
+            args.workers, images, data_config, world.device, dtype, not self.is_stream, self.generator, **options
+        )
+        self.steps = len(self.loader) // args.grad_accum_steps * args.grad_accum_steps
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch: images (B, C, H, W), class numbers (B,)."""
+        self.generator.manual_seed(self.seed + epoch)
+        if self.batches is not None:
+            self.batches.epoch, self.batches.first_step = epoch, first_step
+            yield from self.loader
+            return
+        self.images.set_epoch(epoch)
+        for step, batch in enumerate(self.loader):
+            if step >= self.steps:
+                break
+            if step >= first_step:  # a stream has no other way to its middle
+                yield batch
+
+
+def create_val_loader(
+    args: argparse.Namespace, images: Any, data_config: dict[str, Any], world: World, dtype: torch.dtype
+) -> Any:
+    """This process's share of the validation images, in order, on the device; the shares may differ in size by one."""
+    images.transform = _create_transform(args, data_config, is_training=False)
+    batch_size = getattr(args, "validation_batch_size", None) or args.batch_size
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if isinstance(images, StreamSamples):
+        images.reader.set_loader_cfg(num_workers=args.workers)
+    else:
+        options["sampler"] = range(world.rank, len(images), world.size)
+    return _create_loader(args.workers, images, data_config, world.device, dtype, True, torch.Generator(), **options)
+
+
+def _create_loader(
+    workers: int,
+    images: Any,
+    data_config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    keep_workers: bool,
+    generator: torch.Generator,
+    **options: Any,
+) -> Any:
+    loader = DataLoader(
+        images,
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=keep_workers and workers > 0,
+        worker_init_fn=obey_parent_alone,
+        generator=generator,  # its own: what it draws must not move the random state of the training
+        **options,
+    )
+    return PrefetchLoader(
+        loader,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels=data_config["input_size"][0],
+        device=device,
+        img_dtype=dtype,
+    )
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at full strength, and Pillow from version 13 on for at least 1."""
+    return auto_augment.posterize(image, max(1, bits), **kwargs)
+
+
+def _create_transform(args: argparse.Namespace, data_config: dict[str, Any], is_training: bool) -> Any:
+    for policy in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[policy] = _posterize
+    options: dict[str, Any] = {key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    if is_training:
+        options = {
+            "no_aug": args.no_aug,
+            "scale": args.scale,
+            "ratio": args.ratio,
+            "hflip": args.hflip,
+            "vflip": args.vflip,
+            "color_jitter": args.color_jitter,
+            "auto_augment": args.aa,
+            "interpolation": data_config["interpolation"] if args.no_aug else args.train_interpolation,
+        }
+    try:
+        return create_transform(
+            data_config["input_size"],
+            is_training=is_training,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            use_prefetcher=True,  # bytes to the device, which turns them into numbers
+            **options,
+        )
+    except (ValueError, AssertionError, KeyError, TypeError) as error:
+        raise CommandError(f"cannot set up the images: {reason(error)}") from error

@@ -1,0 +1,176 @@
+"""What a run writes down of its progress: a table, JSON lines, curves, TensorBoard and Weights & Biases."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stvit.tools.common.checkpoint import replace_whole
+from stvit.tools.common.cli import CommandError, reason
+
+
+def require_loggers(tensorboard: bool, wandb_project: str | None) -> None:
+    """Checks that the loggers that were asked for can be imported.
+
+    Raises:
+        CommandError: If one is not installed.
+    """
+    for flag, asked, module in (
+        ("--log-tensorboard", tensorboard, "tensorboard"),
+        ("--log-wandb", wandb_project is not None, "wandb"),
+    ):
+        if asked and find_spec(module) is None:
+            raise CommandError(f"{flag} needs {module}: pip install {module}")
+
+
+class RunLog:
+    """The records of a run, in its folder.
+
+    Args:
+        folder: The run's.
+        tensorboard: Whether to write events for TensorBoard too, to <folder>/tensorboard.
+        wandb_project: Project of Weights & Biases to log to, None for none.
+        config: The resolved recipe.
+        wandb_id: Run of Weights & Biases to go on with.
+        start_update: Updates done before; what a TensorBoard log holds beyond them is hidden.
+
+    Attributes:
+        wandb_id: Run of Weights & Biases, to be given again on going on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any],
+        wandb_id: str | None = None,
+        start_update: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.wandb_id = wandb_id
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        path = folder / "log.jsonl"
+        _cut_torn_line(path)
+        self._lines = path.open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_update + 1)
+        if wandb_project is not None:
+            import wandb
+
+            try:
+                self._wandb = wandb.init(
+                    project=wandb_project,
+                    name=folder.name,
+                    dir=str(folder),
+                    id=wandb_id,
+                    resume="allow",
+                    config=dict(config),
+                )
+            except Exception as error:  # its errors are of many kinds, the network's among them
+                self._lines.close()
+                raise CommandError(
+                    f"cannot log to Weights & Biases: {reason(error)}; log in (wandb login), set WANDB_MODE=offline, "
+                    "or leave --log-wandb out"
+                ) from error
+            self.wandb_id = self._wandb.id
+
+    def step(self, update: int, values: Mapping[str, Any]) -> None:
+        """Records numbers of the training after an update."""
+        self._write("train", {"update": update, **values})
+        self._send(update, "train", values)
+
+    def event(self, name: str, values: Mapping[str, Any]) -> None:
+        """Records that something happened, in log.jsonl alone."""
+        self._write(name, values)
+
+    def epoch(self, update: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Records the last of the epochs done; summary.csv and curve.png are made anew of all of them."""
+        row = history[-1]
+        self._write("epoch", {"update": update, **row})
+        self._send(update, "epoch", row)
+        replace_whole(self.folder / "summary.csv", lambda path: _write_table(path, history))
+        plot_history(history, self.folder / "curve.png")
+
+    def close(self) -> None:
+        """Hands on what is still buffered."""
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, event: str, values: Mapping[str, Any]) -> None:
+        # JSON has no word for what is not finite.
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._lines.write(json.dumps({"event": event, "time": now, **values}) + "\n")
+
+    def _send(self, update: int, group: str, values: Mapping[str, Any]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{group}/{name}", value, update)
+        if self._wandb is not None:
+            # Its step must not go back, which it does where a resumed run repeats some updates.
+            self._wandb.log({f"{group}/{name}": value for name, value in values.items()} | {"update": update})
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes the end of a file that a kill left without its line break, lest the next line join it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
+def _write_table(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def plot_history(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draws loss and accuracy over the epochs.
+
+    Args:
+        history: A row of numbers for each epoch, named as in summary.csv.
+        path: PNG to write.
+
+    Returns:
+        Whether it could be drawn: False without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return False
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] + 1 for row in history]
+    panels = figure.subplots(1, 2)
+    for axes, measure, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+        kinds = {"train": "training (augmented)", "eval": "validation", "ema": "validation, EMA"}
+        for kind, name in kinds.items():
+            if f"{kind}_{measure}" in history[0]:
+                axes.plot(epochs, [row[f"{kind}_{measure}"] for row in history], label=name, marker=".")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        replace_whole(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
+    except OSError as error:
+        print(f"warning: cannot write {path}: {reason(error)}", file=sys.stderr)
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""Models, with weights from wherever they are: a run, a file of anybody's, a folder, the Hub."""
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, get_pretrained_cfg_value
+from torch import nn
+
+from stvit.tools.common.checkpoint import load_checkpoint
+from stvit.tools.common.cli import CommandError, reason
+
+# What a run's checkpoint tells of its model and of the images that it was made for.
+RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
+
+
+@dataclass
+class Weights:
+    """Where a model's weights are, and what is known of the model there.
+
+    Attributes:
+        model: timm's name of the model, `local-dir:…` and `hf-hub:…` included.
+        file: File of the weights, None where timm finds them by the name.
+        recipe: Flags that the weights ask for, of `RECIPE_KEYS` and `model_kwargs`.
+        use_ema: Whether to take the moving average of the file or not; None for: if it has one.
+    """
+
+    model: str
+    file: Path | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    use_ema: bool | None = None
+
+
+def find_weights(source: str, model: str | None, use_ema: bool | None = None) -> Weights:
+    """What a user means by a checkpoint.
+
+    Args:
+        source: A run's folder, a folder of model.safetensors and config.json, a file (of a run, of timm's, the
+            authors'), `local-dir:…` or `hf-hub:…`.
+        model: timm's name of the model; needed for a file that does not tell.
+        use_ema: Whether to take the moving average, which only a file can hold beside the weights.
+
+    Raises:
+        CommandError: If there is no such thing, or no telling which model it is of.
+    """
+    if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return Weights(source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        hint = "; of the Hub it is hf-hub:ORG/NAME" if source.count("/") == 1 else ""
+        raise CommandError(f"--checkpoint {source}: there is no such file or folder{hint}")
+    if path.is_dir():
+        for folder in (path, path / "best"):
+            if (folder / "config.json").is_file():
+                return Weights(f"local-dir:{folder}")
+        raise CommandError(f"--checkpoint {source}: neither it nor its folder best/ holds a config.json")
+    config = path.parent / "config.json"
+    if path.name == "model.safetensors" and config.is_file() and model is None:
+        return Weights(f"local-dir:{path.parent}")
+    if path.suffix == ".pt" and path.parent.name == "checkpoints" and model is None:
+        recipe = load_checkpoint(path)["recipe"]
+        return Weights(recipe["model"], path, {key: recipe.get(key) for key in (*RECIPE_KEYS, "model_kwargs")}, use_ema)
+    if model is None:
+        raise CommandError(f"--checkpoint {source} does not say which model it is of: give --model")
+    return Weights(model, path, use_ema=use_ema)
+
+
+def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any], bool]:
+    """The weights in a file, and whether they are a moving average.
+
+    Args:
+        path: safetensors, or PyTorch's format, of which nothing is run.
+        use_ema: Whether to take the moving average; None for: if there is one.
+
+    Raises:
+        CommandError: If the file cannot be read, or does not hold the kind that is wanted.
+    """
+    if not path.is_file():
+        raise CommandError(f"cannot read weights from {path}: it is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            # Checkpoints of timm and of the authors hold the flags of their runs.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling what is no checkpoint raises nearly everything
+        # What PyTorch advises at length, to run the file's code, is not our advice.
+        why = reason(error).split("(1)")[0].strip()
+        raise CommandError(f"cannot read weights from {path}: {why[:300]}") from error
+    if not isinstance(content, Mapping):
+        raise CommandError(f"cannot read weights from {path}: it holds a {type(content).__name__}, not weights by name")
+    inside = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    ema = next((key for key in ("state_dict_ema", "model_ema") if key in inside), None)
+    plain = next((key for key in ("state_dict", "model") if key in inside), None)
+    if use_ema and ema is None:
+        raise CommandError(f"{path} holds no moving average of the weights: leave --use-ema out")
+    if use_ema is False and ema is not None and plain is None:
+        raise CommandError(f"{path} holds a moving average of the weights alone: leave --no-use-ema out")
+    key = plain if ema is None or use_ema is False else ema
+    return clean_state_dict(dict(content if key is None else inside[key])), key is not None and key == ema
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A model of timm's, on the CPU.
+
+    Args:
+        name: As timm knows it.
+        pretrained: Whether to load the weights that timm finds by the name.
+        weights: Weights to load instead, under our names or the authors'.
+        num_classes: Classes; None for those of the weights.
+        in_chans: Channels of the images; None for those of the weights.
+        grad_checkpointing: Whether it recomputes activations, to save memory.
+        model_kwargs: More of its arguments.
+
+    Raises:
+        CommandError: If there is no such model, it cannot be made so, or the weights do not fit it.
+    """
+    if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f", did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise CommandError(f"unknown model {name!r}{hint}")
+    overlay: dict[str, Any] = {}
+    if weights is not None:
+        overlay["state_dict"] = dict(weights)
+        # timm keeps a classifier if it has the classes of the weights, which it does not ask the file for.
+        for layer in (get_pretrained_cfg_value(name, "classifier"), "head"):
+            if f"{layer}.weight" in weights:
+                overlay["num_classes"] = len(weights[f"{layer}.weight"])
+    if num_classes is None:
+        num_classes = overlay.get("num_classes")
+    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    try:
+        model: Any = timm.create_model(
+            name,
+            pretrained=pretrained or weights is not None,
+            pretrained_cfg_overlay=overlay,
+            **{key: value for key, value in given.items() if value is not None},
+            **(model_kwargs or {}),
+        )
+        if grad_checkpointing:
+            model.set_grad_checkpointing()
+    except Exception as error:  # a foreign model, file or network may fail in any way
+        raise CommandError(f"cannot create model {name}: {reason(error)}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # held once is enough
+    return model

@@ -1,0 +1,169 @@
+"""The processes of a run: which there are, what they tell each other, and the signals that ask them to stop."""
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from timm.utils.distributed import init_distributed_device_so
+from torch import distributed
+
+from stvit.tools.common.cli import CommandError, Switch, reason
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_device_arguments(group: Any) -> None:
+    """The flags that say what to compute on and how, alike in every command."""
+    group.add_argument("--device", metavar="NAME", help="(default: cuda where there is one, else cpu)")
+    group.add_argument("--dist-backend", metavar="NAME", help="(default: nccl for cuda, gloo for the CPU)")
+    group.add_argument("--amp", action=Switch, help="mixed precision")
+    group.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"], help="its lower precision")
+    group.add_argument("--model-dtype", default="float32", choices=list(DTYPES), help="of weights and images")
+    group.add_argument("--channels-last", action=Switch, help="channels_last memory format")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run.
+
+    Attributes:
+        device: What this process computes on.
+        rank: Its number, 0 to size - 1, over all machines.
+        size: Number of processes over all machines.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line, if this is the first process."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks, on every process."""
+        values = [value]
+        if self.size > 1:
+            values *= self.size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether the value is true for any process."""
+        if self.size == 1:
+            return value
+        return bool(self.sum(torch.tensor(float(value), device=self.device)).item())
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The others enter after the first has left: what it downloads they find."""
+        if self.size > 1 and not self.is_first:
+            distributed.barrier()
+        yield
+        if self.size > 1 and self.is_first:
+            distributed.barrier()
+
+
+def autocast(args: argparse.Namespace, world: World) -> AbstractContextManager[Any]:
+    """The context of a forward pass in the precision of the flags."""
+    if not args.amp:
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=DTYPES[args.amp_dtype])
+
+
+@contextmanager
+def join_world(device: str | None, backend: str | None = None) -> Iterator[World]:
+    """The world that torchrun (or Slurm) has set up in the environment, else this process alone.
+
+    Args:
+        device: Name of the device, None for CUDA where there is one, else the CPU.
+        backend: What the processes talk through, None for nccl on CUDA, gloo on the CPU.
+
+    Raises:
+        CommandError: If the device or the backend cannot be used.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+        joined = init_distributed_device_so(name, dist_backend=backend)
+        world = World(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
+        torch.zeros(1, device=world.device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise CommandError(f"--device {name} cannot be used: {reason(error)}") from error
+    try:
+        yield world
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a wish that the program looks at where it can stop in good order.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[signum] = signal.signal(signum, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+
+def obey_parent_alone(_: int) -> None:
+    """For a loader's worker processes: the main process decides when they end, not the terminal or the scheduler.
+
+    Those signal every process of a command, and the main process needs its workers until it has stopped in good order.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # not on every system
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
