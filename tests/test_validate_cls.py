@@ -1,0 +1,395 @@
+"""tools/validate_cls.py: the numbers of real checkpoints on real images, against the training's and against by hand."""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from fill import draw
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from stvit.tools import train_cls, validate_cls
+from stvit.tools.common.evaluation import confidence_interval
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose moving average is far behind its weights."""
+    output = tmp_path_factory.mktemp("runs")
+    flags = "--model=test_stvit --img-size=32 --in-chans=1 --epochs=4 --batch-size=10 --workers=0 --lr=3e-3"
+    more = f"--warmup-epochs=0 --model-ema --model-ema-decay=0.97 --output={output} --experiment=it"
+    assert train_cls.main([*flags.split(), *more.split(), f"--data-dir={digits_folder}"]) == 0
+    return output / "it"
+
+
+@pytest.fixture
+def validate(digits_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the command in this process and returns its results."""
+
+    def validate(*flags: str, data: Path = digits_folder) -> dict[str, Any]:
+        output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        common = [f"--data-dir={data}", f"--output={output}", "--workers=0", "--batch-size=7"]
+        assert validate_cls.main([*common, *flags]) == 0
+        results: dict[str, Any] = json.loads((output / "results.json").read_text())
+        return results | {"folder": output}
+
+    return validate
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    capsys.readouterr()
+    assert validate_cls.main(["--workers=0", *flags]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+def last_row(run_folder: Path) -> dict[str, float]:
+    with (run_folder / "summary.csv").open(newline="") as file:
+        return {key: float(value) for key, value in list(csv.DictReader(file))[-1].items()}
+
+
+def reference(
+    model: torch.nn.Module, folder: Path, resize: int, size: int, mode: str, mean: Any, std: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and class numbers by torchvision alone."""
+    gray = [transforms.Grayscale()] if mode == "L" else []
+    pipeline = [
+        *gray,
+        transforms.Resize(resize, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(mean, std),
+    ]
+    images = ImageFolder(str(folder), transforms.Compose(pipeline))
+    x, y = zip(*images, strict=True)
+    with torch.no_grad():
+        return model.eval()(torch.stack(x)), torch.tensor(y)
+
+
+# What may be given as a checkpoint
+
+
+def test_every_form_of_our_checkpoints(run_folder: Path, validate: Callable[..., dict[str, Any]]) -> None:
+    row = last_row(run_folder)
+    assert row["eval_loss"] != pytest.approx(row["ema_loss"], rel=1e-3)
+    newest = sorted((run_folder / "checkpoints").glob("*.pt"))[-1]
+    for flags, kind in (
+        ([f"--checkpoint={run_folder / 'last'}"], "eval"),
+        ([f"--checkpoint=local-dir:{run_folder / 'last'}"], "eval"),
+        ([f"--checkpoint={run_folder / 'last/model.safetensors'}"], "eval"),
+        ([f"--checkpoint={run_folder / 'last_ema'}"], "ema"),
+        ([f"--checkpoint={newest}"], "ema"),
+        ([f"--checkpoint={newest}", "--use-ema"], "ema"),
+        ([f"--checkpoint={newest}", "--no-use-ema"], "eval"),
+    ):
+        results = validate(*flags)
+        for name in ("loss", "top1", "top5"):
+            assert results[name] == pytest.approx(row[f"{kind}_{name}"], rel=1e-6), flags
+        assert results["images"] == 20 and results["images_per_second"] > 0
+        assert results["ema"] == (kind == "ema" and newest.name in flags[0])
+        assert results["input_size"] == [1, 32, 32]
+
+    with (run_folder / "summary.csv").open(newline="") as file:
+        best = max(max(float(row["eval_top1"]), float(row["ema_top1"])) for row in csv.DictReader(file))
+    assert validate(f"--checkpoint={run_folder}")["top1"] == pytest.approx(best)
+
+
+def test_official_weights_and_crop(
+    digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file as the authors write it; the images as torchvision makes them from the paper's words."""
+    keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
+    weights = {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}
+    other = {key: torch.zeros_like(value) for key, value in weights.items()}
+    content = {"model": weights, "model_ema": other, "args": argparse.Namespace(lr=1.0), "epoch": 3}
+    torch.save(content, tmp_path / "official.pth")
+    names = [f"digit_{i}" for i in range(4)]
+    (tmp_path / "names.txt").write_text("\n".join([*(f"other {i}" for i in range(996)), *names]))
+
+    flags = [f"--checkpoint={tmp_path / 'official.pth'}", "--model=stvit_small", "--no-use-ema", "--official-crop"]
+    results = validate(*flags, f"--class-map={tmp_path / 'names.txt'}")
+    assert "at 224 pixels (crop 0.875, bicubic)" in capsys.readouterr().out
+
+    model = timm.create_model("stvit_small", pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    logits, target = reference(model, digits_folder / "val", 256, 224, "RGB", mean, std)
+    target = target + 996
+    wanted = torch.nn.functional.cross_entropy(logits, target).item()
+    assert results["loss"] == pytest.approx(wanted, rel=1e-4)
+    top = logits.topk(5).indices == target[:, None]
+    assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
+    assert results["top5"] == pytest.approx(100 * top.any(1).float().mean().item())
+    assert not (results["folder"] / "confusion.png").exists()  # of a thousand classes
+
+    # At 384 pixels all of the short side is looked at, whatever the model's configuration says.
+    args = validate_cls.parse_args(["--official-crop", "--img-size=384"])
+    config = validate_cls._data_config(args, model)
+    assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 384, 384))
+
+
+def test_moving_average_of_an_official_file(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "a.pth")
+    flags = [f"--checkpoint={tmp_path / 'a.pth'}", "--model=stvit_small", f"--data-dir={digits_folder}"]
+    assert "holds no moving average" in refused(capsys, *flags, "--use-ema")
+    assert "missing key" in refused(capsys, *flags)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The Hub's way of handing out files, over a socket."""
+
+    files: Path
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.files / self.path.rsplit("/", 1)[-1]
+        if "/someone/digits/resolve/main/" not in self.path or not path.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if "/someone/digits/" in self.path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(run_folder: Path) -> Iterator[str]:
+    handler = type("Handler", (_Hub,), {"files": run_folder / "last"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_hub_id_in_a_process_of_its_own(hub: str, run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
+    env = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy") and key != "HF_HUB_OFFLINE"}
+    command = [sys.executable, str(ROOT / "tools/validate_cls.py"), f"--data-dir={digits_folder}", "--workers=0"]
+    result = subprocess.run(
+        [*command, "--checkpoint=hf-hub:someone/digits", f"--output={tmp_path / 'out'}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["loss"] == pytest.approx(last_row(run_folder)["eval_loss"], rel=1e-6)
+    missing = subprocess.run(
+        [*command, "--checkpoint=hf-hub:someone/else"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert missing.returncode == 1 and "Traceback" not in missing.stderr
+    assert "cannot create model hf-hub:someone/else" in missing.stderr.splitlines()[-1]
+
+
+# What is counted
+
+
+def test_counts_against_a_count_by_hand(
+    run_folder: Path, digits_folder: Path, validate: Callable[..., dict[str, Any]]
+) -> None:
+    results = validate(f"--checkpoint={run_folder / 'last'}")
+    model = timm.create_model(f"local-dir:{run_folder / 'last'}", pretrained=True)
+    config = model.pretrained_cfg
+    logits, target = reference(model, digits_folder / "val", 36, 32, "L", config["mean"], config["std"])
+    right = logits.argmax(1) == target
+    assert results["top1"] == pytest.approx(100 * right.float().mean().item())
+    with (results["folder"] / "per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [f"digit_{i}" for i in range(4)]
+    for number, row in enumerate(rows):
+        assert int(row["images"]) == int((target == number).sum())
+        assert float(row["top1"]) == pytest.approx(100 * right[target == number].float().mean().item(), abs=1e-3)
+    with Image.open(results["folder"] / "confusion.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 7), (7, 7), (3, 7), (8360, 10000), (1, 50000)])
+def test_confidence_interval(correct: int, images: int) -> None:
+    wanted = binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    assert confidence_interval(correct, images) == pytest.approx((wanted.low, wanted.high), abs=1e-7)
+
+
+def test_real_labels(
+    run_folder: Path, own_digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]
+) -> None:
+    """Several labels may be right, and images without any do not count; one image cannot be read besides."""
+    paths = sorted((own_digits_folder / "val").rglob("*.png"))
+    for number, path in enumerate(paths):
+        path.rename(path.with_name(f"ILSVRC2012_val_{number + 1:08d}.JPEG"))
+    paths = sorted((own_digits_folder / "val").rglob("*.JPEG"))
+    model = timm.create_model(f"local-dir:{run_folder / 'last'}", pretrained=True)
+    config = model.pretrained_cfg
+    logits, _ = reference(model, own_digits_folder / "val", 36, 32, "L", config["mean"], config["std"])
+    predicted = logits.argmax(1).tolist()
+    right = 0
+    by_name: dict[str, list[int]] = {}
+    for number, path in enumerate(paths):
+        choices = {0: [], 1: [predicted[number], (predicted[number] + 1) % 4], 2: [(predicted[number] + 1) % 4]}
+        by_name[path.name] = choices[number % 3]
+        right += number % 3 == 1 and number != 4
+    labels = [by_name[name] for name in sorted(by_name)]
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    paths[4].write_bytes(b"")  # one of those whose prediction is right
+    counted = sum(1 for number in range(len(paths)) if number % 3 and number != 4)
+
+    results = validate(
+        f"--checkpoint={run_folder / 'last'}",
+        f"--real-labels={tmp_path / 'real.json'}",
+        "--max-bad-images=1",
+        data=own_digits_folder,
+    )
+    assert results["real_images"] == counted and results["images"] == 19 and results["skipped"] == 1
+    assert results["real_top1"] == pytest.approx(100 * right / counted)
+    assert results["real_top5"] == pytest.approx(100.0)  # of four classes all are among the first five
+
+
+def test_several_processes_count_the_same(
+    run_folder: Path, own_digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]
+) -> None:
+    bad = sorted((own_digits_folder / "val").rglob("*.png"))[7]
+    bad.write_bytes(b"")
+    flags = [f"--checkpoint={run_folder}", "--max-bad-images=1"]
+    one = validate(*flags, data=own_digits_folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command = [*torchrun, "-m", "stvit.tools.validate_cls", *flags, f"--data-dir={own_digits_folder}"]
+    output = tmp_path / "three"
+    result = subprocess.run(
+        [*command, "--workers=1", "--batch-size=4", f"--output={output}"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert sum("top-1" in line for line in result.stdout.splitlines()) == 1
+    assert f"{bad} could not be read" in result.stderr
+    three = json.loads((output / "results.json").read_text())
+    for name in ("images", "top1", "top5", "skipped"):
+        assert three[name] == one[name]
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-5) and three["images"] == 19
+    assert (output / "per_class.csv").read_text() == (one["folder"] / "per_class.csv").read_text()
+
+
+def test_classes_are_matched_by_name(run_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]) -> None:
+    """A model that knows its classes in another order than that of the folders."""
+    folder = Path(shutil.copytree(run_folder / "last", tmp_path / "reversed"))
+    weights = load_file(folder / "model.safetensors")
+    for key in ("head.fc.weight", "head.fc.bias"):
+        weights[key] = weights[key].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = config["label_names"][::-1]
+    (folder / "config.json").write_text(json.dumps(config))
+    wanted, results = validate(f"--checkpoint={run_folder / 'last'}"), validate(f"--checkpoint={folder}")
+    assert results["top1"] == wanted["top1"] and results["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--amp"], ["--model-dtype=bfloat16"], ["--channels-last"]], ids=str)
+def test_precision_and_memory_format(
+    flags: list[str], run_folder: Path, validate: Callable[..., dict[str, Any]]
+) -> None:
+    wanted = validate(f"--checkpoint={run_folder / 'last'}")
+    results = validate(f"--checkpoint={run_folder / 'last'}", *flags)
+    assert results["loss"] == pytest.approx(wanted["loss"], rel=1e-5 if flags == ["--channels-last"] else 0.05)
+
+
+# What goes wrong
+
+
+def test_trouble_is_one_clear_line(
+    run_folder: Path, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, last = f"--data-dir={digits_folder}", f"--checkpoint={run_folder / 'last'}"
+    weights = f"--checkpoint={tmp_path / 'w.pth'}"
+    torch.save(load_file(run_folder / "last/model.safetensors"), tmp_path / "w.pth")
+    for flags, said in (
+        ([data], "no model: give --checkpoint"),
+        ([last], "no data: give --data-dir"),
+        ([data, "--checkpoint=org/name"], "no such file or folder; of the Hub it is hf-hub:ORG/NAME"),
+        ([data, f"--checkpoint={tmp_path}"], "neither it nor its folder best/ holds a config.json"),
+        ([data, weights], "does not say which model it is of: give --model"),
+        ([data, weights, "--model=test_stvti"], "unknown model 'test_stvti', did you mean test_stvit"),
+        ([data, weights, "--model=stvit_small"], "cannot create model stvit_small"),
+        ([data, weights, "--model=test_stvit", "--in-chans=1", "--num-classes=5"], "the weights have 4 classes"),
+        ([data, last, "--use-ema"], "there is no such file"),
+        ([data, last, "--official-crop", "--crop-pct=0.9"], "leave --crop-pct, --interpolation out"),
+        ([data, last, "--real-labels"], "are for the 50,000 validation images of ImageNet, not 20"),
+        ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
+        ([data, "--model=test_stvit"], "No pretrained weights exist for test_stvit"),
+        ([f"--data-dir={tmp_path}", last], "cannot open the validation images"),
+    ):
+        assert said in refused(capsys, *flags), flags
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    assert "2 class names were given for a model of 4" in refused(
+        capsys, data, last, f"--class-map={tmp_path / 'names.txt'}"
+    )
+
+
+def test_images_of_other_classes(run_folder: Path, own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--checkpoint={run_folder / 'last'}", f"--data-dir={own_digits_folder}"]
+    shutil.rmtree(own_digits_folder / "val/digit_3")
+    assert validate_cls.main(["--workers=0", *flags]) == 0  # three of the four that it knows
+    (own_digits_folder / "val/digit_2").rename(own_digits_folder / "val/two")
+    assert "the model does not know the class 'two' of the images" in refused(capsys, *flags)
+
+
+def test_unreadable_image(run_folder: Path, own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = sorted((own_digits_folder / "val").rglob("*.png"))[3]
+    bad.write_bytes(b"")
+    line = refused(capsys, f"--checkpoint={run_folder}", f"--data-dir={own_digits_folder}")
+    assert f"cannot read image {bad}" in line
+
+
+def test_results_are_never_overwritten(
+    run_folder: Path, digits_folder: Path, validate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = validate(f"--checkpoint={run_folder}")["folder"]
+    line = refused(capsys, f"--checkpoint={run_folder}", f"--data-dir={digits_folder}", f"--output={folder}")
+    assert "holds the results of another evaluation: choose another --output" in line
+
+
+def test_hostile_file_runs_nothing(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    flags = ["--model=test_stvit", f"--data-dir={digits_folder}", f"--checkpoint={tmp_path / 'evil.pth'}"]
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    assert "cannot read weights from" in refused(capsys, *flags)
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    assert "cannot read weights from" in refused(capsys, *flags)
+    assert not (tmp_path / "harm").exists()
