@@ -25,8 +25,9 @@ train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores);
 	$(BIN)/python tools/train_cls.py --config $(CONFIG) $(ARGS)
 
 # One thread: the tests' models are small, and threads that wait for each other in turns are slow beside other programs.
+# Two processes that take whole files, for what the tests of a file share is made once.
 test: setup  ## Run all tests (up to 15 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -201,6 +201,24 @@ def test_samples_depend_on_seed_epoch_and_place_alone(digits_folder: Path) -> No
         assert not torch.equal(other[0][0], batches[0][0])
 
 
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path) -> None:
+    """From the middle of a tar and of shards, which can only be read from their beginning."""
+    (tmp_path / "made").mkdir()
+    flags = [*SHORT, *KINDS[kind](digits_folder, tmp_path / "made"), f"--output={tmp_path}", "--batch-size=10"]
+    flags += ["--checkpoint-steps=2", "--resume=auto"]
+    assert train_cls.main(flags) == 0
+    whole = {path: path.read_bytes() for path in [tmp_path / "it/summary.csv", *tmp_path.glob("it/*/*.safetensors")]}
+    middle, end = sorted((tmp_path / "it/checkpoints").glob("*.pt"))
+    assert middle.name == "00001-00000004.pt"
+    end.unlink()
+    for path in whole:
+        path.unlink()
+    assert train_cls.main(flags) == 0
+    assert [path.name for path, content in whole.items() if path.exists() and path.read_bytes() != content] == []
+    assert (tmp_path / "it/last/model.safetensors").exists()
+
+
 def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
     plain = TrainBatches(60, 12, World(torch.device("cpu")))
     repeated = TrainBatches(60, 12, World(torch.device("cpu")), repeats=3)

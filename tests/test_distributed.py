@@ -174,6 +174,19 @@ def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: 
     assert len(read_summary(other)) == 2
 
 
+def test_image_that_one_process_cannot_read(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data", 60, 20)
+    bad = sorted((data / "val").rglob("*.png"))[1]  # the second one is the second process's
+    bad.write_bytes(b"")
+    line = [*command(2), *RUN, f"--data-dir={data}", f"--output={tmp_path}", "--batch-size=16", "--experiment=it"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    said = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    assert any(text.startswith(f"error: process 1: cannot read image {bad}") for text in said), result.stderr
+    assert all("cannot read image" in text or "another process of the run ended" in text for text in said)
+    assert not list(tmp_path.glob("it/best/*"))
+
+
 def test_trouble_of_one_process_is_said_once(digits_folder: Path, tmp_path: Path) -> None:
     line = [*command(2), *RUN, "--data-dir=nowhere", f"--output={tmp_path}"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)

@@ -11,7 +11,7 @@ import torch
 from fill import draw
 from torch.utils.flop_counter import FlopCounterMode
 
-from stvit.tools import train_cls
+from stvit.tools import benchmark, train_cls, validate_cls
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,11 +58,32 @@ def test_commands_exist() -> None:
     for command in commands:
         assert re.search(rf"^{command}:", makefile, re.M)
     assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
-    for flags in re.findall(r"^python tools/train_cls.py (.*)$", README, re.M):
-        train_cls.parse_args(flags.split())
+
+
+def test_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every command that is shown, as the shell would hand them on."""
+    monkeypatch.chdir(ROOT)
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    variables = dict(re.findall(r'^(\w+)="(.*)"$', shell, re.M))
+    for name, value in variables.items():
+        shell = shell.replace(f"${name}", value)
+    commands = re.findall(r"tools/(\w+)\.py (.*?)[`#\n]", shell + "\n" + "\n".join(re.findall(r"`python .*?`", README)))
+    parsers = {
+        "train_cls": train_cls.parse_args,
+        "validate_cls": validate_cls.parse_args,
+        "benchmark": benchmark.create_parser().parse_args,
+    }
+    assert {name for name, _ in commands} == set(parsers)
+    for name, flags in commands:
+        parsers[name](flags.split())
 
 
 def test_links_lead_somewhere() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for link in re.findall(r"\]\((?!http)(.*?)\)", (ROOT / document).read_text()):
-            assert (ROOT / link).exists(), f"{document}: {link}"
+            path, _, anchor = link.partition("#")
+            assert (ROOT / path).exists(), f"{document}: {link}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
+                anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{document}: {link}"

@@ -16,16 +16,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from timm.utils import NativeScaler
 
+from stvit.tools import train_cls
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError
 
 # All that has a state: workers, accumulation, every random augmentation, dropout, EMA, a schedule by updates.
-EPOCHS, UPDATES = 5, 22
+EPOCHS, UPDATES = 3, 22
 RUN = (
     "--model=test_stvit --img-size=32 --dataset=sklearn/digits --in-chans=1 --workers=2 --batch-size=32 "
     f"--grad-accum-steps=2 --epochs={EPOCHS} --lr=3e-3 --warmup-epochs=1 --sched-on-updates --drop=0.1 --drop-path=0.2 "
-    "--drop-path-schedule 2:0.1 --mixup=0.2 --cutmix=1 --mixup-prob=0.8 --mixup-off-epoch=4 --reprob=0.5 "
+    "--drop-path-schedule 1:0.1 --mixup=0.2 --cutmix=1 --mixup-prob=0.8 --mixup-off-epoch=2 --reprob=0.5 "
     "--aa=rand-m5-mstd0.5 --aug-repeats=2 --model-ema --model-ema-decay=0.9 --clip-grad=5 --checkpoint-steps=4 "
     "--log-interval=1 --experiment=it --resume=auto"
 ).split()
@@ -96,7 +98,7 @@ def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed in the middle, for tests to take copies of."""
     folder = tmp_path_factory.mktemp("halfway")
     process = start(folder)
-    wait_for_updates(process, folder, UPDATES * 2 + 10)
+    wait_for_updates(process, folder, UPDATES + 10)
     process.kill()
     process.communicate()
     return folder
@@ -114,7 +116,7 @@ def test_killed_ten_times_at_random_is_the_same_run(reference: Path, tmp_path: P
     resumed = set()
     for _ in range(10):
         process = start(tmp_path)
-        wait_for_updates(process, tmp_path, moments.randint(1, 14))
+        wait_for_updates(process, tmp_path, moments.randint(1, 9))
         time.sleep(moments.uniform(0.0, 0.05))
         process.kill()
         out, _ = process.communicate()
@@ -145,6 +147,36 @@ def test_signal_saves_and_says_how_to_go_on(
     assert state["epoch"] * UPDATES + state["step"] > UPDATES
     finish(tmp_path)
     assert_same_run(tmp_path, reference)
+
+
+def test_mixed_precision_goes_on_with_its_scale(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 scales the loss by what it has learned of its size: here at first too much, and updates are skipped."""
+
+    def scale_too_much(device: str) -> NativeScaler:
+        scaler = NativeScaler(device)
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**20})
+        return scaler
+
+    monkeypatch.setattr(train_cls, "NativeScaler", scale_too_much)
+    flags = ["--model=test_stvit", "--img-size=32", f"--data-dir={digits_folder}", "--workers=0", "--batch-size=4"]
+    flags += ["--epochs=1", "--amp", "--amp-dtype=float16", "--checkpoint-steps=8", "--lr=1e-3", "--warmup-epochs=0"]
+    flags += [f"--output={tmp_path}", "--experiment=it", "--resume=auto"]
+    assert train_cls.main(flags) == 0
+    weights = tmp_path / "it/last/model.safetensors"
+    whole, (middle, end) = weights.read_bytes(), Checkpoints(tmp_path / "it/checkpoints").paths()
+    scale = load_checkpoint(middle)["scaler"]["scale"]
+    assert 1.0 < scale < 2.0**20
+    end.unlink()
+    assert train_cls.main(flags) == 0
+    assert weights.read_bytes() == whole
+    # Without the scale it would be another run.
+    state = load_checkpoint(middle)
+    torch.save(state | {"scaler": state["scaler"] | {"scale": 2.0**40}}, middle)
+    end.unlink()
+    assert train_cls.main(flags) == 0
+    assert weights.read_bytes() != whole
 
 
 def test_finished_run_stays_as_it_is(reference: Path) -> None:
@@ -198,6 +230,22 @@ def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
     assert after and all(load_checkpoint(path) for path in after)
     assert before & set(after)
     assert not list((killed / "it/checkpoints").glob("*.tmp"))
+    finish(killed)
+    assert_same_run(killed, reference)
+
+
+def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> None:
+    """The weights of an epoch are written whole or not at all, and the run goes on from the checkpoint before."""
+    before = results(killed)
+    process = start(killed, "--checkpoint-steps=0")
+    wait_for_updates(process, killed, 1)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    line = out.splitlines()[-1]
+    assert line.startswith("error: cannot write the weights to") and "--resume auto" in line, line
+    assert results(killed) == before
+    assert not list((killed / "it").glob("*.tmp"))
     finish(killed)
     assert_same_run(killed, reference)
 

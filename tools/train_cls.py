@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
@@ -875,15 +876,22 @@ def save_model(model: nn.Module, folder: Path, class_names: list[str] | None, da
     """Writes model.safetensors and config.json, as `timm.create_model("local-dir:…")` reads them."""
     fresh = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_for_hf(
-        # safetensors takes contiguous tensors alone
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-        str(fresh),
-        model_config={"label_names": class_names} if class_names else None,
-        safe_serialization=True,
-        data_config=data_config,
-    )
-    replace_files(fresh, folder)
+    try:
+        save_for_hf(
+            # safetensors takes contiguous tensors alone
+            copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+            str(fresh),
+            model_config={"label_names": class_names} if class_names else None,
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        replace_files(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise CommandError(
+            f"cannot write the weights to {folder}: {reason(error)}; what was there and the checkpoints are kept: make "
+            "room, and give the same command with --resume auto"
+        ) from error
 
 
 if __name__ == "__main__":
