@@ -7,7 +7,7 @@ CONFIG ?= configs/cls/stvit_pico_digits.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test test-long lint format clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -26,8 +26,11 @@ train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores);
 
 # One thread: the tests' models are small, and threads that wait for each other in turns are slow beside other programs.
 # Two processes that take whole files, for what the tests of a file share is made once.
-test: setup  ## Run all tests (up to 15 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+test: setup  ## Run the tests (up to 15 minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long" $(ARGS)
+
+test-long: setup  ## Run the tests that `make test` leaves out (ten minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import REPOSITORY, serve
 
 from stvit.tools import train_cls
 from stvit.tools.common.data import TrainBatches, TrainLoader, open_images
@@ -145,6 +148,18 @@ def test_whole_images_of_each_kind(kind: str, digits_folder: Path, tmp_path: Pat
     if kind != "wds":  # shards do not know the names
         assert config["label_names"] == [f"digit_{i}" for i in range(4)]
     assert not (tmp_path / "it/bad_images.jsonl").exists()
+
+
+def test_hub_dataset_in_a_process_of_its_own(digits_folder: Path, tmp_path: Path) -> None:
+    as_parquet(digits_folder, tmp_path)
+    flags = [*SHORT, f"--dataset=hfds/{REPOSITORY}", f"--output={tmp_path}"]
+    with serve(tmp_path / "set", tmp_path / "home") as env:
+        command = [sys.executable, "-m", "stvit.tools.train_cls", *flags]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "4 classes, 60 training and 20 validation images" in result.stdout
+    config = json.loads((tmp_path / "it/best/config.json").read_text())
+    assert config["label_names"] == [f"digit_{i}" for i in range(4)]
 
 
 def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

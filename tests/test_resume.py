@@ -185,15 +185,28 @@ def test_finished_run_stays_as_it_is(reference: Path) -> None:
     assert results(reference) == before
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_damaged_checkpoint_is_named_and_the_one_before_it_used(damage: str, killed: Path, reference: Path) -> None:
-    newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
-    content = bytearray(newest.read_bytes())
-    if damage == "flipped":
+def damage(path: Path, kind: str) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "flipped":
         content[len(content) // 2] ^= 0xFF
-    newest.write_bytes({"flipped": content, "cut": content[:-1000], "empty": b""}[damage])
-    out = finish(killed)
-    assert f"warning: checkpoint {newest} is damaged" in out and "using the one before it" in out
+    path.write_bytes({"flipped": content, "cut": content[:-1000], "empty": b""}[kind])
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty"])
+def test_damaged_checkpoint_is_named(kind: str, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(killed / "it/checkpoints")
+    before, newest = checkpoints.paths()
+    damage(newest, kind)
+    loaded = checkpoints.load()
+    assert loaded is not None and loaded[1] == before
+    said = capsys.readouterr().err
+    assert f"warning: checkpoint {newest} is damaged" in said and "using the one before it" in said
+
+
+def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> None:
+    newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
+    damage(newest, "flipped")
+    assert f"warning: checkpoint {newest} is damaged" in finish(killed)
     assert_same_run(killed, reference)
 
 
@@ -208,12 +221,11 @@ def test_torn_files_beside_the_checkpoints_do_no_harm(killed: Path, reference: P
     assert_same_run(killed, reference)
 
 
-def test_all_checkpoints_damaged(killed: Path) -> None:
+def test_all_checkpoints_damaged(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in Checkpoints(killed / "it/checkpoints").paths():
         path.write_bytes(b"")
-    process = start(killed)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "no checkpoint in" in out.splitlines()[-1]
+    assert train_cls.main([*RUN, f"--output={killed}"]) == 1
+    assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
@@ -250,18 +262,15 @@ def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> No
     assert_same_run(killed, reference)
 
 
-def refused(folder: Path, *flags: str) -> str:
-    process = start(folder, *flags)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, out
-    return out.splitlines()[-1]
-
-
-def test_other_flags_are_refused(killed: Path) -> None:
-    assert "begun with other flags (lr 0.003, now 0.1)" in refused(killed, "--lr=0.1")
-    assert "with 64 images an update, this one has 32" in refused(killed, "--grad-accum-steps=1")
-    assert "holds the results of another run" in refused(killed, "--resume=")
-    assert "no checkpoint there" in refused(killed, "--resume=nowhere")
+def test_other_flags_are_refused(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, said in (
+        ("--lr=0.1", "begun with other flags (lr 0.003, now 0.1)"),
+        ("--grad-accum-steps=1", "with 64 images an update, this one has 32"),
+        ("--resume=", "holds the results of another run"),
+        ("--resume=nowhere", "no checkpoint there"),
+    ):
+        assert train_cls.main([*RUN, f"--output={killed}", flag]) == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_resume_by_path(killed: Path, reference: Path, tmp_path: Path) -> None:

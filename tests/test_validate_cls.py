@@ -2,16 +2,13 @@
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 import timm
 import torch
 from fill import draw
+from hub_server import REPOSITORY, serve
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
@@ -156,65 +154,17 @@ def test_moving_average_of_an_official_file(
     assert "missing key" in refused(capsys, *flags)
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The Hub's way of handing out files, over a socket."""
-
-    files: Path
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        path = self.files / self.path.rsplit("/", 1)[-1]
-        if "/someone/digits/resolve/main/" not in self.path or not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if "/someone/digits/" in self.path else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(run_folder: Path) -> Iterator[str]:
-    handler = type("Handler", (_Hub,), {"files": run_folder / "last"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_hub_id_in_a_process_of_its_own(hub: str, run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
-    env = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy") and key != "HF_HUB_OFFLINE"}
+def test_hub_id_in_a_process_of_its_own(run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/validate_cls.py"), f"--data-dir={digits_folder}", "--workers=0"]
-    result = subprocess.run(
-        [*command, "--checkpoint=hf-hub:someone/digits", f"--output={tmp_path / 'out'}"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with serve(run_folder / "last", tmp_path / "home") as env:
+        options: dict[str, Any] = {"env": env, "capture_output": True, "text": True, "timeout": 300}
+        result = subprocess.run(
+            [*command, f"--checkpoint=hf-hub:{REPOSITORY}", f"--output={tmp_path / 'out'}"], **options
+        )
+        missing = subprocess.run([*command, "--checkpoint=hf-hub:someone/else"], **options)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["loss"] == pytest.approx(last_row(run_folder)["eval_loss"], rel=1e-6)
-    missing = subprocess.run(
-        [*command, "--checkpoint=hf-hub:someone/else"], env=env, capture_output=True, text=True, timeout=300
-    )
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
     assert "cannot create model hf-hub:someone/else" in missing.stderr.splitlines()[-1]
 
