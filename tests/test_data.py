@@ -14,7 +14,7 @@ import torch
 from hub_server import REPOSITORY, serve
 
 from stvit.tools import train_cls
-from stvit.tools.common.data import TrainBatches, TrainLoader, open_images
+from stvit.tools.common.data import BadImages, TrainBatches, TrainLoader, open_images
 from stvit.tools.common.processes import World
 
 # Two images of the training and one of the validation, by their numbers in `digits_folder`.
@@ -160,6 +160,17 @@ def test_hub_dataset_in_a_process_of_its_own(digits_folder: Path, tmp_path: Path
     assert "4 classes, 60 training and 20 validation images" in result.stdout
     config = json.loads((tmp_path / "it/best/config.json").read_text())
     assert config["label_names"] == [f"digit_{i}" for i in range(4)]
+
+
+def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
+    """What a full disk leaves: the line does not count, and the next one does not join it."""
+    log = tmp_path / "bad_images.jsonl"
+    bad_images = BadImages(3, log)
+    bad_images.add("a", "empty")
+    log.write_text(log.read_text() + '{"image": "b')
+    assert bad_images.names() == {"a"}
+    bad_images.add("c", "empty")
+    assert bad_images.names() == {"a", "c"} and len(log.read_text().splitlines()) == 2
 
 
 def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -294,6 +294,59 @@ def test_auto_finds_the_run_without_its_name(killed: Path, reference: Path) -> N
     assert results(killed) == results(reference)
 
 
+SHORT = (
+    "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=1e-3 --checkpoint-steps=2 "
+    "--resume=auto"
+).split()
+
+
+def test_auto_takes_no_run_on_other_images(
+    digits_folder: Path, own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    flags = [*SHORT, f"--output={runs}"]
+    assert train_cls.main([*flags, f"--data-dir={digits_folder}", "--experiment=one"]) == 0
+    assert train_cls.main([*flags, f"--data-dir={own_digits_folder}"]) == 0
+    assert "resuming" not in capsys.readouterr().out
+    # By its name the run is found wherever its images are now, but they must be as many.
+    assert train_cls.main([*flags, f"--data-dir={own_digits_folder}", "--experiment=one"]) == 0
+    assert "is finished: 2 epochs are done" in capsys.readouterr().out
+    next((own_digits_folder / "train").rglob("*.png")).unlink()
+    assert train_cls.main([*flags, f"--data-dir={own_digits_folder}", "--experiment=one"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "a run on 60 training and 20 validation images, here are 59 and 20" in line
+
+
+def test_auto_does_not_repeat_what_is_finished(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without the name of the run, from elsewhere and with the data named in another way."""
+    flags = [*SHORT, f"--output={tmp_path / 'runs'}"]
+    assert train_cls.main([*flags, f"--data-dir={digits_folder}"]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(digits_folder.parent)
+    assert train_cls.main([*flags, f"--data-dir={digits_folder.name}"]) == 0
+    assert "is finished: 2 epochs are done" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_resume_by_the_bare_name_of_a_checkpoint(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--experiment=it"]
+    assert train_cls.main(flags) == 0
+    checkpoints = tmp_path / "it/checkpoints"
+    middle, end = Checkpoints(checkpoints).paths()
+    end.unlink()
+    monkeypatch.chdir(checkpoints)
+    assert train_cls.main([*flags, f"--resume={middle.name}"]) == 0
+    assert end.exists() and not (checkpoints / "checkpoints").exists() and not (checkpoints / "last").exists()
+    moved = tmp_path / middle.name
+    shutil.copy(middle, moved)
+    assert train_cls.main([*flags, f"--resume={moved}"]) == 1
+    assert "must be in the folder checkpoints/ of its run" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
 def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(content)

@@ -427,6 +427,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--batch-size=1000"], "takes 1000 images (--batch-size 1000), more than the 60 training images: lower"),
         (["--mixup=1", "--batch-size=15"], "even --batch-size, got 15"),
         (["--aa=nonsense"], "cannot set up the images"),
+        (["--std", "0"], "--std: must be a number above 0, got '0'"),
         (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of 3 channels"),
         (["--lr=1e30", "--warmup-epochs=0", "--log-interval=1", "--epochs=20"], "lower --lr (it is 1e+30)"),
     ],

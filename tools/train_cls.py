@@ -64,6 +64,7 @@ from stvit.tools.common.cli import (
     KeyValues,
     Parser,
     Switch,
+    above_zero,
     count,
     parse_with_recipe,
     positive,
@@ -147,7 +148,7 @@ def create_parser() -> Parser:
     group.add_argument("--in-chans", type=positive, metavar="N", help="image channels, 1 or 3")
     group.add_argument("--img-size", type=positive, metavar="N", help="image height and width in pixels")
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the images' channels")
+    group.add_argument("--std", type=above_zero, nargs="+", metavar="X", help="deviation of the images' channels")
     group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
     group.add_argument("--drop", type=rate, default=0.0, metavar="X", help="dropout rate before the classifier")
@@ -641,7 +642,7 @@ class _Training:
             "processes": processes,
             "recipe": _recipe_key(self.args),
             "update_images": self._update_images(),
-            "updates": self.updates,
+            "images": [len(self.train_set), len(self.val_set)],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -661,6 +662,13 @@ class _Training:
             raise CommandError(
                 f"{path} is of a run with {state['update_images']} images an update, this one has "
                 f"{self._update_images()}: let processes x --batch-size x --grad-accum-steps be the same"
+            )
+        then, now = state["images"], [len(self.train_set), len(self.val_set)]
+        if then != now:
+            raise CommandError(
+                f"{path} is of a run on {then[0]} training and {then[1]} validation images, here are {now[0]} and "
+                f"{now[1]}: go on with the same, or start afresh with another --experiment, from its weights if you "
+                "like (--pretrained-path)"
             )
         try:
             self.model.load_state_dict(state["model"])
@@ -795,6 +803,9 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
             folder = path
             found = Checkpoints(folder / "checkpoints").load()
         else:
+            path = path.resolve()
+            if path.is_file() and path.parent.name != "checkpoints":
+                raise CommandError(f"--resume {path} must be in the folder checkpoints/ of its run, to go on there")
             folder = path.parent.parent
             found = (load_checkpoint(path), path) if path.is_file() else None
         if found is None:
@@ -806,9 +817,9 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
 
     if args.experiment is None and args.resume == "auto":
         for checkpoints in sorted(output.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True):
-            if _recipe_of(checkpoints.parent) == _recipe_key(args):
+            if _recipe_of(checkpoints.parent) == _comparable(_resolved(args)):
                 found = Checkpoints(checkpoints).load()
-                if found is not None and found[0]["progress"]["epoch"] < args.epochs:
+                if found is not None:
                     return checkpoints.parent, found[1]
     model = args.model.split(":")[-1].replace("/", "_")
     name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
@@ -849,7 +860,16 @@ def _recipe_of(folder: Path) -> dict[str, Any] | None:
         recipe = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, yaml.YAMLError):
         return None
-    return {key: value for key, value in recipe.items() if key not in FREE_FLAGS} if isinstance(recipe, dict) else None
+    return _comparable(recipe) if isinstance(recipe, dict) else None
+
+
+def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run another one, if nobody says by its name which one it is: the data too, wherever one stands."""
+    data = recipe.get("data_dir")
+    return {
+        **{key: value for key, value in recipe.items() if key not in FREE_FLAGS},
+        "data_dir": None if data is None else str(Path(data).expanduser().resolve()),
+    }
 
 
 def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: Path) -> None:

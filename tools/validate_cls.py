@@ -39,6 +39,7 @@ from stvit.tools.common.cli import (
     CommandError,
     KeyValues,
     Parser,
+    above_zero,
     parse_with_recipe,
     positive,
     progress_bar,
@@ -102,7 +103,7 @@ def create_parser() -> Parser:
     group.add_argument("--img-size", type=positive, metavar="N", help="image height and width (default: the model's)")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that is looked at")
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="deviation of the images' channels")
+    group.add_argument("--std", type=above_zero, nargs="+", metavar="X", help="deviation of the images' channels")
     group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
     group.add_argument(
         "--official-crop",

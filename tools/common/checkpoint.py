@@ -116,6 +116,15 @@ def replace_files(fresh: Path, folder: Path) -> None:
     fresh.rmdir()
 
 
+def cut_torn_line(path: Path) -> None:
+    """Removes the end of a file that a kill left without its line break, lest the next line join it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

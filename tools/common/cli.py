@@ -169,6 +169,17 @@ def rate(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A flag's number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 

@@ -24,6 +24,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from stvit.tools.common.checkpoint import cut_torn_line
 from stvit.tools.common.cli import CommandError, OneProcessError, Switch, count, reason
 from stvit.tools.common.processes import World, obey_parent_alone
 
@@ -81,6 +82,7 @@ class BadImages:
                     f"cannot read image {name}: {why}; {len(known)} others were skipped (see {self.log}), more than "
                     f"--max-bad-images {self.limit} allows"
                 )
+            cut_torn_line(self.log)
             with self.log.open("a") as file:
                 file.write(json.dumps({"image": name, "reason": why}) + "\n")
 
@@ -88,7 +90,8 @@ class BadImages:
         """The images skipped so far."""
         if self.log is None or not self.log.exists():
             return set()
-        return {json.loads(line)["image"] for line in self.log.read_text().splitlines()}
+        whole_lines = self.log.read_text().rpartition("\n")[0].splitlines()
+        return {json.loads(line)["image"] for line in whole_lines}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stvit.tools.common.checkpoint import replace_whole
+from stvit.tools.common.checkpoint import cut_torn_line, replace_whole
 from stvit.tools.common.cli import CommandError, reason
 
 
@@ -58,7 +58,7 @@ class RunLog:
         self._wandb: Any = None
         self._tensorboard: Any = None
         path = folder / "log.jsonl"
-        _cut_torn_line(path)
+        cut_torn_line(path)
         self._lines = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -122,15 +122,6 @@ class RunLog:
         if self._wandb is not None:
             # Its step must not go back, which it does where a resumed run repeats some updates.
             self._wandb.log({f"{group}/{name}": value for name, value in values.items()} | {"update": update})
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Removes the end of a file that a kill left without its line break, lest the next line join it."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
 
 
 def _write_table(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ def join_world(device: str | None, backend: str | None = None) -> Iterator[World
         torch.zeros(1, device=world.device).item()
     except (RuntimeError, AssertionError, ValueError) as error:
         raise CommandError(f"--device {name} cannot be used: {reason(error)}") from error
+    # PyTorch warns of the layout in which it sums the gradients of 1x1 convolutions, of which nothing follows.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if not world.is_first:
+        warnings.simplefilter("ignore")
     try:
         yield world
     finally:
