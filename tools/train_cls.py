@@ -64,7 +64,6 @@ from stvit.tools.common.cli import (
     KeyValues,
     Parser,
     Switch,
-    above_zero,
     count,
     parse_with_recipe,
     positive,
@@ -78,6 +77,7 @@ from stvit.tools.common.data import (
     BadImages,
     TrainLoader,
     add_data_arguments,
+    add_image_arguments,
     check_targets,
     create_val_loader,
     open_images,
@@ -146,11 +146,7 @@ def create_parser() -> Parser:
     group.add_argument("--pretrained-path", metavar="FILE", help="start from these weights, ours or the authors'")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes (default: those of the data)")
     group.add_argument("--in-chans", type=positive, metavar="N", help="image channels, 1 or 3")
-    group.add_argument("--img-size", type=positive, metavar="N", help="image height and width in pixels")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
-    group.add_argument("--std", type=above_zero, nargs="+", metavar="X", help="deviation of the images' channels")
-    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
-    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
+    add_image_arguments(group)
     group.add_argument("--drop", type=rate, default=0.0, metavar="X", help="dropout rate before the classifier")
     group.add_argument("--drop-path", type=rate, metavar="X", help="stochastic depth rate of the last block")
     group.add_argument(

@@ -39,7 +39,6 @@ from stvit.tools.common.cli import (
     CommandError,
     KeyValues,
     Parser,
-    above_zero,
     parse_with_recipe,
     positive,
     progress_bar,
@@ -47,9 +46,9 @@ from stvit.tools.common.cli import (
     run,
 )
 from stvit.tools.common.data import (
-    INTERPOLATIONS,
     BadImages,
     add_data_arguments,
+    add_image_arguments,
     create_val_loader,
     open_images,
 )
@@ -100,11 +99,7 @@ def create_parser() -> Parser:
     add_data_arguments(group)
     group.add_argument("--seed", "-s", type=int, default=42, metavar="N", help="of the run that held out the digits")
     group.add_argument("--batch-size", "-b", type=positive, default=64, metavar="N", help="images of a step")
-    group.add_argument("--img-size", type=positive, metavar="N", help="image height and width (default: the model's)")
-    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that is looked at")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
-    group.add_argument("--std", type=above_zero, nargs="+", metavar="X", help="deviation of the images' channels")
-    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
+    add_image_arguments(group)
     group.add_argument(
         "--official-crop",
         action="store_true",

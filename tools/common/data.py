@@ -25,7 +25,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from stvit.tools.common.checkpoint import cut_torn_line
-from stvit.tools.common.cli import CommandError, OneProcessError, Switch, count, reason
+from stvit.tools.common.cli import CommandError, OneProcessError, Switch, above_zero, count, positive, reason
 from stvit.tools.common.processes import World, obey_parent_alone
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
@@ -45,6 +45,15 @@ def add_data_arguments(group: Any) -> None:
     group.add_argument(
         "--max-bad-images", type=count, default=0, metavar="N", help="unreadable images to skip before stopping"
     )
+
+
+def add_image_arguments(group: Any) -> None:
+    """The flags that say how the model wants its images, alike in every command."""
+    group.add_argument("--img-size", type=positive, metavar="N", help="image height and width (default: the model's)")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the images' channels, from 0 to 1")
+    group.add_argument("--std", type=above_zero, nargs="+", metavar="X", help="deviation of the images' channels")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resizing (default: the model's)")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
