@@ -1,0 +1,308 @@
+"""Ultralytics' YOLO and its trainers, with our model files, weights for backbones and learning rates of their own."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import ultralytics
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.optim import Optimizer
+from ultralytics.models import yolo
+from ultralytics.nn.tasks import yaml_model_load
+from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR
+from ultralytics.utils.torch_utils import unwrap_model
+
+from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
+from stvit.adapters.yolo.registration import allow_modules
+from stvit.adapters.yolo.weights import find_backbone, load_backbone, load_stock, transfer
+
+__all__ = [
+    "OPTIONS",
+    "YOLO",
+    "BackboneTrainer",
+    "ClassificationTrainer",
+    "DepthTrainer",
+    "DetectionTrainer",
+    "OBBTrainer",
+    "PoseTrainer",
+    "SegmentationTrainer",
+    "SemanticSegmentationTrainer",
+]
+
+OPTIONS = ("pretrained_backbone", "neck_weights", *RATES)
+
+
+class BackboneTrainer:
+    """What our trainers add to Ultralytics': weights that arrive whole, and the backbone's learning rates.
+
+    The rates are keys of the model's configuration (`yolo_config`), and so stay with it in its checkpoints.
+    """
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """Builds the model for the data's classes and channels, and loads the weights into it.
+
+        Raises:
+            ValueError: If the configuration is wrong about its backbone.
+            RuntimeError: If not all of the backbone arrives.
+        """
+        if cfg is not None:
+            check_config(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
+        model = super().get_model(cfg=cfg, weights=None, verbose=verbose)  # type: ignore[misc]
+        if weights is not None:
+            transfer(weights, model, getattr(weights, "loaded_keys", None))
+        return model
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+        """Ultralytics' optimizer, with groups of their own for the backbone where it has its own rates."""
+        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        _set_backbone_rates(optimizer, model)
+        return optimizer
+
+
+class DetectionTrainer(BackboneTrainer, yolo.detect.DetectionTrainer):
+    """Trains a detector."""
+
+
+class SegmentationTrainer(BackboneTrainer, yolo.segment.SegmentationTrainer):
+    """Trains instance segmentation."""
+
+
+class SemanticSegmentationTrainer(BackboneTrainer, yolo.semantic.SemanticSegmentationTrainer):
+    """Trains semantic segmentation."""
+
+
+class PoseTrainer(BackboneTrainer, yolo.pose.PoseTrainer):
+    """Trains pose estimation."""
+
+
+class OBBTrainer(BackboneTrainer, yolo.obb.OBBTrainer):
+    """Trains detection of oriented boxes."""
+
+
+class DepthTrainer(BackboneTrainer, yolo.depth.DepthTrainer):
+    """Trains depth estimation."""
+
+
+class ClassificationTrainer(BackboneTrainer, yolo.classify.ClassificationTrainer):
+    """Trains classification."""
+
+
+TRAINERS: dict[str, type[BackboneTrainer]] = {
+    "detect": DetectionTrainer,
+    "segment": SegmentationTrainer,
+    "semantic": SemanticSegmentationTrainer,
+    "pose": PoseTrainer,
+    "obb": OBBTrainer,
+    "depth": DepthTrainer,
+    "classify": ClassificationTrainer,
+}
+
+
+class YOLO(ultralytics.YOLO):
+    """Ultralytics' YOLO, which also finds our model files and trainers.
+
+    All that Ultralytics' does it does as it stands. In addition it takes the name of one of our model files
+    (`model_file`) or a configuration (`yolo_config`), and four options, here or in `train`:
+        pretrained_backbone: Weights of the backbone: a timm tag, 'hf-hub:org/name', a file; True for timm's own of its
+            name.
+        neck_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
+        backbone_lr: Learning rate of the backbone, over that of the rest.
+        layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | dict[str, Any] | ultralytics.engine.model.Model = "yolo26n.pt",
+        task: str | None = None,
+        verbose: bool = False,
+        *,
+        pretrained_backbone: str | Path | bool | None = None,
+        neck_weights: str | Path | None = None,
+        backbone_lr: float | None = None,
+        layer_decay: float | None = None,
+    ) -> None:
+        """
+        Args:
+            model: As for Ultralytics' YOLO; the name of one of our model files; a configuration.
+            task: As for Ultralytics' YOLO.
+            verbose: As for Ultralytics' YOLO.
+            pretrained_backbone: See above.
+            neck_weights: See above.
+            backbone_lr: See above.
+            layer_decay: See above.
+
+        Raises:
+            ValueError: If the model file, the backbone or an option is not as described.
+            RuntimeError: If weights cannot be read or do not fit.
+        """
+        if isinstance(model, dict):
+            model = _write_custom(model)
+        elif isinstance(model, (str, Path)):
+            model = _find_model_file(str(model).strip())
+        super().__init__(model=model, task=task, verbose=verbose)
+        self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
+
+    def _new(self, cfg: str, task: str | None = None, verbose: bool = False) -> None:
+        config = yaml_model_load(cfg)
+        check_config(config)
+        super()._new(cfg, task=task, verbose=verbose)
+        if find_backbone(self.model) is not None or "stock_layers" in config:
+            # Training then begins from this model and its configuration, and not from the file once more.
+            self.ckpt = {"model": self.model}
+            self.__dict__["loaded_keys"] = []
+
+    def _load(self, weights: str, task: str | None = None) -> None:
+        if SAFE_LOAD and Path(weights).is_file():
+            allow_modules(weights)
+        super()._load(weights, task=task)
+
+    @property
+    def task_map(self) -> dict[str, dict[str, Any]]:
+        """Ultralytics' classes for each task, with our trainers."""
+        return {
+            task: {**classes, "trainer": TRAINERS.get(task, classes["trainer"])}
+            for task, classes in super().task_map.items()
+        }
+
+    def load(self, weights: str | Path | dict[str, Any] | nn.Module = "yolo26n.pt") -> "YOLO":
+        """Loads what fits, as Ultralytics' YOLO does."""
+        super().load(weights)
+        self.__dict__["loaded_keys"] = None
+        return self
+
+    def train(  # type: ignore[override]  # as Ultralytics', whose YOLO is a module by name
+        self,
+        trainer: Any = None,
+        *,
+        pretrained_backbone: str | Path | bool | None = None,
+        neck_weights: str | Path | None = None,
+        backbone_lr: float | None = None,
+        layer_decay: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains as Ultralytics' YOLO does.
+
+        Args:
+            trainer: As for Ultralytics' YOLO.
+            pretrained_backbone: See the class.
+            neck_weights: See the class.
+            backbone_lr: See the class.
+            layer_decay: See the class.
+            kwargs: Arguments of training, as for Ultralytics' YOLO.
+
+        Raises:
+            ValueError: If an option is not as described, or contradicts another argument.
+            RuntimeError: If weights cannot be read or do not fit.
+        """
+        given = {
+            key: value
+            for key, value in zip(OPTIONS, (pretrained_backbone, neck_weights, backbone_lr, layer_decay), strict=True)
+            if value is not None
+        }
+        if given and kwargs.get("resume"):
+            raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
+        self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
+        loaded_keys = self.__dict__.get("loaded_keys")
+        pretrained = kwargs.get("pretrained", True)
+        if loaded_keys and (pretrained is False or isinstance(pretrained, (str, Path))):
+            raise ValueError(
+                f"pretrained={pretrained} throws away what pretrained_backbone or neck_weights loaded: give one or "
+                "the other"
+            )
+        if "model" in kwargs:  # from a command line: the name, where self.overrides has the path
+            kwargs["model"] = self.overrides["model"]
+        if trainer is None and isinstance(kwargs.get("data"), (list, tuple)):
+            trainer = self._smart_load("trainer")  # else each set is trained by Ultralytics' own, in another process
+        model: Any = self.model
+        if loaded_keys is not None:
+            model.loaded_keys = loaded_keys
+        try:
+            return super().train(trainer=trainer, **kwargs)
+        finally:
+            model.__dict__.pop("loaded_keys", None)
+            if model is not self.model:
+                self.__dict__["loaded_keys"] = None
+
+    def _configure(
+        self,
+        pretrained_backbone: str | Path | bool | None,
+        neck_weights: str | Path | None,
+        backbone_lr: float | None,
+        layer_decay: float | None,
+    ) -> None:
+        check_rates(backbone_lr, layer_decay)
+        wanted = {"pretrained_backbone": pretrained_backbone, "backbone_lr": backbone_lr, "layer_decay": layer_decay}
+        given = [key for key, value in wanted.items() if value is not None and value is not False]
+        if not given and neck_weights is None:
+            return
+        self._check_is_pytorch_model()
+        model: Any = self.model
+        backbone = find_backbone(model)
+        if given and backbone is None:
+            raise ValueError(f"{given[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
+        loaded_keys = self.__dict__.get("loaded_keys")
+        if neck_weights is not None:
+            keys = load_stock(model, neck_weights)
+            loaded_keys = None if loaded_keys is None else loaded_keys + keys
+        if backbone is not None and pretrained_backbone is not None and pretrained_backbone is not False:
+            load_backbone(backbone, pretrained_backbone)
+            keys = [f"model.0.net.{key}" for key in backbone.net.state_dict()]
+            loaded_keys = None if loaded_keys is None else loaded_keys + keys
+        for key, value in zip(RATES, (backbone_lr, layer_decay), strict=True):
+            if value is not None:
+                model.yaml[key] = float(value)
+        self.__dict__["loaded_keys"] = loaded_keys
+        self.ckpt = self.ckpt or {"model": self.model}
+        self.predictor = None
+
+
+def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
+    """Splits the backbone's parameters off the groups of an optimizer that has taken no step yet."""
+    detector: Any = unwrap_model(model)
+    detector = getattr(detector, "student_model", detector)
+    backbone = find_backbone(detector)
+    factor, decay = (detector.yaml.get(key, 1.0) for key in RATES) if backbone is not None else (1.0, 1.0)
+    if backbone is None or factor == decay == 1.0:
+        return
+    rates = {id(param): factor for param in backbone.parameters()}
+    if decay != 1.0:
+        for group in param_groups_layer_decay(backbone.net, layer_decay=decay):
+            rates.update({id(param): factor * group["lr_scale"] for param in group["params"]})
+    for group in list(optimizer.param_groups):
+        split: dict[float, list[nn.Parameter]] = {}
+        for param in group["params"]:
+            if id(param) in rates:
+                split.setdefault(rates[id(param)], []).append(param)
+        group["params"] = [param for param in group["params"] if id(param) not in rates]
+        options = {key: value for key, value in group.items() if key != "params"}
+        if options.get("param_group") == "bias":
+            options["param_group"] = "backbone_bias"  # warm-up has a rate of its own for 'bias'
+        for rate in sorted(split):
+            optimizer.add_param_group({**options, "params": split[rate], "lr": group["lr"] * rate})
+    LOGGER.info(
+        f"The backbone {backbone.name} learns at {min(rates.values()):.3g} to {max(rates.values()):.3g} times the "
+        "learning rate of the rest"
+    )
+
+
+def _find_model_file(name: str) -> str:
+    """The path of one of our model files; other names as they are, for Ultralytics to look up."""
+    if not re.fullmatch(r"yolo26[nslmx]?-[^/\\]+\.ya?ml", name):
+        return name
+    unified = re.sub(r"^yolo26[nslmx]", "yolo26", name)
+    if Path(name).exists() or Path(unified).exists() or any((ROOT / "cfg" / "models").glob(f"*/{unified}")):
+        return name
+    return str(model_file(name))
+
+
+def _write_custom(config: dict[str, Any]) -> str:
+    """Writes a configuration as a file, for Ultralytics takes no other, under a name that says its scale."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    scale = config.get("scale", "")
+    folder = Path(USER_CONFIG_DIR) / "stvit" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return str(
+        write_config({key: config[key] for key in config if key != "scale"}, folder / f"yolo26{scale}-custom.yaml")
+    )

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""The `yolo` command of Ultralytics, with STViT and other timm backbones.
+
+    python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml epochs=10 optimizer=MuSGD
+    python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml \
+        pretrained_backbone=stvit_small.in1k neck_weights=yolo26s.pt backbone_lr=0.1 layer_decay=0.9
+    python -m stvit.tools.yolo train resume model=runs/detect/train/weights/last.pt
+    python -m stvit.tools.yolo predict model=runs/detect/train/weights/best.pt source=photos
+
+`python tools/yolo.py` is the same program. Arguments are those of `yolo`; `yolo help` of Ultralytics lists them. Names
+of model files are ours too: yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml, where BACKBONE is
+stvit_pico to stvit_large, any timm model with feature maps, `stvit` for the one that pairs with the scale, or
+`stokenattention`. Four arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), neck_weights
+(yolo26s.pt, of the same scale), backbone_lr and layer_decay (factors on the learning rate of the backbone).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stvit.tools.common.cli import CommandError, reason, run
+
+OPTIONS = ("pretrained_backbone", "neck_weights", "backbone_lr", "layer_decay")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    return run(command, argparse.Namespace(arguments=arguments))
+
+
+def command(args: argparse.Namespace) -> None:
+    """Hands everything but our own arguments to Ultralytics."""
+    options, arguments = split_options(args.arguments)
+    try:
+        from ultralytics.cfg import entrypoint
+
+        with our_yolo(options), command_line(arguments):
+            entrypoint()
+    except (ImportError, ValueError, SyntaxError, FileNotFoundError) as error:
+        if os.environ.get("STVIT_TRACEBACK"):
+            raise
+        raise CommandError(str(error).strip() or reason(error)) from error
+
+
+def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Our own arguments with their values, and the others.
+
+    Raises:
+        CommandError: If one of ours has no value, or one that is none, or cannot be given here.
+    """
+    options: dict[str, Any] = {}
+    others = []
+    for argument in arguments:
+        key, equals, value = argument.lstrip("-").partition("=")
+        if key not in OPTIONS:
+            others.append(argument)
+        elif not equals or not value:
+            raise CommandError(f"{key} needs a value: {key}=…")
+        elif key in ("backbone_lr", "layer_decay"):
+            try:
+                options[key] = float(value)
+            except ValueError:
+                raise CommandError(f"{key} must be a number, got {value!r}") from None
+        else:
+            options[key] = True if value.lower() == "true" else value
+    if options and any(other == "resume" or other.startswith("resume=") for other in others):
+        raise CommandError(f"resume goes on with the run's own {', '.join(options)}: leave it out")
+    return options, others
+
+
+@contextmanager
+def our_yolo(options: dict[str, Any]) -> Iterator[None]:
+    """Within, `ultralytics.YOLO` is ours: its command takes the class by that name, and there is no other way in."""
+    import ultralytics
+
+    from stvit.adapters.yolo import YOLO
+
+    class ConfiguredYOLO(YOLO):
+        def __init__(self, model: Any, task: str | None = None) -> None:
+            try:
+                super().__init__(model, task=task, **options)
+            except RuntimeError as error:  # weights that cannot be read or do not fit
+                raise ValueError(str(error)) from error
+
+    theirs = ultralytics.YOLO
+    setattr(ultralytics, "YOLO", ConfiguredYOLO)  # noqa: B010  # a type, to mypy
+    try:
+        yield
+    finally:
+        setattr(ultralytics, "YOLO", theirs)  # noqa: B010
+
+
+@contextmanager
+def command_line(arguments: list[str]) -> Iterator[None]:
+    """Within, these are the arguments of the process: Ultralytics keeps the list that `sys.argv` was at its import."""
+    before = list(sys.argv)
+    sys.argv[:] = ["yolo", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())
