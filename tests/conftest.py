@@ -1,4 +1,6 @@
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,12 @@ from sklearn.datasets import load_digits
 
 # The golden files come with the code that rebuilds their inputs, `fill.py`.
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
+
+
+# Ultralytics reads these when it is imported, and the processes that tests start inherit them: no settings but the
+# tests' own, nothing installed or asked of the network behind their back.
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="stvit-tests-"))
+os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +51,45 @@ def digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path_facto
 def own_digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> Path:
     """The same to spoil."""
     return write_digits(tmp_path / "data", 60, 20)
+
+
+BOXES = {  # class, center and size over those of the image: 0 is a person, 1 a bus
+    "bus": [
+        (1, 0.5, 0.453, 0.977, 0.479),
+        (0, 0.176, 0.602, 0.235, 0.467),
+        (0, 0.352, 0.587, 0.151, 0.421),
+        (0, 0.913, 0.587, 0.174, 0.456),
+    ],
+    "zidane": [(0, 0.74, 0.52, 0.319, 0.928), (0, 0.432, 0.636, 0.676, 0.708)],
+}
+
+
+@pytest.fixture(scope="session")
+def write_photos() -> Callable[..., Path]:
+    """Writes a data file of Ultralytics over its two photographs and their mirror images, 160 pixels wide."""
+
+    def write_photos(folder: Path, channels: int = 3, nc: int = 2) -> Path:
+        from ultralytics.utils import ASSETS
+
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        for name, boxes in BOXES.items():
+            photo = Image.open(ASSETS / f"{name}.jpg").convert("RGB")
+            photo = photo.resize((160, 160 * photo.height // photo.width))
+            for mirrored in (False, True):
+                picture = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else photo
+                picture.save(folder / "images" / f"{name}_{int(mirrored)}.jpg")
+                rows = [f"{c} {1 - x if mirrored else x:.4f} {y} {w} {h}" for c, x, y, w, h in boxes]
+                (folder / "labels" / f"{name}_{int(mirrored)}.txt").write_text("\n".join(rows))
+        names = "".join(f"  {i}: {name}\n" for i, name in enumerate(["person", "bus", "tie", "cat"][:nc]))
+        data = folder / "photos.yaml"
+        data.write_text(f"path: {folder}\ntrain: images\nval: images\nchannels: {channels}\nnames:\n{names}")
+        return data
+
+    return write_photos
+
+
+@pytest.fixture(scope="session")
+def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data file of four photographs. Not to be changed."""
+    return write_photos(tmp_path_factory.mktemp("photos"))

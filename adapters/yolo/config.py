@@ -5,10 +5,12 @@ A configuration made here is a whole Ultralytics model file with further keys at
     backbone_lr, layer_decay: Learning rates of the backbone, see `yolo_config`.
 """
 
+import json
 import os
 import re
 import tempfile
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +89,8 @@ def yolo_config(
     depth = len(stock["backbone"])
 
     features = _measure(backbone, model_args)
-    deepest = min(max(reduction for _, reduction in features), max(strides[:depth]))
     ends = _stage_ends(rows[:depth], strides[:depth])
-    if deepest not in ends:
-        raise ValueError(_lacks(backbone, features, [max(ends)]))
+    deepest = min(32, max(ends))  # where the pyramids of classifiers end; what is deeper stays Ultralytics'
     start = ends[deepest] + 1  # of what stays of Ultralytics' rows
     stays_from = {r for i, row in enumerate(rows[start:], start) for r in _froms(row, i) if r < start}
     needed = sorted({strides[r] for r in stays_from} | {deepest})
@@ -99,7 +99,10 @@ def yolo_config(
 
     reductions = [reduction for _, reduction in features]
     if not set(needed) <= set(reductions):
-        raise ValueError(_lacks(backbone, features, needed))
+        raise ValueError(
+            f"the backbone {backbone} has feature maps at strides {reductions}, this model needs {needed}: take one "
+            "with a pyramid of maps"
+        )
     # Of several maps at a stride the last has seen most.
     indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in needed]
     taken: list[Row] = [[-1, 1, "nn.Identity", []] for _ in range(start)]
@@ -309,6 +312,12 @@ def _stage_ends(rows: list[Row], strides: list[int]) -> dict[int, int]:
 
 def _measure(backbone: str, model_args: dict[str, Any]) -> list[tuple[int, int]]:
     """Channels and reduction of a backbone's maps, seen to be so on images that are no square."""
+    return _measured(backbone, json.dumps(_plain(model_args), sort_keys=True))
+
+
+@cache
+def _measured(backbone: str, model_args_json: str) -> list[tuple[int, int]]:
+    model_args = json.loads(model_args_json)
     size = (128, 192)
     with torch.device("meta"):
         net = create_net(backbone, **model_args)
@@ -327,13 +336,6 @@ def _measure(backbone: str, model_args: dict[str, Any]) -> list[tuple[int, int]]
     if seen != [(channels, size[0] // reduction, size[1] // reduction) for channels, reduction in features]:
         raise ValueError(f"the backbone {backbone} says its maps are {features}, and gives {seen} for images of {size}")
     return features
-
-
-def _lacks(backbone: str, features: list[tuple[int, int]], needed: list[int]) -> str:
-    return (
-        f"the backbone {backbone} has feature maps at strides {[reduction for _, reduction in features]}, "
-        f"this model needs {needed}: take one with a pyramid of maps"
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ Shapes:
     H, W     pixels of the map
 """
 
+import difflib
 from typing import Any
 
 import timm
@@ -237,7 +238,7 @@ def create_net(name: str, **kwargs: Any) -> Any:
         ValueError: If timm has no such model or the model no such argument.
     """
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{str(name).split('.')[0].split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
         hint = f", is it one of {', '.join(near)}?" if near else ": timm.list_models() lists them"
         raise ValueError(f"unknown backbone {name!r}{hint}")
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}

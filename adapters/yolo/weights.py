@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import nn
+from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
@@ -104,10 +105,19 @@ def align(weights: nn.Module, model: BaseModel) -> nn.Module:
     if ours == theirs:
         return weights
     aligned = deepcopy(weights)
-    layers: Any = weights.model
+    layers: Any = aligned.model
+    own: Any = model.model
     places = {stock: place for place, stock in enumerate(theirs) if stock >= 0}
-    aligned.model = nn.Sequential(*[layers[places[stock]] if stock in places else nn.Identity() for stock in ours])
+    found = [layers[places[stock]] if stock in places else None for stock in ours]
+    aligned.model = nn.Sequential(
+        *[layer if _alike(layer, target) else nn.Identity() for layer, target in zip(found, own, strict=True)]
+    )
     return aligned
+
+
+def _alike(layer: nn.Module | None, target: nn.Module) -> bool:
+    """Whether two layers are of a kind; heads of detection are, whatever else they give."""
+    return type(layer) is type(target) or (isinstance(layer, Detect) and isinstance(target, Detect))
 
 
 def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None) -> None:
@@ -128,7 +138,11 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
         for key, value in aligned.state_dict().items():
             if key not in keys and key in own and own[key].shape == value.shape:
                 value.copy_(own[key])
-    model.load(aligned)
+        layers: Any = aligned.model
+        if not any(key.startswith(f"model.{len(layers) - 1}.") for key in keys):
+            layers[-1] = nn.Identity()  # else a head for other classes is rebuilt at the width of one that is random
+    if keys is None or keys:
+        model.load(aligned)
     source, target = find_backbone(weights), find_backbone(model)
     if source is None or target is None or source.name != target.name or source.out_indices != target.out_indices:
         return
