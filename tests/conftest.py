@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 import tempfile
@@ -93,3 +94,13 @@ def write_photos() -> Callable[..., Path]:
 def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data file of four photographs. Not to be changed."""
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What Ultralytics' logger says, which keeps it to itself otherwise."""
+    from ultralytics.utils import LOGGER
+
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog

@@ -1,6 +1,5 @@
 """Weights for backbone, neck and head: all of them arrive, counted, or an error says why not."""
 
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,20 +12,11 @@ import timm
 import torch
 import ultralytics
 from timm.models import save_for_hf
-from ultralytics.utils import LOGGER
 
 from stvit.adapters.yolo import YOLO
 from stvit.adapters.yolo.weights import load_backbone
 
 QUICK = {"imgsz": 64, "epochs": 1, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu"}
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What Ultralytics' logger says, which does not propagate by itself."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,11 @@ def state_at_start(model: YOLO, **kwargs: Any) -> tuple[dict[str, torch.Tensor],
 
 @pytest.mark.parametrize("channels", [3, 1, 4])
 def test_pretrained_backbone_reaches_the_trained_model(
-    channels: int, pico: Path, write_photos: Callable[..., Path], tmp_path: Path, log: pytest.LogCaptureFixture
+    channels: int,
+    pico: Path,
+    write_photos: Callable[..., Path],
+    tmp_path: Path,
+    ultralytics_log: pytest.LogCaptureFixture,
 ) -> None:
     data = write_photos(tmp_path / "photos", nc=3)
     if channels != 3:
@@ -75,8 +69,10 @@ def test_pretrained_backbone_reaches_the_trained_model(
     assert len(arrived) > 150
     for key, value in arrived.items():
         assert torch.equal(value, expected[key]), key
-    assert f"Loaded {len(arrived)}/{len(arrived)} tensors of the backbone stvit_pico from {pico}" in log.text
-    assert f"Transferred {len(arrived)}/{len(arrived)} tensors of the backbone stvit_pico" in log.text
+    assert (
+        f"Loaded {len(arrived)}/{len(arrived)} tensors of the backbone stvit_pico from {pico}" in ultralytics_log.text
+    )
+    assert f"Transferred {len(arrived)}/{len(arrived)} tensors of the backbone stvit_pico" in ultralytics_log.text
 
 
 def test_what_was_not_loaded_follows_the_seed(pico: Path, photos: Path, tmp_path: Path) -> None:
@@ -177,7 +173,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_published_weights_fill_neck_and_head(stock: Path, log: pytest.LogCaptureFixture) -> None:
+def test_published_weights_fill_neck_and_head(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
     theirs = ultralytics.YOLO(stock).model
     model = YOLO("yolo26n-stvit_pico.yaml", neck_weights=stock).model
     own = model.state_dict()
@@ -189,7 +185,7 @@ def test_published_weights_fill_neck_and_head(stock: Path, log: pytest.LogCaptur
     assert {key.rsplit(".", 2)[0] for key in other} == {"model.9.cv1", "model.9.cv2", "model.16.cv1"}
     assert len(other) == 7  # those that the maps of the backbone go into, of other widths than Ultralytics'
     loaded = total - len(other)
-    assert f"Loaded {loaded}/{total} tensors of Ultralytics' own layers from '{stock}'" in log.text
+    assert f"Loaded {loaded}/{total} tensors of Ultralytics' own layers from '{stock}'" in ultralytics_log.text
     assert model.names[3] == "class 3"
 
 
@@ -206,11 +202,11 @@ def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path,
     assert state["model.23.one2one_cv3.0.2.weight"].shape[0] == 2
 
 
-def test_stokenattention_begins_as_the_stock_model(stock: Path, log: pytest.LogCaptureFixture) -> None:
+def test_stokenattention_begins_as_the_stock_model(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
     ours = YOLO("yolo26n-stokenattention.yaml", neck_weights=stock).model.eval()
     theirs = ultralytics.YOLO(stock).model.eval()
     total = len(theirs.state_dict())
-    assert f"Loaded {total}/{total} tensors of Ultralytics' own layers" in log.text
+    assert f"Loaded {total}/{total} tensors of Ultralytics' own layers" in ultralytics_log.text
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours(images)[0], theirs(images)[0], rtol=0, atol=0)

@@ -108,14 +108,15 @@ def align(weights: nn.Module, model: BaseModel) -> nn.Module:
     layers: Any = aligned.model
     own: Any = model.model
     places = {stock: place for place, stock in enumerate(theirs) if stock >= 0}
-    found = [layers[places[stock]] if stock in places else None for stock in ours]
-    aligned.model = nn.Sequential(
-        *[layer if _alike(layer, target) else nn.Identity() for layer, target in zip(found, own, strict=True)]
-    )
+    kept: list[nn.Module] = [nn.Identity() for _ in ours]
+    for place, stock in enumerate(ours):
+        if stock in places and _alike(layers[places[stock]], own[place]):
+            kept[place] = layers[places[stock]]
+    aligned.model = nn.Sequential(*kept)
     return aligned
 
 
-def _alike(layer: nn.Module | None, target: nn.Module) -> bool:
+def _alike(layer: nn.Module, target: nn.Module) -> bool:
     """Whether two layers are of a kind; heads of detection are, whatever else they give."""
     return type(layer) is type(target) or (isinstance(layer, Detect) and isinstance(target, Detect))
 

@@ -1,0 +1,87 @@
+"""The command `python -m stvit.tools.yolo`, as a user types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import ultralytics
+from ultralytics.utils import ASSETS
+
+import stvit  # noqa: F401  # registers the models
+from stvit.tools.yolo import main
+
+QUICK = ["imgsz=64", "epochs=1", "batch=4", "plots=False", "val=False", "amp=False", "device=cpu", "mosaic=0"]
+
+
+def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stvit.tools.yolo", *map(str, arguments)],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key != "STVIT_TRACEBACK"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_train_resume_predict_export(photos: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("stvit_pico", num_classes=10).state_dict(), tmp_path / "pico.pth")
+    # A folder of a user may have a space in its name, and the first argument of theirs may come anywhere.
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    done = command(
+        "detect", "train", "model=yolo26n-stvit_pico.yaml", f"pretrained_backbone={tmp_path / 'pico.pth'}",
+        "backbone_lr=0.1", f"data={photos}", "project=out", "name=a", *QUICK, "save_period=1", folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Loaded 182/182 tensors of the backbone stvit_pico" in done.stdout
+    assert "learns at 0.1 to 0.1 times the learning rate of the rest" in done.stdout
+    best = next(folder.rglob("best.pt"))
+    assert ultralytics.YOLO(best).model.yaml["backbone_lr"] == 0.1
+
+    done = command("predict", f"model={best}", f"source={ASSETS / 'bus.jpg'}", "imgsz=64", "project=out", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert next(folder.rglob("predict/bus.jpg"))
+    done = command("export", f"model={best}", "format=torchscript", "imgsz=64", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert best.with_suffix(".torchscript").exists()
+
+
+def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:
+    assert "yolo26{n,s,m,l,x}-BACKBONE" in command("--help", folder=tmp_path).stdout
+    assert ultralytics.__version__ in command("version", folder=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "model=yolo26n-stvit_pica.yaml"], "unknown backbone 'stvit_pica', is it one of stvit_pico"),
+        (["train", "model=yolo26n-stvit_pico.yaml", "layer_decay=2"], "layer_decay must be at most 1, got 2.0"),
+        (["train", "model=yolo26n-stvit_pico.yaml", "pretrained_backbone=no.pth"], "is no file and no timm model"),
+        (["train", "model=yolo26n-stvit_pico.yaml", "epoch=3"], "epoch"),
+        (["predict", "model=missing-model.yaml"], "missing-model.yaml"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_error(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = command(*arguments, folder=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "backbone_lr=high"], "backbone_lr must be a number, got 'high'"),
+        (["train", "backbone_lr"], "backbone_lr needs a value: backbone_lr=…"),
+        (["train", "resume", "model=last.pt", "backbone_lr=0.1"], "resume goes on with the run's own backbone_lr"),
+    ],
+)
+def test_a_wrong_argument_of_ours(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
