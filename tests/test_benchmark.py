@@ -35,6 +35,33 @@ def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert len(list(csv.DictReader(file))) == 9
 
 
+def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["yolo26n.yaml", "yolo26n-stvit.yaml", "yolo26n-resnet18.yaml"]
+    table = tmp_path / "yolo.csv"
+    assert benchmark.main(["yolo", "--models", *names, "--img-size=64", "--repeats=2", f"--csv={table}"]) == 0
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["backbone"] for row in rows] == ["stock", "stvit_pico", "resnet18"]
+    assert [float(row["params_m"]) for row in rows[:2]] == [2.57, 3.09]
+    for row in rows:
+        for share in ("params_backbone", "gflops_backbone", "ms_backbone"):
+            assert 0.2 < float(row[share]) < 1.0
+        assert float(row["gflops"]) > 0
+        assert 0 < float(row["ms_min"]) <= float(row["ms"]) <= float(row["ms_max"])
+    # One image at 224 is 0.39 GMAC for stvit_pico: at 64 pixels that is 0.064 GFLOPs, without its classifier.
+    ours = float(rows[1]["gflops"]) * float(rows[1]["gflops_backbone"])
+    assert 0.05 < ours < 0.11
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--models", "yolo26n-stvit_pica.yaml"], "unknown backbone"), (["--img-size=100"], "a multiple of 32, got 100")],
+)
+def test_wrong_flags_of_yolo(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["yolo", "--models", "yolo26n.yaml", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_table_of_something_else_is_kept(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ def test_train_resume_predict_export(photos: Path, tmp_path: Path) -> None:
     folder.mkdir()
     done = command(
         "detect", "train", "model=yolo26n-stvit_pico.yaml", f"pretrained_backbone={tmp_path / 'pico.pth'}",
-        "backbone_lr=0.1", f"data={photos}", "project=out", "name=a", *QUICK, "save_period=1", folder=folder,
+        "backbone_lr=0.1", f"data={photos}", f"project={folder / 'out'}", "name=a", *QUICK, folder=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Loaded 182/182 tensors of the backbone stvit_pico" in done.stdout
@@ -43,7 +43,9 @@ def test_train_resume_predict_export(photos: Path, tmp_path: Path) -> None:
     best = next(folder.rglob("best.pt"))
     assert ultralytics.YOLO(best).model.yaml["backbone_lr"] == 0.1
 
-    done = command("predict", f"model={best}", f"source={ASSETS / 'bus.jpg'}", "imgsz=64", "project=out", folder=folder)
+    done = command(
+        "predict", f"model={best}", f"source={ASSETS / 'bus.jpg'}", "imgsz=64", f"project={folder}", folder=folder
+    )
     assert done.returncode == 0, done.stderr
     assert next(folder.rglob("predict/bus.jpg"))
     done = command("export", f"model={best}", "format=torchscript", "imgsz=64", folder=folder)

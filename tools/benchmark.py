@@ -3,6 +3,7 @@
 
     python tools/benchmark.py data --data-dir /data/imagenet --workers 1 2 4
     python tools/benchmark.py data --data-dir /data/imagenet --config configs/cls/stvit_small_in1k.yaml --csv data.csv
+    python tools/benchmark.py yolo --img-size 640 --csv yolo.csv
 
 `python -m stvit.tools.benchmark` is the same program. What is compared takes turns, so that whatever else the machine
 does meets all alike: compare numbers of one run alone. Each is the median of the repeats, with the smallest and the
@@ -10,6 +11,10 @@ largest. With --csv rows are appended to a table, with what produced them.
 
 data: images/s of a worker of tools/train_cls.py's loader, beside torchvision's plain one (ImageFolder in a DataLoader:
 random crop and flip, normalization), and with --config under that recipe's augmentation.
+
+yolo: parameters, GFLOPs (two for a multiplication and an addition; convolutions, matrices, attention) and latency of
+YOLO26 detectors, fused, one image at a time, and the part of each that is the backbone's: the rows that stand under
+`backbone` in a model file. Each scale on the STViT that pairs with it beside the stock model.
 """
 
 import argparse
@@ -28,7 +33,9 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -59,7 +66,13 @@ def create_parser() -> Parser:
     data.add_argument("--images", type=positive, default=2000, metavar="N", help="images to load, drawn by a seed")
     data.add_argument("--workers", "-j", type=count, nargs="+", default=[1], metavar="N", help="loading processes")
     data.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
-    data.add_argument("--csv", metavar="FILE", help="table to append the results to")
+    yolo = subjects.add_parser("yolo", help="latency of YOLO26 detectors", add_help=True)
+    pairs = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
+    yolo.add_argument("--models", nargs="+", default=pairs, metavar="NAME", help="model files, ours or Ultralytics'")
+    yolo.add_argument("--img-size", type=positive, default=640, metavar="N", help="height and width in pixels")
+    yolo.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
+    for subject in (data, yolo):
+        subject.add_argument("--csv", metavar="FILE", help="table to append the results to")
     return parser
 
 
@@ -69,7 +82,7 @@ def benchmark(args: argparse.Namespace) -> None:
     Raises:
         CommandError: If what is to be measured cannot be.
     """
-    rows = {"data": benchmark_data}[args.subject](args)
+    rows = {"data": benchmark_data, "yolo": benchmark_yolo}[args.subject](args)
     _print_table(rows)
     if args.csv:
         _append(Path(args.csv), [{**_circumstances(), **row} for row in rows])
@@ -115,6 +128,79 @@ def benchmark_data(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def benchmark_yolo(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
+    try:
+        import ultralytics
+
+        from stvit.adapters.yolo import YOLO
+
+        models: dict[str, Any] = {name: YOLO(name) for name in args.models}
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise CommandError(reason(error)) from error
+    if args.img_size % 32:
+        raise CommandError(f"--img-size must be a multiple of 32, got {args.img_size}")
+    image = torch.rand(1, 3, args.img_size, args.img_size)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, yolo in models.items():
+        detector = yolo.model.eval()
+        depth = len(detector.yaml["backbone"])
+        parameters = [sum(p.numel() for p in layer.parameters()) for layer in detector.model]  # as trained, unfused
+        yolo.fuse(verbose=False)
+        flops = _count_flops(detector, image, len(detector.model))
+        rows[name] = {
+            "model": Path(name).stem,
+            "backbone": getattr(detector.model[0], "name", "stock"),
+            "img_size": args.img_size,
+            "params_m": round(sum(parameters) / 1e6, 2),
+            "params_backbone": round(sum(parameters[:depth]) / sum(parameters), 3),
+            "gflops": round(flops / 1e9, 1),
+            "gflops_backbone": round(_count_flops(detector, image, depth) / flops, 3),
+        }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    with progress_bar((args.repeats + 1) * len(models), "model", True) as bar, torch.inference_mode():
+        for repeat in range(args.repeats + 1):
+            for name, yolo in models.items():
+                measured = _time_layers(yolo.model, image, len(yolo.model.yaml["backbone"]))
+                if repeat > 0:  # the first fills caches
+                    times[name].append(measured)
+                bar.update()
+    for name, pairs in times.items():
+        totals = [total for total, _ in pairs]
+        rows[name] |= {
+            "ms": round(1e3 * statistics.median(totals), 1),
+            "ms_min": round(1e3 * min(totals), 1),
+            "ms_max": round(1e3 * max(totals), 1),
+            "ms_backbone": round(statistics.median(backbone / total for total, backbone in pairs), 3),
+            "repeats": args.repeats,
+            "ultralytics": ultralytics.__version__,
+        }
+    return list(rows.values())
+
+
+def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
+    """Floating-point operations of the detector's first layers."""
+    counter = FlopCounterMode(display=False)
+    hook = detector.model[depth - 1].register_forward_hook(lambda *_: counter.__exit__(None, None, None))
+    # Attention by its formula: the fused one of the CPU is unknown to the counter.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        counter.__enter__()
+        detector(image)
+    hook.remove()
+    return int(counter.get_total_flops())
+
+
+def _time_layers(detector: Any, image: torch.Tensor, depth: int) -> tuple[float, float]:
+    """Seconds of the detector, and of its first layers."""
+    ends = []
+    hook = detector.model[depth - 1].register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+    start = time.perf_counter()
+    detector(image)
+    total = time.perf_counter() - start
+    hook.remove()
+    return total, ends[0] - start
 
 
 def _drawn(length: int, args: argparse.Namespace) -> list[int]:
