@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_train_resume_predict_export(photos: Path, tmp_path: Path) -> None:
+def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("stvit_pico", num_classes=10).state_dict(), tmp_path / "pico.pth")
     # A folder of a user may have a space in its name, and the first argument of theirs may come anywhere.
     folder = tmp_path / "my runs"
@@ -51,6 +52,31 @@ def test_train_resume_predict_export(photos: Path, tmp_path: Path) -> None:
     done = command("export", f"model={best}", "format=torchscript", "imgsz=64", folder=folder)
     assert done.returncode == 0, done.stderr
     assert best.with_suffix(".torchscript").exists()
+
+
+def test_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
+    arguments = ["model=yolo26n-stvit_pico.yaml", "backbone_lr=0.1", f"data={photos}", f"project={tmp_path}", "name=a"]
+    quick = [*QUICK, "epochs=12", "optimizer=AdamW"]
+    command_line = [sys.executable, "-m", "stvit.tools.yolo", "detect", "train", *arguments, *quick]
+    last = tmp_path / "a" / "weights" / "last.pt"
+    results = tmp_path / "a" / "results.csv"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command_line, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            while not (results.exists() and results.read_text().count("\n") > 3):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    done_before = results.read_text().count("\n") - 1
+    assert done_before < 12
+    resumed = command("train", "resume", f"model={last}", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming training" in resumed.stdout
+    assert "learns at 0.1 to 0.1 times the learning rate of the rest" in resumed.stdout
+    epochs = [int(row.split(",")[0]) for row in results.read_text().splitlines()[1:]]
+    assert set(epochs) == set(range(1, 13))
 
 
 def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:

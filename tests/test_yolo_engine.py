@@ -330,6 +330,42 @@ def test_onnx(dynamic: bool, detector: YOLO, best: Path, tmp_path: Path) -> None
     assert len(ultralytics.YOLO(path).predict(ASSETS / "bus.jpg", imgsz=64, verbose=False)) == 1
 
 
+WITH_ATTENTION = """
+nc: 2
+scales:
+  n: [0.50, 0.25, 1024]
+backbone:
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [128, 3, 2]]
+  - [-1, 1, StokenAttention, [c2, 8, 2]]
+  - [-1, 1, Conv, [256, 3, 2]]
+  - [-1, 1, C2STA, [c2, c2, 1, 0.5, 4]]
+  - [-1, 1, Conv, [512, 3, 2]]
+  - [-1, 1, Conv, [512, 3, 2]]
+head:
+  - [[4, 5, 6], 1, Detect, [nc]]
+"""
+
+
+def test_onnx_of_super_token_attention(tmp_path: Path) -> None:
+    """Rows in a file of the user, dynamic, with weights that do something."""
+    (tmp_path / "yolo26n-mine.yaml").write_text(WITH_ATTENTION)
+    model = YOLO(tmp_path / "yolo26n-mine.yaml")
+    attention = model.model.model[2].attn
+    nn.init.normal_(attention.proj.weight)
+    model.save(tmp_path / "mine.pt")
+    path = YOLO(tmp_path / "mine.pt").export(format="onnx", imgsz=64, dynamic=True, device="cpu")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    reloaded = YOLO(tmp_path / "mine.pt").model
+    for height, width in ((64, 64), (160, 96)):
+        pixels = torch.rand(1, 3, height, width)
+        found = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
+        expected = raw(reloaded, pixels)
+        same_detections(found, expected)
+    nn.init.zeros_(reloaded.model[2].attn.proj.weight)
+    assert (raw(reloaded, pixels) - expected).abs().max() > 1e-2  # it does
+
+
 @pytest.mark.parametrize("format", ["torchscript", "openvino"])
 def test_other_exports(format: str, detector: YOLO, best: Path, images: torch.Tensor, tmp_path: Path) -> None:
     if format == "openvino":
