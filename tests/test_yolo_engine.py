@@ -60,7 +60,7 @@ def detector(best: Path) -> YOLO:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """Two sizes of a real photograph would do; this is one, (1, 3, 64, 96), from 0 to 1."""
+    """A real photograph, (1, 3, 64, 96), from 0 to 1."""
     photo = cv2.resize(cv2.imread(str(ASSETS / "bus.jpg")), (96, 64))[..., ::-1]
     return torch.from_numpy(np.ascontiguousarray(photo)).permute(2, 0, 1)[None].float() / 255
 
@@ -85,7 +85,9 @@ def groups(trainer: Any) -> dict[str, list[tuple[float, str]]]:
     }
 
 
-@pytest.mark.parametrize("optimizer", ["MuSGD", "AdamW", "SGD"])
+@pytest.mark.parametrize(
+    "optimizer", ["AdamW", *(pytest.param(name, marks=pytest.mark.long) for name in ("MuSGD", "SGD"))]
+)
 def test_backbone_has_its_own_learning_rates(optimizer: str, photos: Path, tmp_path: Path) -> None:
     def trained(**rates: float) -> dict[str, Any]:
         seen = {}
@@ -118,7 +120,7 @@ def test_rates_stay_with_the_checkpoint_and_through_resume(run: Path, photos: Pa
 
     first.add_callback("on_model_save", stop)
     with pytest.raises(KeyboardInterrupt):
-        first.train(data=str(photos), epochs=3, project=str(tmp_path), name="cut", optimizer="MuSGD", **QUICK)
+        first.train(data=str(photos), epochs=3, project=str(tmp_path), name="cut", optimizer="AdamW", **QUICK)
     last = tmp_path / "cut" / "weights" / "last.pt"
 
     again = YOLO(last)
@@ -166,6 +168,7 @@ def test_every_task_has_our_trainer(task: str) -> None:
     assert issubclass(trainer, ultralytics.YOLO("yolo26n.yaml").task_map[task]["trainer"])
 
 
+@pytest.mark.long
 def test_the_script_of_the_article(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = f"""
@@ -404,29 +407,24 @@ def test_tune(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Several processes
 
 
-def test_worker_of_a_distributed_run_needs_no_import_of_ours(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["ours", pytest.param("Ultralytics'", marks=pytest.mark.long)])
+def test_worker_of_a_distributed_run_needs_no_import_of_ours(whose: str, photos: Path, tmp_path: Path) -> None:
     """Runs the file that Ultralytics writes for each process of a multi-GPU run, as that process does."""
     from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 
-    for name, options in (("yolo26n-stvit_pico.yaml", RATES), (str(model_file("yolo26n-stvit_pico.yaml")), None)):
-        model = YOLO(name, **options) if options else ultralytics.YOLO(name)
-        arguments = {
-            **QUICK,
-            "data": str(photos),
-            "epochs": 1,
-            "project": str(tmp_path),
-            "model": model.overrides["model"],
-        }
-        trainer = model._smart_load("trainer")(overrides=arguments, _callbacks=model.callbacks)
-        if options:
-            trainer.model = trainer.get_model(weights=model.model, cfg=model.model.yaml)
-        file = generate_ddp_file(trainer)
-        try:
-            done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        finally:
-            ddp_cleanup(trainer, file)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert (trainer.save_dir / "weights" / "last.pt").exists()
+    name = model_file("yolo26n-stvit_pico.yaml")
+    model = YOLO(name, **RATES) if whose == "ours" else ultralytics.YOLO(name)
+    arguments = {**QUICK, "data": str(photos), "epochs": 1, "project": str(tmp_path), "model": str(name)}
+    trainer = model._smart_load("trainer")(overrides=arguments, _callbacks=model.callbacks)
+    if whose == "ours":
+        trainer.model = trainer.get_model(weights=model.model, cfg=model.model.yaml)
+    file = generate_ddp_file(trainer)
+    try:
+        done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    finally:
+        ddp_cleanup(trainer, file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (trainer.save_dir / "weights" / "last.pt").exists()
 
 
 TWO_PROCESSES = """
@@ -510,6 +508,7 @@ def test_ultralytics_missing_or_too_old(version: str | None, message: str, tmp_p
     assert re.search(message, fresh(script))
 
 
+@pytest.mark.long
 def test_a_set_of_several_data_files_is_trained_by_our_trainer(
     write_photos: Callable[..., Path], tmp_path: Path
 ) -> None:
