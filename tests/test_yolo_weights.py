@@ -162,6 +162,15 @@ def test_a_folder_of_another_model(tmp_path: Path) -> None:
         YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=tmp_path / "nano")
 
 
+def test_a_folder_of_a_smaller_variant(tmp_path: Path) -> None:
+    args = {"depths": (1, 1, 1, 1)}
+    save_for_hf(timm.create_model("stvit_pico", **args), tmp_path / "small", model_args=args, safe_serialization=True)
+    with pytest.raises(
+        RuntimeError, match=r"does not fit stvit_pico: of 182 tensors \d+ are missing or of another shape"
+    ):
+        YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=tmp_path / "small")
+
+
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """yolo26n.pt, as initialized."""
@@ -202,11 +211,17 @@ def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path,
     assert state["model.23.one2one_cv3.0.2.weight"].shape[0] == 2
 
 
-def test_stokenattention_begins_as_the_stock_model(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
-    ours = YOLO("yolo26n-stokenattention.yaml", neck_weights=stock).model.eval()
+@pytest.mark.parametrize("way", ["neck_weights", "load"])
+def test_stokenattention_begins_as_the_stock_model(
+    way: str, stock: Path, ultralytics_log: pytest.LogCaptureFixture
+) -> None:
+    if way == "load":
+        ours = YOLO("yolo26n-stokenattention.yaml").load(stock).model.eval()
+    else:
+        ours = YOLO("yolo26n-stokenattention.yaml", neck_weights=stock).model.eval()
     theirs = ultralytics.YOLO(stock).model.eval()
     total = len(theirs.state_dict())
-    assert f"Loaded {total}/{total} tensors of Ultralytics' own layers" in ultralytics_log.text
+    assert way == "load" or f"Loaded {total}/{total} tensors of Ultralytics' own layers" in ultralytics_log.text
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours(images)[0], theirs(images)[0], rtol=0, atol=0)

@@ -11,13 +11,13 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim import Optimizer
 from ultralytics.models import yolo
-from ultralytics.nn.tasks import yaml_model_load
+from ultralytics.nn.tasks import load_checkpoint, yaml_model_load
 from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR
 from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
 from stvit.adapters.yolo.registration import allow_modules
-from stvit.adapters.yolo.weights import find_backbone, load_backbone, load_stock, transfer
+from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
 
 __all__ = [
     "OPTIONS",
@@ -113,6 +113,10 @@ class YOLO(ultralytics.YOLO):
         layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
     """
 
+    # Of a model from a model file the tensors that were loaded: training draws the others again, under its seed. None
+    # where all count, as those of a checkpoint.
+    loaded_keys: list[str] | None = None
+
     def __init__(
         self,
         model: str | Path | dict[str, Any] | ultralytics.engine.model.Model = "yolo26n.pt",
@@ -150,9 +154,7 @@ class YOLO(ultralytics.YOLO):
         check_config(config)
         super()._new(cfg, task=task, verbose=verbose)
         if find_backbone(self.model) is not None or "stock_layers" in config:
-            # Training then begins from this model and its configuration, and not from the file once more.
-            self.ckpt = {"model": self.model}
-            self.__dict__["loaded_keys"] = []
+            self.loaded_keys = []
 
     def _load(self, weights: str, task: str | None = None) -> None:
         if SAFE_LOAD and Path(weights).is_file():
@@ -168,9 +170,14 @@ class YOLO(ultralytics.YOLO):
         }
 
     def load(self, weights: str | Path | dict[str, Any] | nn.Module = "yolo26n.pt") -> "YOLO":
-        """Loads what fits, as Ultralytics' YOLO does."""
-        super().load(weights)
-        self.__dict__["loaded_keys"] = None
+        """Loads what fits, as Ultralytics' YOLO does; rows that have moved find their weights where they were."""
+        if isinstance(weights, (str, Path)) and isinstance(self.model, nn.Module):
+            source = load_checkpoint(weights)[0]
+            aligned = align(source, self.model)
+            super().load(weights if aligned is source else aligned)
+        else:
+            super().load(weights)
+        self.loaded_keys = None
         return self
 
     def train(  # type: ignore[override]  # as Ultralytics', whose YOLO is a module by name
@@ -205,7 +212,7 @@ class YOLO(ultralytics.YOLO):
         if given and kwargs.get("resume"):
             raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
         self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
-        loaded_keys = self.__dict__.get("loaded_keys")
+        loaded_keys = self.loaded_keys
         pretrained = kwargs.get("pretrained", True)
         if loaded_keys and (pretrained is False or isinstance(pretrained, (str, Path))):
             raise ValueError(
@@ -224,7 +231,7 @@ class YOLO(ultralytics.YOLO):
         finally:
             model.__dict__.pop("loaded_keys", None)
             if model is not self.model:
-                self.__dict__["loaded_keys"] = None
+                self.loaded_keys = None
 
     def _configure(
         self,
@@ -243,7 +250,7 @@ class YOLO(ultralytics.YOLO):
         backbone = find_backbone(model)
         if given and backbone is None:
             raise ValueError(f"{given[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
-        loaded_keys = self.__dict__.get("loaded_keys")
+        loaded_keys = self.loaded_keys
         if neck_weights is not None:
             keys = load_stock(model, neck_weights)
             loaded_keys = None if loaded_keys is None else loaded_keys + keys
@@ -254,7 +261,8 @@ class YOLO(ultralytics.YOLO):
         for key, value in zip(RATES, (backbone_lr, layer_decay), strict=True):
             if value is not None:
                 model.yaml[key] = float(value)
-        self.__dict__["loaded_keys"] = loaded_keys
+        self.loaded_keys = loaded_keys
+        # Training then begins from this model and its configuration, and not from the model file once more.
         self.ckpt = self.ckpt or {"model": self.model}
         self.predictor = None
 

@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER
 
 from stvit.adapters.yolo.modules import TimmBackbone, prune
 
-__all__ = ["find_backbone", "load_backbone", "load_stock", "transfer"]
+__all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
 
 
 def find_backbone(model: Any) -> TimmBackbone | None:
@@ -99,7 +99,7 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
     return loaded
 
 
-def align(weights: nn.Module, model: BaseModel) -> nn.Module:
+def align(weights: nn.Module, model: nn.Module) -> nn.Module:
     """A trained model with its layers where another has them, for `BaseModel.load`, which goes by names."""
     ours, theirs = _stock_layers(model), _stock_layers(weights)
     if ours == theirs:
