@@ -192,7 +192,7 @@ if __name__ == '__main__':
                 name='exp',
                 )
 """
-    fresh(script)
+    fresh(script, YOLO_CONFIG_DIR=str(tmp_path / "config"))  # which keeps its runs below this folder
     trained = next(tmp_path.rglob("exp/weights/best.pt"))
     layers = ultralytics.YOLO(trained).model.model
     assert sum(type(layer).__name__ == "StokenAttention" for layer in layers) == 5
