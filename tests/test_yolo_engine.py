@@ -192,7 +192,9 @@ if __name__ == '__main__':
                 name='exp',
                 )
 """
-    fresh(script, YOLO_CONFIG_DIR=str(tmp_path / "config"))  # which keeps its runs below this folder
+    own = {"YOLO_CONFIG_DIR": str(tmp_path / "config")}  # whose settings keep the runs in this folder
+    fresh(f"import ultralytics; ultralytics.settings.update({{'runs_dir': {str(tmp_path / 'runs')!r}}})", **own)
+    fresh(script, **own)
     trained = next(tmp_path.rglob("exp/weights/best.pt"))
     layers = ultralytics.YOLO(trained).model.model
     assert sum(type(layer).__name__ == "StokenAttention" for layer in layers) == 5
