@@ -22,7 +22,7 @@ def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-m", "stvit.tools.yolo", *map(str, arguments)],
         cwd=folder,
-        env={key: value for key, value in os.environ.items() if key != "STVIT_TRACEBACK"},
+        env={key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "STVIT_"))},
         capture_output=True,
         text=True,
         timeout=300,

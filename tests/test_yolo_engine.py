@@ -28,7 +28,7 @@ def fresh(script: str, *arguments: Any, **env: str) -> str:
     """What a new Python process prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, **env},
+        env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | env,
         capture_output=True,
         text=True,
         timeout=300,
