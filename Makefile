@@ -7,7 +7,7 @@ CONFIG ?= configs/cls/stvit_pico_digits.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long lint format clean
+.PHONY: help setup train test test-long test-ultralytics lint format clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: setup  ## Run the tests (up to 15 minutes on two cores)
 
 test-long: setup  ## Run the tests that `make test` leaves out (ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
+
+test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quarters of an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/ultralytics_suite.py $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

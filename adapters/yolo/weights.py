@@ -135,9 +135,9 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
     """
     aligned = align(weights, model)
     if keys is not None:
-        aligned, own = deepcopy(aligned), model.state_dict()
+        aligned, own, loaded = deepcopy(aligned), model.state_dict(), set(keys)
         for key, value in aligned.state_dict().items():
-            if key not in keys and key in own and own[key].shape == value.shape:
+            if key not in loaded and key in own and own[key].shape == value.shape:
                 value.copy_(own[key])
         layers: Any = aligned.model
         if not any(key.startswith(f"model.{len(layers) - 1}.") for key in keys):
