@@ -224,9 +224,44 @@ def test_wrong_channels_in_a_file_of_the_user(tmp_path: Path) -> None:
     path.write_text(text.replace("Index, [192, 2]", "Index, [192, 3]"))
     with pytest.raises(ValueError, match="row 8 of the model file picks map 3, row 0 gives 3"):
         YOLO(path)
+    path.write_text(text.replace("stvit_pico, [1, 2, 3]", "stvit_pico, [3, 2, 1]").replace("[64, 0]", "[192, 0]"))
+    with pytest.raises(ValueError, match=r"must be named in rising order, got \[3, 2, 1\]|has 192 channels, it has"):
+        YOLO(path)
     path.write_text(text.replace("stvit_pico, [1, 2, 3]", "stvit_pico, [1, 2, 7]"))
     with pytest.raises(ValueError, match=r"has feature maps 0 to 3, not all of \[1, 2, 7\]"):
         YOLO(path)
+
+
+def test_an_index_without_its_number_is_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "yolo26n-mine.yaml"
+    path.write_text(model_file(Path("yolo26n-stvit_pico.yaml")).read_text().replace("Index, [64, 0]", "Index, [64]"))
+    assert YOLO(path).model.stride.tolist() == [8, 16, 32]
+
+
+@pytest.mark.parametrize("config", [{}, {"nc": 3}, {"backbone": [], "head": None}])
+def test_a_configuration_without_rows(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs the rows of a backbone and of a head"):
+        YOLO(config)
+
+
+@pytest.mark.parametrize("kind", ["StokenAttention", "C2STA"])
+def test_a_row_without_its_width(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "yolo26n-mine.yaml"
+    path.write_text(USERS_OWN.replace("[-1, 1, StokenAttention, [c2, 8, 2]]", f"[-1, 1, {kind}, []]"))
+    with pytest.raises(ValueError, match=f"a {kind} row needs its width, a number or c2"):
+        YOLO(path)
+
+
+def test_a_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "yolo26n-mine.yaml"
+    path.write_text(model_file("yolo26n-stvit_pico.yaml").read_text() + "backbone_lr: 1e-1\n")
+    with pytest.raises(ValueError, match="backbone_lr must be a number over 0, got '1e-1'; to YAML 1e-1 is text"):
+        YOLO(path)
+
+
+def test_a_backbone_that_fails_on_a_size() -> None:
+    with pytest.raises(ValueError, match="the backbone mvitv2_tiny does not take images of 256x256: index"):
+        YOLO("yolo26n-mvitv2_tiny.yaml")
 
 
 def test_a_width_that_is_not_the_rows_before(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_backbone_of_another_timm_model(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("other", "could not be loaded into stvit_pico: The weights do not fit the model"),
-        ("garbage", "cannot be read as weights"),
+        ("garbage", r"cannot be read as weights of a classifier \(.*a detector's checkpoint is for YOLO"),
         ("empty", "could not be loaded into stvit_pico"),
     ],
 )
@@ -225,6 +225,39 @@ def test_stokenattention_begins_as_the_stock_model(
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours(images)[0], theirs(images)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (
+            "nowhere.pth",
+            RuntimeError,
+            "neck_weights='nowhere.pth' could not be loaded, it must be a checkpoint of Ultra",
+        ),
+        ("junk.pt", RuntimeError, "neck_weights='junk.pt' could not be loaded"),
+        ("", ValueError, "neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got ''"),
+        (True, ValueError, "neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got True"),
+        ("yolo11n.pt", ValueError, "neck_weights='yolo11n.pt' is another generation of YOLO than the model"),
+    ],
+)
+def test_neck_weights_that_are_none(
+    source: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    if source == "yolo11n.pt":
+        ultralytics.YOLO("yolo11n.yaml").save(source)
+    with pytest.raises(error, match=message):
+        YOLO("yolo26n-stvit_pico.yaml", neck_weights=source)
+
+
+def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], photos: Path, tmp_path: Path) -> None:
+    gray = YOLO("yolo26n-stvit_pico.yaml")
+    gray.train(data=str(write_photos(tmp_path / "gray", channels=1)), project=str(tmp_path), name="first", **QUICK)
+    weight = YOLO(tmp_path / "first" / "weights" / "best.pt").model.model[0].net.stem[0].weight
+    state, _ = state_at_start(YOLO(tmp_path / "first" / "weights" / "best.pt"), data=str(photos), project=str(tmp_path))
+    torch.testing.assert_close(state["model.0.net.stem.0.weight"].sum(1, keepdim=True), weight)
 
 
 @pytest.mark.parametrize(

@@ -78,18 +78,11 @@ LEFT_OUT = {
     "test_exports.py::test_export_coreml_rtdetr": "tests RT-DETR, with weights that would be downloaded",
     "test_python.py::test_train_ndjson": "needs the network: a data set and its images",
     "test_python.py::test_data_converter": "needs the network: COCO's annotations, with no model",
-    "test_python.py::test_youtube": "needs the network: a video",
     "test_exports.py::test_export_coreml": "needs coremltools",
     "test_exports.py::test_export_mnn": "needs MNN",
-    "test_exports.py::test_export_mnn_options": "needs MNN",
-    "test_exports.py::test_export_mnn_matrix": "needs MNN",
     "test_exports.py::test_export_ncnn": "needs ncnn and pnnx",
-    "test_exports.py::test_export_ncnn_matrix": "needs ncnn and pnnx",
     "test_exports.py::test_export_imx": "needs model_compression_toolkit and Sony's converter",
-    "test_exports.py::test_export_rknn": "needs rknn-toolkit2",
     "test_exports.py::test_export_executorch": "needs executorch",
-    "test_exports.py::test_export_executorch_matrix": "needs executorch",
-    "test_exports.py::test_export_litert_matrix": "needs litert-torch and ai-edge-litert",
 }
 # Predicts on a blank image of ten channels, of which Ultralytics can save no crop: its model must see nothing there.
 SEES_NOTHING = "test_python.py::test_multichannel[False]"

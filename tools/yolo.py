@@ -69,7 +69,7 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             except ValueError:
                 raise CommandError(f"{key} must be a number, got {value!r}") from None
         else:
-            options[key] = True if value.lower() == "true" else value
+            options[key] = True if key == "pretrained_backbone" and value.lower() == "true" else value
     if options and any(other == "resume" or other.startswith("resume=") for other in others):
         raise CommandError(f"resume goes on with the run's own {', '.join(options)}: leave it out")
     return options, others

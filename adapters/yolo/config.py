@@ -162,7 +162,7 @@ def stoken_config(task: str = "detect", scale: str = "") -> dict[str, Any]:
     return {**config, "backbone": made[:depth], "head": made[depth:], "stock_layers": stock_layers}
 
 
-def model_file(name: str) -> Path:
+def model_file(name: str | Path) -> Path:
     """The path of a model file of ours, made from the installed Ultralytics' own.
 
     Args:
@@ -177,6 +177,7 @@ def model_file(name: str) -> Path:
     Raises:
         ValueError: If the name is not of this kind, or what it names cannot be made.
     """
+    name = str(name)
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -221,6 +222,8 @@ def check_config(config: dict[str, Any]) -> None:
     Raises:
         ValueError: If rows pick maps that the backbone has not, or give them other channels; or a rate is none.
     """
+    if not isinstance(config.get("backbone"), list) or not isinstance(config.get("head"), list):
+        raise ValueError("a model file needs the rows of a backbone and of a head, yolo_config() makes it")
     check_rates(config.get("backbone_lr"), config.get("layer_decay"))
     rows = config["backbone"] + config["head"]
     first = rows[0]
@@ -235,7 +238,7 @@ def check_config(config: dict[str, Any]) -> None:
     for i, (froms, _, kind, args) in enumerate(rows):
         if kind != "Index" or froms not in (0, -i):
             continue
-        channels, index = args
+        channels, index = args[0], args[1] if len(args) > 1 else 0
         if not -len(out_indices) <= index < len(out_indices):
             raise ValueError(f"row {i} of the model file picks map {index}, row 0 gives {len(out_indices)}")
         if out_indices[index] < len(features) and features[out_indices[index]][0] != channels:
@@ -274,6 +277,7 @@ def check_rates(backbone_lr: Any, layer_decay: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
             hint = "; freeze=1 keeps a backbone as it is" if value == 0 else ""
+            hint = "; to YAML 1e-1 is text, write 0.1" if isinstance(value, str) else hint
             raise ValueError(f"{key} must be a number over 0, got {value!r}{hint}")
         if key == "layer_decay" and value > 1.0:
             raise ValueError(f"layer_decay must be at most 1, got {value!r}")
@@ -327,9 +331,10 @@ def _measured(backbone: str, model_args_json: str) -> list[tuple[int, int]]:
                 torch.zeros(1, 3, *size), output_fmt="NCHW", intermediates_only=True
             )
         except Exception as error:  # the model's own code, which may refuse a size in any way
+            hint = "; strict_img_size=False makes it" if "swin" in backbone else ""
             raise ValueError(
-                f"the backbone {backbone} does not take images of any size, as a detector must ({error}); some do with "
-                "an argument such as strict_img_size=False"
+                f"the backbone {backbone} does not take images of any size, as a detector must "
+                f"({str(error) or type(error).__name__}){hint}"
             ) from error
     features = [(info["num_chs"], info["reduction"]) for info in feature_info]
     seen = [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]

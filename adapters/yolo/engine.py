@@ -290,6 +290,8 @@ def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
             options["param_group"] = "backbone_bias"  # warm-up has a rate of its own for 'bias'
         for rate in sorted(split):
             optimizer.add_param_group({**options, "params": split[rate], "lr": group["lr"] * rate})
+    if not any(param.requires_grad for param in backbone.parameters()):
+        return
     LOGGER.info(
         f"The backbone {backbone.name} learns at {min(rates.values()):.3g} to {max(rates.values()):.3g} times the "
         "learning rate of the rest"
@@ -308,6 +310,7 @@ def _find_model_file(name: str) -> str:
 
 def _write_custom(config: dict[str, Any]) -> str:
     """Writes a configuration as a file, for Ultralytics takes no other, under a name that says its scale."""
+    check_config(config)
     text = json.dumps(config, sort_keys=True, default=str)
     scale = config.get("scale", "")
     folder = Path(USER_CONFIG_DIR) / "stvit" / hashlib.sha256(text.encode()).hexdigest()[:16]

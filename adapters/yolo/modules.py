@@ -75,6 +75,10 @@ class TimmBackbone(RepVGGDW):
             raise ValueError(
                 f"the backbone {name} has feature maps 0 to {len(feature_info) - 1}, not all of {out_indices}"
             )
+        if out_indices != sorted(set(out_indices)):  # timm gives them in the order of depth, whatever is asked for
+            raise ValueError(
+                f"the feature maps of the backbone {name} must be named in rising order, got {out_indices}"
+            )
         self.name = name
         self.in_chans = in_chans
         self.out_indices = list(out_indices)
@@ -113,7 +117,14 @@ class TimmBackbone(RepVGGDW):
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             self._check(x)
         x = (x - self.mean) / self.std
-        return self.net.forward_intermediates(x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True)
+        try:
+            return self.net.forward_intermediates(
+                x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True
+            )
+        except (AssertionError, IndexError) as error:  # how models of timm refuse a size
+            raise ValueError(
+                f"the backbone {self.name} does not take images of {x.shape[2]}x{x.shape[3]}: {error}"
+            ) from error
 
     def _check(self, x: torch.Tensor) -> None:
         if x.shape[1] != self.in_chans:
@@ -151,7 +162,7 @@ class StokenAttention(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | None = None,
         stoken_size: int | list[int] = 4,
         n_iter: int = 1,
         num_heads: int | None = None,
@@ -169,6 +180,7 @@ class StokenAttention(nn.Module):
             ValueError: If an argument is not as described.
         """
         super().__init__()
+        dim = _width("StokenAttention", dim)
         self.attn = _attention(dim, stoken_size, n_iter, num_heads)
         self.shortcut = shortcut
         if shortcut:
@@ -194,7 +206,7 @@ class C2STA(C2PSA):
 
     def __init__(
         self,
-        c1: int,
+        c1: int | None = None,
         c2: int | None = None,
         n: int = 1,
         e: float = 0.5,
@@ -215,6 +227,7 @@ class C2STA(C2PSA):
         Raises:
             ValueError: If an argument is not as described.
         """
+        c1 = _width("C2STA", c1)
         if c2 is not None and c2 != c1:
             raise ValueError(f"C2STA gives as many channels as it gets, got c1={c1} and c2={c2}: change them before it")
         super().__init__(c1, c1, n, e)
@@ -275,12 +288,19 @@ def _for_channels(values: tuple[float, ...], in_chans: int) -> list[float]:
 
 
 def _attention(dim: int, stoken_size: int | list[int], n_iter: int, num_heads: int | None) -> stvit.SuperTokenAttention:
-    if isinstance(dim, str):
-        raise ValueError(f"the width of a row must be a number, or c2 for that of the row before, got {dim!r}")
     if num_heads is None:
         num_heads = next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
     size = (stoken_size[0], stoken_size[-1]) if isinstance(stoken_size, (list, tuple)) else stoken_size
     return stvit.SuperTokenAttention(dim, stoken_size=size, n_iter=n_iter, num_heads=num_heads, qkv_bias=True)
+
+
+def _width(kind: str, dim: int | None) -> int:
+    if not isinstance(dim, int):
+        raise ValueError(
+            f"a {kind} row needs its width, a number or c2 for that of the row before, [-1, 1, {kind}, [c2]], got "
+            f"{dim!r}"
+        )
+    return dim
 
 
 def _check_width(kind: str, x: torch.Tensor, dim: int) -> None:

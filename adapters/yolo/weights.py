@@ -75,10 +75,16 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
         Names of the tensors that were loaded.
 
     Raises:
-        ValueError: If the scale differs, or nothing fits.
+        ValueError: If the scale or the generation differs, or nothing fits.
+        RuntimeError: If they cannot be read.
     """
-    weights = source if isinstance(source, nn.Module) else load_checkpoint(source)[0]
-    scales = [getattr(m, "yaml", {}).get("scale", "") for m in (model, weights)]
+    weights = source if isinstance(source, nn.Module) else _load_detector(source)
+    configs = [getattr(m, "yaml", {}) for m in (model, weights)]
+    if isinstance(weights.model[-1], Detect) and isinstance(model.model[-1], Detect):  # type: ignore[index]
+        families = [(config.get("end2end"), config.get("reg_max")) for config in configs]
+        if families[0] != families[1]:
+            raise ValueError(f"neck_weights={_label(source)} is another generation of YOLO than the model")
+    scales = [config.get("scale", "") for config in configs]
     if scales[0] != scales[1]:
         raise ValueError(f"neck_weights={_label(source)} is of scale {scales[1]!r}, the model of scale {scales[0]!r}")
     aligned = align(weights, model)
@@ -97,6 +103,21 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
         )
     LOGGER.info(f"Loaded {len(loaded)}/{len(of_stock)} tensors of Ultralytics' own layers from {_label(source)}")
     return loaded
+
+
+def _load_detector(source: str | Path) -> Any:
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ValueError(f"neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
+    try:
+        weights = load_checkpoint(source)[0]
+    except Exception as error:  # a suffix, the network, a file of any kind
+        raise RuntimeError(
+            f"neck_weights={_label(source)} could not be loaded, it must be a checkpoint of Ultralytics such as "
+            f"yolo26s.pt: {error}"
+        ) from error
+    if not isinstance(getattr(weights, "model", None), nn.Sequential):
+        raise ValueError(f"neck_weights={_label(source)} is no YOLO26 but a {type(weights).__name__}")
+    return weights
 
 
 def align(weights: nn.Module, model: nn.Module) -> nn.Module:
@@ -143,7 +164,7 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
         if not any(key.startswith(f"model.{len(layers) - 1}.") for key in keys):
             layers[-1] = nn.Identity()  # else a head for other classes is rebuilt at the width of one that is random
     if keys is None or keys:
-        model.load(aligned)
+        model.load(aligned, verbose=keys is None)  # of a part it would count the random ones in
     source, target = find_backbone(weights), find_backbone(model)
     if source is None or target is None or source.name != target.name or source.out_indices != target.out_indices:
         return
@@ -157,13 +178,11 @@ def _adapt_images(source: TimmBackbone, target: TimmBackbone) -> None:
     if source.in_chans == target.in_chans:
         return
     for name in _first_convs(target):
-        weight = source.net.get_parameter(f"{name}.weight")
-        if source.in_chans != 3:
-            raise ValueError(
-                f"weights for images of {source.in_chans} channels cannot be made to fit {target.in_chans}: begin from "
-                "weights for three"
-            )
-        adapted = adapt_input_conv(target.in_chans, weight.detach())
+        weight = source.net.get_parameter(f"{name}.weight").detach()
+        if source.in_chans == 3:
+            adapted = adapt_input_conv(target.in_chans, weight)
+        else:  # what it makes of a gray image, shared among the channels
+            adapted = weight.sum(1, keepdim=True).repeat(1, target.in_chans, 1, 1) / target.in_chans
         target.net.get_parameter(f"{name}.weight").data.copy_(adapted)
 
 
@@ -175,7 +194,8 @@ def _check_arrival(source: TimmBackbone, target: TimmBackbone) -> None:
     ]
     if lost:
         raise RuntimeError(f"{len(lost)} of {len(here)} tensors of the backbone were lost on the way: {lost[:5]}")
-    LOGGER.info(f"Transferred {len(here)}/{len(here)} tensors of the backbone {target.name}")
+    adapted = f", the first convolution adapted to {target.in_chans} channels" if first else ""
+    LOGGER.info(f"Transferred {len(here)}/{len(here)} tensors of the backbone {target.name}{adapted}")
 
 
 def _first_convs(backbone: TimmBackbone) -> list[str]:
@@ -225,7 +245,11 @@ def _classes_of(path: Path, backbone: TimmBackbone) -> int:
     try:
         state_dict = load_state_dict(str(path))
     except Exception as error:  # a file of any kind
-        raise RuntimeError(f"pretrained_backbone={str(path)!r} cannot be read as weights: {error}") from error
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise RuntimeError(
+            f"pretrained_backbone={str(path)!r} cannot be read as weights of a classifier ({what}); a detector's "
+            "checkpoint is for YOLO(…) itself, or for pretrained="
+        ) from error
     classifier = backbone.net.pretrained_cfg.get("classifier")
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     for name in [*names, "head"]:  # the published code's name
