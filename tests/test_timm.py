@@ -9,12 +9,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import source_archive
 import timm
 
 import stvit  # noqa: F401  registers the models in timm
 
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache" / f"timm-{timm.__version__}"
 FEATURE_MODULES = "FEAT_INTER_FILTERS = ["
 
 # Loaded into timm's test session: registers our models and leaves the tests of the others out.
@@ -37,22 +36,14 @@ def pytest_collection_modifyitems(config, items):
 
 def fetch_test_models() -> str:
     """The text of tests/test_models.py in timm's source archive; skips the test, loudly, where that cannot be had."""
-    archive = CACHE / f"timm-{timm.__version__}.tar.gz"
-    if not archive.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        download = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=timm", "--dest", str(CACHE)]
-            + [f"timm=={timm.__version__}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if download.returncode != 0 or not archive.exists():
-            reason = f"timm {timm.__version__}'s source archive cannot be had, ITS TESTS OF OUR MODELS DID NOT RUN"
-            if os.environ.get("CI"):
-                pytest.fail(f"{reason}:\n{download.stdout}{download.stderr}")
-            warnings.warn(reason, stacklevel=1)
-            pytest.skip(f"{reason}: {download.stderr.strip().splitlines()[-1:]}")
+    try:
+        archive = source_archive.fetch("timm")
+    except source_archive.ArchiveMissing as error:
+        reason = f"{error}, ITS TESTS OF OUR MODELS DID NOT RUN"
+        if os.environ.get("CI"):
+            pytest.fail(f"{reason}:\n{error.output}")
+        warnings.warn(reason, stacklevel=1)
+        pytest.skip(reason)
     with tarfile.open(archive) as tar:
         member = tar.extractfile(f"timm-{timm.__version__}/tests/test_models.py")
         assert member is not None

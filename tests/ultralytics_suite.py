@@ -33,17 +33,7 @@ from typing import Any, NamedTuple
 import pytest
 
 NAME = Path(__file__).stem
-ROOT = Path(__file__).parents[1]
 BACKBONE = "stvit_pico"
-SUFFIXES = {
-    "detect": "",
-    "segment": "-seg",
-    "semantic": "-sem",
-    "pose": "-pose",
-    "obb": "-obb",
-    "depth": "-depth",
-    "classify": "-cls",
-}
 MODELS = {
     "detect": "DetectionModel",
     "segment": "SegmentationModel",
@@ -131,7 +121,12 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SuiteError(f"the tests need {', '.join(missing)}: pip install {' '.join(missing)}")
-    archive = fetch_archive()
+    import source_archive  # beside this file, which in the tests' process it is not
+
+    try:
+        archive = source_archive.fetch("ultralytics")
+    except source_archive.ArchiveMissing as error:
+        raise SuiteError(str(error)) from error
     environment = os.environ.copy()
     os.environ.clear()  # this process prepares what the tests use under the tests' own settings
     os.environ.update(make_environment(folder / "made", environment))
@@ -259,26 +254,6 @@ def make_environment(folder: Path, base: dict[str, str]) -> dict[str, str]:
     return environment
 
 
-def fetch_archive() -> Path:
-    """The source archive of the installed Ultralytics, which is downloaded once."""
-    version = importlib.metadata.version("ultralytics")
-    cache = ROOT / ".cache" / f"ultralytics-{version}"
-    archive = cache / f"ultralytics-{version}.tar.gz"
-    if not archive.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=ultralytics", f"--dest={cache}"]
-        try:
-            subprocess.run([*pip, f"ultralytics=={version}"], capture_output=True, text=True, timeout=300, check=True)
-            reason = "" if archive.exists() else f"pip has brought no {archive.name}"
-        except subprocess.TimeoutExpired:
-            reason = "no answer in five minutes"
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["pip does not say why"])[-1]
-        if reason:
-            raise SuiteError(f"the source archive of Ultralytics {version} cannot be had: {reason}")
-    return archive
-
-
 def unpack_tests(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         top = archive.name.removesuffix(".tar.gz")
@@ -312,8 +287,9 @@ def write_model_files(folder: Path) -> None:
     import ultralytics
 
     from stvit.adapters.yolo import model_file
+    from stvit.adapters.yolo.config import TASK_SUFFIXES
 
-    for suffix in SUFFIXES.values():
+    for suffix in TASK_SUFFIXES.values():
         ours = model_file(f"yolo26n-{BACKBONE}{suffix}.yaml")
         for scale in ("n", ""):
             path = folder / f"yolo26{scale}{suffix}.yaml"
@@ -326,7 +302,9 @@ def write_weights(folder: Path) -> None:
     import torch
     import torchvision
 
-    for task, suffix in SUFFIXES.items():
+    from stvit.adapters.yolo.config import TASK_SUFFIXES
+
+    for task, suffix in TASK_SUFFIXES.items():
         write_checkpoint(folder / f"yolo26n{suffix}.pt", task)
         if task in ("detect", "segment", "pose", "obb"):  # to distill from
             write_checkpoint(folder / f"yolo26s{suffix}.pt", task)
@@ -350,7 +328,9 @@ def write_checkpoint(path: Path, task: str, channels: int = 3, end2end: bool = T
     from ultralytics.nn.tasks import yaml_model_load
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    config = yaml_model_load(f"yolo26n{SUFFIXES[task]}.yaml")
+    from stvit.adapters.yolo.config import TASK_SUFFIXES
+
+    config = yaml_model_load(f"yolo26n{TASK_SUFFIXES[task]}.yaml")
     names = class_names(task)
     config.update(nc=len(names), end2end=end2end, scale="s" if path.stem.startswith("yolo26s") else "n")
     torch.manual_seed(0)
@@ -363,7 +343,13 @@ def write_checkpoint(path: Path, task: str, channels: int = 3, end2end: bool = T
             torch.nn.init.constant_(getattr(head, branch)[-1][-1].bias[:1], 1.0)
     model.names = names
     model.task = task
-    train_args = {"task": task, "mode": "train", "model": f"yolo26n{SUFFIXES[task]}.yaml", "imgsz": 640, "epochs": 1}
+    train_args = {
+        "task": task,
+        "mode": "train",
+        "model": f"yolo26n{TASK_SUFFIXES[task]}.yaml",
+        "imgsz": 640,
+        "epochs": 1,
+    }
     train_args["data"] = DATA[task]
     model.args = {**DEFAULT_CFG_DICT, **train_args}
     checkpoint = {"epoch": -1, "best_fitness": None, "model": model.half(), "ema": None, "optimizer": None}

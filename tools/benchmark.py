@@ -65,13 +65,12 @@ def create_parser() -> Parser:
     data.add_argument("--batch-size", "-b", type=positive, default=64, metavar="N", help="images of a batch")
     data.add_argument("--images", type=positive, default=2000, metavar="N", help="images to load, drawn by a seed")
     data.add_argument("--workers", "-j", type=count, nargs="+", default=[1], metavar="N", help="loading processes")
-    data.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
     yolo = subjects.add_parser("yolo", help="latency of YOLO26 detectors", add_help=True)
     pairs = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
     yolo.add_argument("--models", nargs="+", default=pairs, metavar="NAME", help="model files, ours or Ultralytics'")
     yolo.add_argument("--img-size", type=positive, default=640, metavar="N", help="height and width in pixels")
-    yolo.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
     for subject in (data, yolo):
+        subject.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
         subject.add_argument("--csv", metavar="FILE", help="table to append the results to")
     return parser
 

@@ -23,8 +23,6 @@ from typing import Any
 
 from stvit.tools.common.cli import CommandError, reason, run
 
-OPTIONS = ("pretrained_backbone", "neck_weights", "backbone_lr", "layer_decay")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
@@ -37,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> None:
     """Hands everything but our own arguments to Ultralytics."""
-    options, arguments = split_options(args.arguments)
     try:
+        options, arguments = split_options(args.arguments)
         from ultralytics.cfg import entrypoint
 
         with our_yolo(options), command_line(arguments):
@@ -55,6 +53,9 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         CommandError: If one of ours has no value, or one that is none, or cannot be given here.
     """
+    from stvit.adapters.yolo.config import RATES
+    from stvit.adapters.yolo.engine import OPTIONS
+
     options: dict[str, Any] = {}
     others = []
     for argument in arguments:
@@ -63,7 +64,7 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             others.append(argument)
         elif not equals or not value:
             raise CommandError(f"{key} needs a value: {key}=…")
-        elif key in ("backbone_lr", "layer_decay"):
+        elif key in RATES:
             try:
                 options[key] = float(value)
             except ValueError:

@@ -83,7 +83,7 @@ def yolo_config(
         ValueError: If an argument is not as described, or the installed Ultralytics has no such file.
     """
     stock = _stock_config(task)
-    config = _set_rates({**stock, **_scale_key(scale)}, backbone_lr, layer_decay)
+    config = {**stock, **_scale_key(scale), **check_rates(backbone_lr, layer_decay)}
     rows = deepcopy(stock["backbone"] + stock["head"])
     strides = _strides(rows)
     depth = len(stock["backbone"])
@@ -265,22 +265,21 @@ def _scale_key(scale: str) -> dict[str, str]:
     return {"scale": scale} if scale else {}
 
 
-def _set_rates(config: dict[str, Any], backbone_lr: float | None, layer_decay: float | None) -> dict[str, Any]:
-    check_rates(backbone_lr, layer_decay)
-    rates = {"backbone_lr": backbone_lr, "layer_decay": layer_decay}
-    return {**config, **{key: float(value) for key, value in rates.items() if value is not None}}
+def check_rates(backbone_lr: Any, layer_decay: Any) -> dict[str, float]:
+    """Those of the backbone's rates that are given, as keys of a configuration.
 
-
-def check_rates(backbone_lr: Any, layer_decay: Any) -> None:
-    for key, value in (("backbone_lr", backbone_lr), ("layer_decay", layer_decay)):
-        if value is None:
-            continue
+    Raises:
+        ValueError: If one is none.
+    """
+    rates = {key: value for key, value in zip(RATES, (backbone_lr, layer_decay), strict=True) if value is not None}
+    for key, value in rates.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
             hint = "; freeze=1 keeps a backbone as it is" if value == 0 else ""
             hint = "; to YAML 1e-1 is text, write 0.1" if isinstance(value, str) else hint
             raise ValueError(f"{key} must be a number over 0, got {value!r}{hint}")
         if key == "layer_decay" and value > 1.0:
             raise ValueError(f"layer_decay must be at most 1, got {value!r}")
+    return {key: float(value) for key, value in rates.items()}
 
 
 def _froms(row: Row, i: int) -> list[int]:

@@ -240,28 +240,25 @@ class YOLO(ultralytics.YOLO):
         backbone_lr: float | None,
         layer_decay: float | None,
     ) -> None:
-        check_rates(backbone_lr, layer_decay)
-        wanted = {"pretrained_backbone": pretrained_backbone, "backbone_lr": backbone_lr, "layer_decay": layer_decay}
-        given = [key for key, value in wanted.items() if value is not None and value is not False]
-        if not given and neck_weights is None:
+        rates = check_rates(backbone_lr, layer_decay)
+        pretrained = pretrained_backbone is not None and pretrained_backbone is not False
+        of_backbone = [*(["pretrained_backbone"] if pretrained else []), *rates]
+        if not of_backbone and neck_weights is None:
             return
         self._check_is_pytorch_model()
         model: Any = self.model
         backbone = find_backbone(model)
-        if given and backbone is None:
-            raise ValueError(f"{given[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
-        loaded_keys = self.loaded_keys
+        if of_backbone and backbone is None:
+            raise ValueError(f"{of_backbone[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
+        keys = []
         if neck_weights is not None:
-            keys = load_stock(model, neck_weights)
-            loaded_keys = None if loaded_keys is None else loaded_keys + keys
-        if backbone is not None and pretrained_backbone is not None and pretrained_backbone is not False:
+            keys += load_stock(model, neck_weights)
+        if backbone is not None and pretrained:
             load_backbone(backbone, pretrained_backbone)
-            keys = [f"model.0.net.{key}" for key in backbone.net.state_dict()]
-            loaded_keys = None if loaded_keys is None else loaded_keys + keys
-        for key, value in zip(RATES, (backbone_lr, layer_decay), strict=True):
-            if value is not None:
-                model.yaml[key] = float(value)
-        self.loaded_keys = loaded_keys
+            keys += [f"model.0.net.{key}" for key in backbone.net.state_dict()]
+        model.yaml.update(rates)
+        if self.loaded_keys is not None:
+            self.loaded_keys = self.loaded_keys + keys
         # Training then begins from this model and its configuration, and not from the model file once more.
         self.ckpt = self.ckpt or {"model": self.model}
         self.predictor = None

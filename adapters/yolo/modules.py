@@ -254,11 +254,16 @@ def create_net(name: str, **kwargs: Any) -> Any:
         near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
         hint = f", is it one of {', '.join(near)}?" if near else ": timm.list_models() lists them"
         raise ValueError(f"unknown backbone {name!r}{hint}")
-    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+    kwargs = as_timm_takes_them(kwargs)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"the backbone {name} cannot be made with {kwargs}: {error}") from error
+
+
+def as_timm_takes_them(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model out of a YAML file, which has lists for tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
 
 
 def feature_maps(net: Any, name: str) -> list[dict[str, Any]]:

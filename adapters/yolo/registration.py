@@ -10,6 +10,7 @@ from torch import nn
 from ultralytics.nn import tasks
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, callbacks
+from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.adapters.yolo import modules
 from stvit.adapters.yolo.config import RATES
@@ -61,8 +62,6 @@ def refuse_lost_rates(trainer: Any) -> None:
 
 def warn_of_lost_rates(trainer: Any) -> None:
     """Says that Ultralytics' own trainer knows no learning rates of a backbone."""
-    from ultralytics.utils.torch_utils import unwrap_model
-
     if rates := ({} if _is_ours(trainer) else _rates(unwrap_model(trainer.model))):
         LOGGER.warning(
             f"{', '.join(rates)} of the model file needs the trainers of stvit.adapters.yolo.YOLO: Ultralytics' own "
@@ -83,12 +82,8 @@ def _rates(model: Any) -> dict[str, float]:
 
 def _classes_of_stvit() -> list[Any]:
     with torch.device("meta"):
-        nets = [
-            timm.create_model(name, num_classes=num_classes, drop_path_rate=0.1)
-            for name in ("test_stvit", "stvit_base")
-            for num_classes in (0, 10)
-        ]
-    found = {type(module) for net in nets for module in net.modules()}
+        net = timm.create_model("stvit_base", drop_path_rate=0.1)  # a variant with layer scale
+    found = {type(module) for module in net.modules()}
     ours = [getattr(modules, name) for name in modules.__all__]
     return [
         *ours,

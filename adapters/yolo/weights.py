@@ -12,7 +12,7 @@ from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
-from stvit.adapters.yolo.modules import TimmBackbone, prune
+from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
 
 __all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
 
@@ -40,9 +40,8 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
         RuntimeError: If they cannot be read or do not fit.
     """
     name, kwargs = _pretrained_model(backbone, source)
-    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
     try:
-        net: Any = timm.create_model(name, pretrained=True, in_chans=backbone.in_chans, **kwargs)
+        net: Any = timm.create_model(name, pretrained=True, in_chans=backbone.in_chans, **as_timm_takes_them(kwargs))
     except Exception as error:  # the network, a file, a Hub's answer
         raise RuntimeError(
             f"pretrained_backbone={str(source)!r} could not be loaded into {backbone.name}: {error}"

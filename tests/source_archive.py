@@ -1,0 +1,45 @@
+"""Source archives of installed packages, which hold the tests that their wheels leave out."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+CACHE = Path(__file__).parents[1] / ".cache"
+
+
+class ArchiveMissing(Exception):
+    """An archive cannot be had.
+
+    Attributes:
+        output: What pip said.
+    """
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
+
+
+def fetch(package: str) -> Path:
+    """The source archive of the installed version, which pip downloads once.
+
+    Raises:
+        ArchiveMissing: If it cannot be had; says why in a line.
+    """
+    name = f"{package}-{version(package)}"
+    archive = CACHE / name / f"{name}.tar.gz"
+    if archive.exists():
+        return archive
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={package}", f"--dest={archive.parent}"]
+    missing = f"the source archive of {package} {version(package)} cannot be had"
+    try:
+        done = subprocess.run([*pip, f"{package}=={version(package)}"], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        raise ArchiveMissing(f"{missing}: no answer in five minutes") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["pip does not say why"])[-1]
+        raise ArchiveMissing(f"{missing}: {last}", done.stdout + done.stderr)
+    if not archive.exists():
+        raise ArchiveMissing(f"{missing}: pip has brought no {archive.name}", done.stdout + done.stderr)
+    return archive
