@@ -4,7 +4,16 @@ Importing this package registers the models in timm: `import stvit; timm.create_
 """
 
 from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens
+from stvit.pretrained import PretrainedDownloadError, PretrainedError, create_model
 from stvit.stvit import STViT
 
-__all__ = ["STViT", "SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"]
+__all__ = [
+    "PretrainedDownloadError",
+    "PretrainedError",
+    "STViT",
+    "SuperTokenAttention",
+    "create_model",
+    "sample_super_tokens",
+    "upsample_super_tokens",
+]
 __version__ = "0.1.0"

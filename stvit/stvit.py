@@ -18,10 +18,15 @@ Shapes:
     H, W     pixels of the stage's map: of the image, 1/4, 1/8, 1/16 and 1/32, rounded up
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
+import timm
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -40,12 +45,14 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    resolve_pretrained_cfg,
 )
 from torch import nn
 
 from stvit.ops import SuperTokenAttention
+from stvit.pretrained import explained
 
-__all__ = ["STViT", "checkpoint_filter_fn"]
+__all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
 
 Device = torch.device | str | None
 
@@ -494,6 +501,9 @@ def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[lis
     return taken, max(taken)
 
 
+_FIXED_KERNELS = (".attn.unfold.weights", ".attn.fold.weights")
+
+
 def _is_official(state_dict: Mapping[str, Any]) -> bool:
     return any(key.startswith(("patch_embed.", "layers.")) for key in state_dict)
 
@@ -575,15 +585,55 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
     problems += [f"left-over key {name}" for name in left]
     if problems:
         shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
-        raise RuntimeError(
-            f"The weights do not fit the model ({len(problems)} mismatches, is it the right variant?): {shown}"
-        )
+        variant = find_variant(state_dict)
+        hint = f"they are those of {variant}: create that" if variant is not None else "is it the right variant?"
+        raise RuntimeError(f"The weights do not fit the model ({len(problems)} mismatches, {hint}): {shown}")
     return out_dict
+
+
+def find_variant(state_dict: Mapping[str, Any]) -> str | None:
+    """The model of this package that weights are of, by their names and shapes; None if it is none of them.
+
+    Args:
+        state_dict: Bare weights under our names or the published code's. Classifier and image channels may be of any
+            size: they do not tell.
+    """
+    found = {
+        key: tuple(value.shape)
+        for key, value in state_dict.items()
+        if isinstance(value, torch.Tensor) and not key.endswith(_FIXED_KERNELS)
+    }
+    official = _is_official(found)
+    for variant in timm.list_models(module="stvit"):
+        shapes = {_official_key(key) if official else key: shape for key, shape in _shapes_of(variant).items()}
+        if shapes.keys() - {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} <= found.keys() and all(
+            _fits_any_task(key, found[key], shapes.get(key)) for key in found
+        ):
+            return variant
+    return None
+
+
+@cache
+def _shapes_of(variant: str) -> dict[str, tuple[int, ...]]:
+    model: Any = timm.create_model(variant, device="meta")
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _fits_any_task(key: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool:
+    if expected is None:
+        return False
+    if key in ("stem.0.weight", "patch_embed.proj.0.weight"):
+        return shape[:1] + shape[2:] == expected[:1] + expected[2:]
+    if key.startswith("head."):
+        return shape[1:] == expected[1:]
+    if key.endswith((".gamma_1", ".gamma_2")):
+        return math.prod(shape) == math.prod(expected)
+    return shape == expected
 
 
 def _take_fixed_kernels(state_dict: dict[str, Any]) -> None:
     """Removes the one-hot kernels by which the published code gathers neighbors, constants that we do not keep."""
-    for key in [key for key in state_dict if key.endswith((".attn.unfold.weights", ".attn.fold.weights"))]:
+    for key in [key for key in state_dict if key.endswith(_FIXED_KERNELS)]:
         kernel = state_dict.pop(key)
         if not torch.equal(kernel.cpu().float().reshape(9, -1), torch.eye(9)):
             raise RuntimeError(
@@ -593,14 +643,16 @@ def _take_fixed_kernels(state_dict: dict[str, Any]) -> None:
 
 
 def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STViT:
-    return build_model_with_cfg(
-        STViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    with explained(variant, cfg.to_dict(), kwargs.get("cache_dir")):
+        return build_model_with_cfg(
+            STViT,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **kwargs,
+        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -624,18 +676,35 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 _CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
+
+def _hub_namespace() -> str:
+    """Owner of the published weights on the Hub; another owner of weights needs no code."""
+    namespace = os.environ.get("STVIT_HUB_NAMESPACE") or "stvit"
+    try:
+        validate_repo_id(f"{namespace}/stvit_small.in1k")
+    except HFValidationError as error:
+        raise ValueError(
+            f"STVIT_HUB_NAMESPACE must be a user or an organization of the Hub, such as stvit, got {namespace!r}"
+        ) from error
+    return namespace
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "stvit_small.in1k": _cfg(license="mit"),
-        "stvit_small.in1k_384": _cfg(license="mit", **_CFG_384),
-        "stvit_base.in1k": _cfg(license="mit"),
-        "stvit_base.in1k_384": _cfg(license="mit", **_CFG_384),
-        "stvit_large.in1k": _cfg(license="mit"),
-        "stvit_large.in1k_384": _cfg(license="mit", **_CFG_384),
-        "stvit_pico.in1k": _cfg(),
-        "stvit_nano.in1k": _cfg(),
-        "stvit_tiny.in1k": _cfg(),
-        "test_stvit.in1k": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        # By the file's name timm looks for no pickle beside it.
+        tag: {"hf_hub_id": f"{_hub_namespace()}/{tag}", "hf_hub_filename": "model.safetensors", **cfg}
+        for tag, cfg in {
+            "stvit_small.in1k": _cfg(license="mit"),
+            "stvit_small.in1k_384": _cfg(license="mit", **_CFG_384),
+            "stvit_base.in1k": _cfg(license="mit"),
+            "stvit_base.in1k_384": _cfg(license="mit", **_CFG_384),
+            "stvit_large.in1k": _cfg(license="mit"),
+            "stvit_large.in1k_384": _cfg(license="mit", **_CFG_384),
+            "stvit_pico.in1k": _cfg(),
+            "stvit_nano.in1k": _cfg(),
+            "stvit_tiny.in1k": _cfg(),
+            "test_stvit.in1k": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        }.items()
     }
 )
 

@@ -2,9 +2,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 # tests' own, nothing installed or asked of the network behind their back.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="stvit-tests-"))
 os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
+# Nor of the public Hub: tests that need one serve it themselves (hub_server).
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,21 @@ def digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path_facto
 def own_digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> Path:
     """The same to spoil."""
     return write_digits(tmp_path / "data", 60, 20)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A Hub on 127.0.0.1, which this process finds, as its user `owner`; waiting before a retry is left out."""
+    from huggingface_hub.utils import _http
+
+    with hub_server.Hub() as hub:
+        hub.add_user("owner", hub_server.OWNER, orgs=("stvit", "org"))
+        hub.add_user("reader", hub_server.READER, role="read", orgs=("org",))
+        hub.add_user("stranger", hub_server.STRANGER)
+        hub.enter(monkeypatch, tmp_path / "home", hub_server.OWNER)
+        for request in (_http.http_backoff, _http.http_stream_backoff.__wrapped__):
+            monkeypatch.setitem(request.__kwdefaults__, "base_wait_time", 0)
+        yield hub
 
 
 BOXES = {  # class, center and size over those of the image: 0 is a person, 1 a bus

@@ -408,14 +408,10 @@ def test_pretrained_cfg(name: str) -> None:
         assert data["crop_pct"] == (1.0 if tag == "in1k_384" else 0.875) and data["interpolation"] == "bicubic"
         assert data["mean"] == (0.485, 0.456, 0.406) and data["std"] == (0.229, 0.224, 0.225)
         assert (cfg["first_conv"], cfg["classifier"]) == ("stem.0", "head.fc")
+        assert cfg["hf_hub_id"] == f"stvit/{name}.{tag}" and cfg["hf_hub_filename"] == "model.safetensors"
     assert create(name, device="meta").pretrained_cfg["tag"] == "in1k"
     with pytest.raises(RuntimeError, match=r"Invalid pretrained tag \(in22k\)"):
         create(f"{name}.in22k")
-
-
-def test_no_weights_to_download() -> None:
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for stvit_small"):
-        create("stvit_small", pretrained=True)
 
 
 def test_unknown_keyword() -> None:

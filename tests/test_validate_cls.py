@@ -166,7 +166,7 @@ def test_hub_id_in_a_process_of_its_own(run_folder: Path, digits_folder: Path, t
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["loss"] == pytest.approx(last_row(run_folder)["eval_loss"], rel=1e-6)
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
-    assert "cannot create model hf-hub:someone/else" in missing.stderr.splitlines()[-1]
+    assert "cannot load the pretrained weights of the Hub repository someone/else" in missing.stderr.splitlines()[-1]
 
 
 # What is counted
@@ -293,13 +293,13 @@ def test_trouble_is_one_clear_line(
         ([data, f"--checkpoint={tmp_path}"], "neither it nor its folder best/ holds a config.json"),
         ([data, weights], "does not say which model it is of: give --model"),
         ([data, weights, "--model=test_stvti"], "unknown model 'test_stvti', did you mean test_stvit"),
-        ([data, weights, "--model=stvit_small"], "cannot create model stvit_small"),
+        ([data, weights, "--model=stvit_small"], "mismatches, they are those of test_stvit"),
         ([data, weights, "--model=test_stvit", "--in-chans=1", "--num-classes=5"], "the weights have 4 classes"),
         ([data, last, "--use-ema"], "there is no such file"),
         ([data, last, "--official-crop", "--crop-pct=0.9"], "leave --crop-pct, --interpolation out"),
         ([data, last, "--real-labels"], "are for the 50,000 validation images of ImageNet, not 20"),
         ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
-        ([data, "--model=test_stvit"], "No pretrained weights exist for test_stvit"),
+        ([data, "--model=test_stvit"], "of the Hub repository stvit/test_stvit.in1k (revision main): offline"),
         ([f"--data-dir={tmp_path}", last], "cannot open the validation images"),
     ):
         assert said in refused(capsys, *flags), flags

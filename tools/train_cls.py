@@ -19,7 +19,6 @@ run.
 """
 
 import argparse
-import copy
 import logging
 import math
 import shutil
@@ -41,7 +40,6 @@ from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.layers.norm_act import convert_sync_batchnorm
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
@@ -49,7 +47,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_s
 from torch import nn
 from tqdm import tqdm
 
-import stvit  # noqa: F401  registers the models in timm
+from stvit import hub
 from stvit.tools.common.checkpoint import (
     Checkpoints,
     get_random_state,
@@ -86,6 +84,7 @@ from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.logs import RunLog, require_loggers
 from stvit.tools.common.model import create_model, read_weights
 from stvit.tools.common.processes import DTYPES, StopRequest, World, add_device_arguments, autocast, join_world
+from stvit.tools.common.snapshots import Snapshots, fetch_run
 
 # Flags that a resumed run may change: they say where and how fast, not what.
 FREE_FLAGS = {
@@ -99,6 +98,9 @@ FREE_FLAGS = {
     "experiment",
     "grad_accum_steps",
     "grad_checkpointing",
+    "hub_every",
+    "hub_private",
+    "hub_repo",
     "log_interval",
     "log_tensorboard",
     "log_wandb",
@@ -218,8 +220,9 @@ def create_parser() -> Parser:
     group.add_argument("--experiment", metavar="NAME", help="folder of this run (default: time, model and size)")
     group.add_argument(
         "--resume",
-        metavar="auto|PATH",
-        help="go on from a run's folder or a checkpoint; auto: from what this command last wrote, if anything",
+        metavar="auto|PATH|hf-hub:ORG/NAME@last",
+        help="go on from a run's folder, a checkpoint or what --hub-repo uploaded; auto: from what this command last "
+        "wrote, if anything",
     )
     group.add_argument(
         "--checkpoint-steps", type=count, default=500, metavar="N", help="updates between checkpoints within an epoch"
@@ -230,6 +233,9 @@ def create_parser() -> Parser:
     group.add_argument("--log-tensorboard", action=Switch, help="log to <run>/tensorboard")
     group.add_argument("--log-wandb", action=Switch, help="log to Weights & Biases")
     group.add_argument("--wandb-project", default="stvit", metavar="NAME", help="its project")
+    group.add_argument("--hub-repo", metavar="ORG/NAME", help="upload the run to this repository, in the background")
+    group.add_argument("--hub-every", type=positive, default=10, metavar="N", help="epochs between uploads")
+    group.add_argument("--hub-private", action=Switch, help="make a new repository private")
     return parser
 
 
@@ -292,6 +298,7 @@ class _Training:
     def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest) -> None:
         self.args, self.world, self.stop = args, world, stop
         _check_args(args, world)
+        _check_hub(args, world)
         random_seed(args.seed)
         images = open_images(args, world)
         self.train_set, self.val_set, self.class_names = images.train, images.val, images.class_names
@@ -353,6 +360,9 @@ class _Training:
             self._say_result()
             return
         log = self._open_log() if world.is_first else None
+        snapshots = None
+        if log is not None and args.hub_repo:
+            snapshots = Snapshots(args.hub_repo, args.hub_every, self.folder, args.hub_private, log.event)
         world.say(
             f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "
@@ -370,8 +380,14 @@ class _Training:
                             self._save_checkpoint()
                     self._finish_epoch(bar, log)
                     self._save_checkpoint()
+                    if snapshots is not None:
+                        snapshots.after_epoch(progress.epoch)
+            if snapshots is not None:
+                snapshots.finish(progress.epoch)
         except _Stopped as stopped:
             self._save_checkpoint()
+            if snapshots is not None:
+                snapshots.abandon()
             raise Interrupted(
                 f"{stopped}; saved after epoch {progress.epoch}, update {progress.step} of {self.updates}: to go on, "
                 "give the same command with --resume auto",
@@ -583,9 +599,9 @@ class _Training:
         is_best = best_top1 > progress.best[1]
         if world.is_first:
             for kind, model in kinds.items():
-                self._save_model(model, "last_ema" if kind else "last")
+                self._save_model(model, "last_ema" if kind else "last", kind, row)
             if is_best:
-                self._save_model(kinds[best_kind], "best")
+                self._save_model(kinds[best_kind], "best", best_kind, row)
         if is_best:
             progress.best = [progress.epoch, best_top1, best_kind]
         progress.history.append(row)
@@ -618,8 +634,22 @@ class _Training:
 
     # Checkpoints
 
-    def _save_model(self, model: nn.Module, name: str) -> None:
-        save_model(model, self.folder / name, self.class_names, self.data_config)
+    def _save_model(self, model: nn.Module, name: str, kind: str, row: dict[str, Any]) -> None:
+        args = self.args
+        dataset = args.dataset or f"images in {Path(args.data_dir).name}"
+        how = (
+            f"{len(self.val_set)} images of {args.val_split} at {self.data_config['input_size'][-1]} pixels, crop "
+            f"{self.data_config['crop_pct']:g}, {self.data_config['interpolation']}; tools/train_cls.py after epoch "
+            f"{row['epoch'] + 1} of {args.epochs}"
+        )
+        metric = {"name": "top-1", "value": float(row["ema_top1" if kind else "eval_top1"])}
+        if name == "best":
+            how += ", the best of the run on these images"
+        details = {
+            "weights": f"{'moving average (EMA)' if kind else 'as trained'}, after epoch {row['epoch'] + 1}",
+            "metrics": [{**metric, "dataset": dataset, "split": args.val_split, "how": how}],
+        }
+        save_model(model, self.folder / name, self.class_names, self.data_config, details)
 
     def _save_checkpoint(self) -> None:
         """Writes all that the rest of the run depends on."""
@@ -722,6 +752,22 @@ def _check_args(args: argparse.Namespace, world: World) -> None:
         raise CommandError("--aug-repeats needs images that can be read in any order, which wds/ shards cannot")
 
 
+def _check_hub(args: argparse.Namespace, world: World) -> None:
+    """Refuses what can never be uploaded before the training begins; the first process, which uploads, decides."""
+    if not args.hub_repo:
+        return
+    found = None
+    if world.is_first:
+        try:
+            hub.check_repo_id(args.hub_repo)
+            hub.check_token()
+        except hub.HubError as error:
+            found = f"--hub-repo: {error}"
+    found = world.from_first(found)
+    if found is not None:
+        raise CommandError(found)
+
+
 def _drop_path_at(args: argparse.Namespace, epoch: int) -> float:
     steps = sorted((int(e), float(x)) for e, x in (text.split(":") for text in args.drop_path_schedule or ()))
     return [args.drop_path or 0.0, *(value for start, value in steps if start <= epoch)][-1]
@@ -793,6 +839,16 @@ def create_mixup(args: argparse.Namespace) -> Mixup | None:
 def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint to go on from (None to begin)."""
     output = Path(args.output).expanduser()
+    if args.resume and args.resume.startswith(("hf-hub:", "hf_hub:")):
+        folder = fetch_run(args.resume, output, args.experiment)
+        found = Checkpoints(folder / "checkpoints").load()
+        assert found is not None
+        try:
+            _check_same_recipe(args, found[0], folder)
+        except CommandError:
+            shutil.rmtree(folder)  # it is on the Hub, and the right command downloads it to the same place
+            raise
+        return folder, found[1]
     if args.resume and args.resume != "auto":
         path = Path(args.resume).expanduser()
         if path.is_dir():
@@ -888,19 +944,18 @@ def _resolved(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
 
 
-def save_model(model: nn.Module, folder: Path, class_names: list[str] | None, data_config: dict[str, Any]) -> None:
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    class_names: list[str] | None,
+    data_config: dict[str, Any],
+    details: dict[str, Any] | None = None,
+) -> None:
     """Writes model.safetensors and config.json, as `timm.create_model("local-dir:…")` reads them."""
     fresh = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        save_for_hf(
-            # safetensors takes contiguous tensors alone
-            copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-            str(fresh),
-            model_config={"label_names": class_names} if class_names else None,
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        hub.save(model, fresh, label_names=class_names, data_config=data_config, details=details)
         replace_files(fresh, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)

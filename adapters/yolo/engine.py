@@ -16,6 +16,7 @@ from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR
 from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
+from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
 
@@ -105,7 +106,8 @@ class YOLO(ultralytics.YOLO):
     """Ultralytics' YOLO, which also finds our model files and trainers.
 
     All that Ultralytics' does it does as it stands. In addition it takes the name of one of our model files
-    (`model_file`) or a configuration (`yolo_config`), and four options, here or in `train`:
+    (`model_file`), a configuration (`yolo_config`) or a detector on the Hugging Face Hub ('hf-hub:org/name', with
+    '@revision' if need be; no code of its checkpoint is run), and four options, here or in `train`:
         pretrained_backbone: Weights of the backbone: a timm tag, 'hf-hub:org/name', a file; True for timm's own of its
             name.
         neck_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
@@ -130,7 +132,7 @@ class YOLO(ultralytics.YOLO):
     ) -> None:
         """
         Args:
-            model: As for Ultralytics' YOLO; the name of one of our model files; a configuration.
+            model: As for Ultralytics' YOLO; the name of one of our model files; a configuration; 'hf-hub:org/name'.
             task: As for Ultralytics' YOLO.
             verbose: As for Ultralytics' YOLO.
             pretrained_backbone: See above.
@@ -140,12 +142,12 @@ class YOLO(ultralytics.YOLO):
 
         Raises:
             ValueError: If the model file, the backbone or an option is not as described.
-            RuntimeError: If weights cannot be read or do not fit.
+            RuntimeError: If weights cannot be read or do not fit; from the Hub `stvit.PretrainedError`, which is one.
         """
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
-            model = _find_model_file(str(model).strip())
+            model = _find_model_file(_local(str(model).strip()))
         super().__init__(model=model, task=task, verbose=verbose)
         self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
 
@@ -171,7 +173,9 @@ class YOLO(ultralytics.YOLO):
 
     def load(self, weights: str | Path | dict[str, Any] | nn.Module = "yolo26n.pt") -> "YOLO":
         """Loads what fits, as Ultralytics' YOLO does; rows that have moved find their weights where they were."""
-        if isinstance(weights, (str, Path)) and isinstance(self.model, nn.Module):
+        if isinstance(weights, (str, Path)):
+            weights = _local(str(weights))
+        if isinstance(weights, str) and isinstance(self.model, nn.Module):
             source = load_checkpoint(weights)[0]
             aligned = align(source, self.model)
             super().load(weights if aligned is source else aligned)
@@ -293,6 +297,11 @@ def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
         f"The backbone {backbone.name} learns at {min(rates.values()):.3g} to {max(rates.values()):.3g} times the "
         "learning rate of the rest"
     )
+
+
+def _local(name: str) -> str:
+    """The path of a checkpoint on the Hub, downloaded and safe to open; other names as they are."""
+    return str(fetch_checkpoint(name)) if name.startswith(PREFIXES) else name
 
 
 def _find_model_file(name: str) -> str:

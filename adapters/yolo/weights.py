@@ -12,6 +12,8 @@ from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
+import stvit
+from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
 from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
 
 __all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
@@ -41,7 +43,7 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
     """
     name, kwargs = _pretrained_model(backbone, source)
     try:
-        net: Any = timm.create_model(name, pretrained=True, in_chans=backbone.in_chans, **as_timm_takes_them(kwargs))
+        net: Any = stvit.create_model(name, pretrained=True, in_chans=backbone.in_chans, **as_timm_takes_them(kwargs))
     except Exception as error:  # the network, a file, a Hub's answer
         raise RuntimeError(
             f"pretrained_backbone={str(source)!r} could not be loaded into {backbone.name}: {error}"
@@ -107,6 +109,8 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
 def _load_detector(source: str | Path) -> Any:
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
+    if str(source).startswith(PREFIXES):
+        source = fetch_checkpoint(str(source))
     try:
         weights = load_checkpoint(source)[0]
     except Exception as error:  # a suffix, the network, a file of any kind

@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import pickle
+import pickletools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, get_pretrained_cfg_value
 from torch import nn
 
+import stvit
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, reason
 
@@ -81,6 +85,18 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any
     Raises:
         CommandError: If the file cannot be read, or does not hold the kind that is wanted.
     """
+    return pick_weights(open_file(path), path, use_ema)
+
+
+def open_file(path: Path) -> Mapping[str, Any]:
+    """What a file of weights holds, none of whose code is run.
+
+    Args:
+        path: safetensors, or PyTorch's format: tensors, numbers, strings, and the flags of a run.
+
+    Raises:
+        CommandError: If the file cannot be read, or holds more than that; names what.
+    """
     if not path.is_file():
         raise CommandError(f"cannot read weights from {path}: it is not a file")
     try:
@@ -88,23 +104,75 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any
             content: Any = load_file(path)
         else:
             # Checkpoints of timm and of the authors hold the flags of their runs.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what follows in words
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling what is no checkpoint raises nearly everything
-        # What PyTorch advises at length, to run the file's code, is not our advice.
-        why = reason(error).split("(1)")[0].strip()
-        raise CommandError(f"cannot read weights from {path}: {why[:300]}") from error
+        wanted = _wanted_code(path, error)
+        if wanted:
+            raise CommandError(
+                f"cannot read weights from {path}: it wants to run {', '.join(wanted)}, and no code of a checkpoint is "
+                "run here: ask its owner for the tensors alone, or safetensors"
+            ) from error
+        raise CommandError(f"cannot read weights from {path}: {reason(error)[:300]}") from error
     if not isinstance(content, Mapping):
         raise CommandError(f"cannot read weights from {path}: it holds a {type(content).__name__}, not weights by name")
-    inside = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-    ema = next((key for key in ("state_dict_ema", "model_ema") if key in inside), None)
-    plain = next((key for key in ("state_dict", "model") if key in inside), None)
+    return content
+
+
+def _wanted_code(path: Path, error: Exception) -> list[str]:
+    """The functions and classes beyond tensors that a pickle asks for, none of which is run."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not of PyTorch's present format
+        return _named_code(path)
+
+
+def _named_code(path: Path) -> list[str]:
+    """What a bare pickle names, as far as it can be read."""
+    names, strings = set(), [""] * 2
+    try:
+        with path.open("rb") as file:
+            for opcode, value, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    names.add(str(value).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.add(".".join(strings[-2:]))
+                elif isinstance(value, str):
+                    strings.append(value)
+    except ValueError:  # where it stops being one
+        pass
+    return sorted(names)
+
+
+def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any], bool]:
+    """The weights among what a file holds, and whether they are a moving average.
+
+    Args:
+        content: Weights by name, or such below `state_dict`, `state_dict_ema`, `model`, `model_ema`.
+        path: The file, for messages.
+        use_ema: Whether to take the moving average; None for: if there is one.
+
+    Raises:
+        CommandError: If it does not hold the kind that is wanted.
+    """
+    plain, ema = weights_in(content)
     if use_ema and ema is None:
         raise CommandError(f"{path} holds no moving average of the weights: leave --use-ema out")
     if use_ema is False and ema is not None and plain is None:
         raise CommandError(f"{path} holds a moving average of the weights alone: leave --no-use-ema out")
     key = plain if ema is None or use_ema is False else ema
-    return clean_state_dict(dict(content if key is None else inside[key])), key is not None and key == ema
+    return clean_state_dict(dict(content if key is None else content[key])), key is not None and key == ema
+
+
+def weights_in(content: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Below which keys of a checkpoint the weights and their moving average are, None for nowhere."""
+    inside = [key for key, value in content.items() if isinstance(value, Mapping)]
+    ema = next((key for key in ("state_dict_ema", "model_ema") if key in inside), None)
+    return next((key for key in ("state_dict", "model") if key in inside), None), ema
 
 
 def create_model(
@@ -146,7 +214,7 @@ def create_model(
         num_classes = overlay.get("num_classes")
     given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     try:
-        model: Any = timm.create_model(
+        model: Any = stvit.create_model(
             name,
             pretrained=pretrained or weights is not None,
             pretrained_cfg_overlay=overlay,
@@ -155,6 +223,8 @@ def create_model(
         )
         if grad_checkpointing:
             model.set_grad_checkpointing()
+    except stvit.PretrainedError as error:
+        raise CommandError(str(error)) from error
     except Exception as error:  # a foreign model, file or network may fail in any way
         raise CommandError(f"cannot create model {name}: {reason(error)}") from error
     model.pretrained_cfg.pop("state_dict", None)  # held once is enough

@@ -1,0 +1,191 @@
+"""Detectors on the Hugging Face Hub: their checkpoint, made fit to be seen, and opened safely from there."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+from ultralytics.nn.tasks import torch_safe_load
+from ultralytics.utils import ASSETS
+
+from stvit.adapters.yolo.registration import allow_modules
+from stvit.pretrained import PretrainedDownloadError, PretrainedError, damage, hub_reason
+
+__all__ = ["PREFIXES", "fetch_checkpoint", "open_safely", "prepare_checkpoint"]
+
+PREFIXES = ("hf-hub:", "hf_hub:")
+CHECKPOINT = "model.pt"
+# What a checkpoint keeps for going on with training, and what tells of the machine that it was made on.
+_LEFT_OUT = ("optimizer", "scaler", "stopper", "updates", "ema", "best_fitness", "git")
+
+
+def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The checkpoint of a detector on the Hub, downloaded, and safe to open.
+
+    Args:
+        name: 'hf-hub:org/name' or 'hf-hub:org/name@revision'. Its checkpoint is model.pt, best.pt or the only .pt file.
+        cache_dir: The cache; None for huggingface_hub's.
+
+    Returns:
+        Its path in the cache.
+
+    Raises:
+        PretrainedError: If it cannot be had (`PretrainedDownloadError`), or is no checkpoint of Ultralytics whose
+            classes are all known; no code of it is run.
+    """
+    repo_id, _, revision = name.partition(":")[2].partition("@")
+    what = f"{name}: cannot load the detector of the Hub repository {repo_id} (revision {revision or 'main'})"
+    try:
+        path = Path(_download(repo_id, revision or None, cache_dir))
+    except PretrainedError as error:
+        raise PretrainedError(f"{what}: {error}") from error
+    except Exception as error:  # of the libraries below
+        why, next_step = hub_reason(error, repo_id, revision)
+        raise PretrainedDownloadError(f"{what}: {why}. {next_step}") from error
+    try:
+        open_safely(path)
+    except PretrainedError as error:
+        raise PretrainedError(f"{what}: {error}") from error
+    return path
+
+
+def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> str:
+    def download(file: str) -> str:
+        return hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
+
+    try:
+        return download(CHECKPOINT)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        files = [file for file in HfApi().list_repo_files(repo_id, revision=revision) if file.endswith(".pt")]
+        if "best.pt" not in files and len(files) != 1:
+            found = f"these files end in .pt: {', '.join(files)}" if files else "no file ends in .pt"
+            raise PretrainedError(f"it has no {CHECKPOINT}, and {found}. Give one that holds a detector") from None
+        return download("best.pt" if "best.pt" in files else files[0])
+
+
+def open_safely(path: Path) -> dict[str, Any]:
+    """What a checkpoint of Ultralytics holds, none of whose code is run.
+
+    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored.
+
+    Raises:
+        PretrainedError: If it is damaged, or holds anything else; names what.
+    """
+    broken = damage(path)
+    if broken is not None:
+        raise PretrainedError(f"{path} {broken}")
+    try:
+        allow_modules(path)
+        checkpoint = torch_safe_load(path, safe_only=True)[0]
+    except Exception as error:  # unpickling what is no checkpoint raises nearly everything
+        try:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # not of PyTorch's present format
+            names = []
+        if names:
+            raise PretrainedError(
+                f"{path} wants to run {', '.join(names[:10])}, which is no module of a detector; none of it was run"
+            ) from error
+        raise PretrainedError(f"{path} is no checkpoint of Ultralytics ({type(error).__name__})") from error
+    if not isinstance(checkpoint.get("ema") or checkpoint.get("model"), nn.Module):
+        raise PretrainedError(f"{path} is no checkpoint of Ultralytics: it holds no model")
+    return checkpoint
+
+
+def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) -> dict[str, Any]:
+    """Writes model.pt and example.jpg: a checkpoint for others, and what it sees.
+
+    What is for going on with training is left out, and what tells of the machine: of paths the names alone stay.
+
+    Args:
+        source: Checkpoint of Ultralytics, best.pt.
+        folder: Where to.
+        image: To show its results on; None for Ultralytics' own picture of a bus.
+
+    Returns:
+        What a card needs: `task`, `names`, `parameters`, `tensors`, `imgsz`, `data`, `epochs`, `model`, `metrics` (by
+        Ultralytics' names, fractions), `license`, `version`, `image`.
+
+    Raises:
+        PretrainedError: If the checkpoint cannot be opened safely.
+        ValueError: If the image cannot be read.
+    """
+    from stvit.adapters.yolo.engine import YOLO
+
+    if not source.is_file():
+        raise PretrainedError(f"{source}: there is no such file")
+    checkpoint = open_safely(source)
+    model: Any = (checkpoint.get("ema") or checkpoint["model"]).half()
+    model.criterion = None
+    model.__dict__.pop("pt_path", None)
+    if isinstance(getattr(model, "yaml", None), dict):
+        model.yaml = _without_paths(model.yaml)
+    if getattr(model, "args", None) is not None:
+        model.args = _without_paths(dict(model.args if isinstance(model.args, dict) else vars(model.args)))
+    arguments = _without_paths(dict(checkpoint.get("train_args") or {}))
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {**checkpoint, **dict.fromkeys(_LEFT_OUT), "epoch": -1, "model": model, "train_args": arguments},
+        folder / CHECKPOINT,
+        pickle_module=_ORDERED_PICKLE,
+    )
+    open_safely(folder / CHECKPOINT)
+    shown = image or ASSETS / "bus.jpg"
+    if not shown.is_file():
+        raise ValueError(f"{shown}: there is no such picture")
+    detector = YOLO(folder / CHECKPOINT)
+    results = detector.predict(str(shown), verbose=False, save=False)
+    results[0].save(str(folder / "example.jpg"))
+    metrics = {
+        key.removeprefix("metrics/"): float(value)
+        for key, value in (checkpoint.get("train_metrics") or {}).items()
+        if key.startswith("metrics/")
+    }
+    return {
+        "task": model.task if hasattr(model, "task") else detector.task,
+        "names": dict(model.names),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tensors": len(model.state_dict()),
+        "imgsz": arguments.get("imgsz"),
+        "data": arguments.get("data"),
+        "epochs": arguments.get("epochs"),
+        "model": (getattr(model, "yaml", None) or {}).get("yaml_file", arguments.get("model")),
+        "metrics": metrics,
+        "license": "agpl-3.0" if "AGPL" in str(checkpoint.get("license")) else None,
+        "version": checkpoint.get("version"),
+        "image": shown.name,
+    }
+
+
+_PythonPickler: Any = pickle._Pickler
+
+
+class _OrderedPickler(_PythonPickler):
+    """Writes sets in order: the same model is then the same file, whose push sends nothing.
+
+    Python's own pickler in place of the one in C, which asks nobody about sets.
+    """
+
+    def _save_set(self, obj: set[Any]) -> None:
+        self.save_reduce(set, (sorted(obj, key=repr),), obj=obj)
+
+    dispatch = {**_PythonPickler.dispatch, set: _save_set}  # noqa: RUF012  # as there
+
+
+_ORDERED_PICKLE = SimpleNamespace(__name__="pickle", Pickler=_OrderedPickler)
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with the names of files and folders instead of their paths."""
+    return {
+        key: Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else value
+        for key, value in values.items()
+    }

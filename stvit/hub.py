@@ -1,0 +1,552 @@
+"""The Hugging Face Hub: a folder that timm loads, its card, and pushing it there.
+
+A folder holds model.safetensors, config.json (timm's, with what is known of the weights below the key `stvit`) and the
+card README.md. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and from the Hub `"hf-hub:org/name"`.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    errors,
+    get_token,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
+
+from stvit.pretrained import create_model, hub_reason
+
+__all__ = [
+    "HubError",
+    "Pushed",
+    "check_push",
+    "check_repo_id",
+    "check_token",
+    "compare_with_hub",
+    "equal",
+    "fetch",
+    "file_sha256",
+    "list_files",
+    "model_card",
+    "push",
+    "read_config",
+    "save",
+    "write_card",
+]
+
+CARD = "README.md"
+# A card without it was written or changed by a person, and is left as it is.
+CARD_MARK = "<!-- Written by stvit, and anew with each push. Remove this line to keep your own changes. -->"
+CITATION = """@inproceedings{huang2023stvit,
+  author    = {Huaibo Huang and Xiaoqiang Zhou and Jie Cao and Ran He and Tieniu Tan},
+  title     = {Vision Transformer with Super Token Sampling},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2023}
+}"""
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
+
+
+class HubError(RuntimeError):
+    """Something could not be pushed, or reads back otherwise. The message says what, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push led to.
+
+    Attributes:
+        repo_id: 'org/name', whole.
+        commit: Commit that holds the files.
+        url: Of the commit, or of the pull request.
+        changed: Whether anything was sent; False if all of it was there already.
+        files: How many files were sent.
+        kept_card: Whether the card there was left as it is, for a person has written or changed it.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    changed: bool
+    files: int
+    kept_card: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder
+
+
+def save(
+    model: nn.Module,
+    folder: Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes model.safetensors and config.json, as `timm.create_model("local-dir:…")` and the Hub read them.
+
+    Args:
+        model: Made by `timm.create_model`.
+        folder: Where to; what it holds of these names is replaced.
+        label_names: Of the classes, in order.
+        data_config: How images are prepared (`timm.data.resolve_data_config`); None for the model's own.
+        details: What is known of the weights, for the card: `weights`, `source`, `metrics`, … (see `model_card`).
+
+    Raises:
+        OSError, safetensors.SafetensorError: If they cannot be written.
+        ValueError: If an argument of the model cannot be written as JSON.
+    """
+    details = dict(details or {})
+    save_for_hf(
+        # safetensors takes contiguous tensors alone
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+        str(folder),
+        model_config={
+            **({"label_names": list(label_names)} if label_names else {}),
+            **({"stvit": details} if details else {}),
+            # Of the weights that this model began with, if any; not of these.
+            "pretrained_cfg": {"license": details.get("license")},
+        },
+        safe_serialization=True,
+        data_config=None if data_config is None else dict(data_config),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its card
+
+
+def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
+    """The card of a folder: what it is, how to load it, what was measured and how, and whom to cite.
+
+    Args:
+        folder: With config.json and model.safetensors. Of its key `stvit` the card takes `weights` and `source`
+            (sentences), `license`, `datasets` (ids of the Hub), and `metrics`: a list of `name`, `value` (percent),
+            `dataset`, `split` and `how`.
+        name: By which timm loads it, such as 'hf-hub:org/name'.
+        license: Of the weights, as the Hub names it; None for what the details say, if anything.
+
+    Raises:
+        HubError: If config.json cannot be read.
+    """
+    config = read_config(folder)
+    cfg, details = config["pretrained_cfg"], config.get("stvit", {})
+    metrics = details.get("metrics", [])
+    architecture, title = config["architecture"], name.partition(":")[2].split("/")[-1]
+    is_ours = "stvit" in architecture
+    license = license or details.get("license")
+    data = ModelCardData(
+        license=license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", *(["stvit", "super-token-attention"] if is_ours else [])],
+        datasets=details.get("datasets"),
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=re.sub(r"[^\w.-]+", "-", metric["dataset"]),
+                dataset_name=metric["dataset"],
+                dataset_split=metric.get("split"),
+                metric_type="accuracy",
+                metric_name=metric["name"],
+                metric_value=metric["value"],
+            )
+            for metric in metrics
+        ]
+        or None,
+    )
+    names = config.get("label_names")
+    size = "x".join(str(n) for n in cfg["input_size"])
+    facts = [
+        f"architecture: `{architecture}`, {_parameters(folder):.2f} M parameters",
+        f"images: {size}, crop {cfg.get('crop_pct')}, {cfg.get('interpolation')}, mean {_numbers(cfg['mean'])}, "
+        f"standard deviation {_numbers(cfg['std'])}",
+        f"classes: {config['num_classes']}" + (f" ({', '.join(list(names)[:10])}, …)" if names else ""),
+        *([f"weights: {details['weights']}"] if details.get("weights") else []),
+        *([f"made from: {details['source']}"] if details.get("source") else []),
+        f"sha256 of model.safetensors: `{file_sha256(folder / 'model.safetensors')}`",
+        *([] if license else ["license: not stated by their owner"]),
+    ]
+    rows = [f"| {m['name']} | {m['value']:.2f} % | {m['dataset']} | {m['how']} |" for m in metrics]
+    measured = "\n".join(["| | | on | measured |", "|---|---:|---|---|", *rows] if metrics else [])
+    text = f"""
+{CARD_MARK}
+
+# {title}
+
+{"A Super Token Vision Transformer" if is_ours else "An image classifier"} for timm.
+
+```python
+import stvit  # {"registers the architecture in timm" if is_ours else "explains what goes wrong"}
+import timm
+import torch
+
+model = timm.create_model("{name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+backbone = timm.create_model("{name}", pretrained=True, features_only=True)
+```
+
+{chr(10).join(f"- {fact}" for fact in facts)}
+
+## Results
+
+{measured or "Not measured."}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def write_card(folder: Path, name: str, *, license: str | None = None) -> bool:
+    """Writes the card of a folder, unless a person has written or changed the one that is there.
+
+    Args:
+        folder: See `model_card`, for `name` and `license` too.
+        name: By which timm loads it.
+        license: Of the weights.
+
+    Returns:
+        Whether it was written.
+    """
+    path = folder / CARD
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
+        return False
+    path.write_text(model_card(folder, name, license=license), encoding="utf-8")
+    return True
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        HubError: If it cannot be read, or is not one of timm's.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config.get("pretrained_cfg"), dict) or "architecture" not in config:
+            raise ValueError("it has no architecture and pretrained_cfg, as timm writes them")
+    except (OSError, ValueError, AttributeError) as error:
+        raise HubError(f"cannot read {path}: {error}; make the folder anew") from error
+    config["num_classes"] = config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
+    return config
+
+
+def _parameters(folder: Path) -> float:
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    tensors = load_file(folder / "model.safetensors")
+    return sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers)) / 1e6
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pushing it
+
+
+def check_push(folder: Path, repo_id: str, *, pickles: bool = False) -> dict[str, int]:
+    """The files that a push would send, and their sizes in bytes; asks nobody.
+
+    Args:
+        folder: What to push.
+        repo_id: 'org/name', or 'name' for one's own.
+        pickles: Whether files of Python's pickle format are meant to be there.
+
+    Raises:
+        HubError: If the name is none, the folder is empty, or holds a pickle that is not meant to be there.
+    """
+    check_repo_id(repo_id)
+    files = list_files(folder)
+    if not files:
+        raise HubError(f"{folder} holds no files to push")
+    unsafe = [path for path in files if Path(path).suffix in PICKLES]
+    if unsafe and not pickles:
+        raise HubError(f"{folder} holds {', '.join(unsafe)}: pickles are not pushed, move them away")
+    return files
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository.
+
+    Raises:
+        HubError: If it is none.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a repository: give it as ORG/NAME ({error})") from error
+
+
+def check_token() -> None:
+    """Refuses to go on without a token of the environment or the login.
+
+    Raises:
+        HubError: If there is none.
+    """
+    if not get_token():
+        raise HubError("no token: log in with `hf auth login`, or set HF_TOKEN, of an account that may write there")
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Size in bytes of each file of a folder, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
+    }
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    tag: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str | None = None,
+    pickles: bool = False,
+    delete: Sequence[str] = (),
+) -> Pushed:
+    """Pushes the files of a folder in one commit, unless they are there already.
+
+    The token is that of the environment (HF_TOKEN) or of the login. Files travel first, the branch is made next, and
+    the commit comes last: until it stands, nothing of the repository is changed (a new repository is there, empty), and
+    a push that was cut off can be repeated.
+
+    Args:
+        folder: What to push.
+        repo_id: 'org/name', or 'name' for one's own; made if it is missing.
+        revision: Branch, made if it is missing; None for main.
+        tag: Tag to put on the commit. One that is there must stand there already: tags do not move.
+        private: Whether a new repository is private.
+        create_pr: Whether to open a pull request instead of committing.
+        message: Of the commit.
+        pickles: Whether files of Python's pickle format are meant to be there.
+        delete: Patterns of files to delete there, as for `fnmatch`, that are not in the folder.
+
+    Raises:
+        HubError: If it cannot be done.
+    """
+    files = check_push(folder, repo_id, pickles=pickles)
+    check_token()
+    if create_pr and (tag or revision):
+        raise HubError("a pull request goes to main and has no tag: leave revision and tag out, or the pull request")
+    api = HfApi(library_name="stvit")
+    with _explained(repo_id, revision, f"{repo_id} is as it was, and the same command goes on"):
+        repo_id = _prepare_repository(api, repo_id, private)
+        refs = api.list_repo_refs(repo_id)
+        branches = {ref.name: ref.target_commit for ref in refs.branches}
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        branch = revision or "main"
+        if branch in tags or (branch not in branches and re.fullmatch("[0-9a-f]{40}", branch)):
+            raise HubError(f"revision {branch!r} of {repo_id} is a tag or a commit, which do not move: give a branch")
+        is_new = branch not in branches
+        head = branches.get("main" if is_new else branch)  # where a new branch begins
+        there = _files_there(api, repo_id, head)
+        sent = [path for path in files if there.get(path) != _hash_as(folder / path, there.get(path))]
+        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, folder / CARD)
+        if kept_card:
+            sent.remove(CARD)
+        gone = [path for path in there if path not in files and any(Path(path).match(pattern) for pattern in delete)]
+        if tag in tags and (sent or gone or tags[tag] != head):
+            raise HubError(
+                f"tag {tag!r} of {repo_id} is on another commit, {tags[tag]}: choose another tag, tags do not move"
+            )
+        if head is not None and not sent and not gone:
+            commit, url = head, f"{api.endpoint}/{repo_id}/commit/{head}"
+            if is_new:
+                api.create_branch(repo_id, branch=branch, revision=head)
+        else:
+            commit, url = _commit(api, repo_id, folder, sent, gone, branch, is_new, message, create_pr)
+    if tag and tag not in tags:
+        with _explained(repo_id, revision, f"the files are there as commit {commit}, without the tag"):
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    return Pushed(repo_id, commit, url, bool(sent or gone), len(sent), kept_card)
+
+
+def compare_with_hub(folder: Path, repo_id: str, commit: str) -> int:
+    """Loads a pushed model back by its commit, into a cache of its own, and compares every tensor and checksum.
+
+    Args:
+        folder: What was pushed.
+        repo_id: 'org/name'.
+        commit: Commit of the push.
+
+    Returns:
+        How many tensors are equal: all of them.
+
+    Raises:
+        HubError: If one differs, or it cannot be loaded.
+    """
+    name = f"hf-hub:{repo_id}@{commit}"
+    with TemporaryDirectory() as cache:
+        try:
+            model = create_model(name, pretrained=True, verify=True, cache_dir=cache)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HubError(f"pushed, but it does not load back: {error}") from error
+        here, there = load_file(folder / "model.safetensors"), model.state_dict()
+        wrong = [key for key in here.keys() | there.keys() if not equal(here.get(key), there.get(key))]
+    if wrong:
+        raise HubError(f"pushed, but {len(wrong)} tensors of {name} read back otherwise: {', '.join(wrong[:5])}")
+    return len(here)
+
+
+def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[str]) -> str:
+    """Downloads files of a repository to a folder, and compares each with the Hub's record of its checksum.
+
+    Args:
+        repo_id: 'org/name'.
+        revision: Branch, tag or commit; None for main.
+        folder: Where to.
+        patterns: Which files, as for `fnmatch`.
+
+    Returns:
+        The commit they are of.
+
+    Raises:
+        HubError: If they cannot be had, or differ from the record.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(library_name="stvit")
+    try:
+        commit = api.model_info(repo_id, revision=revision).sha
+        api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=list(patterns))
+        wrong = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder).mismatches
+    except Exception as error:  # of any of the libraries below
+        why, next_step = hub_reason(error, repo_id, revision)
+        raise HubError(f"cannot download {repo_id} (revision {revision or 'main'}): {why}. {next_step}") from error
+    if wrong:
+        files = ", ".join(file["path"] for file in wrong)
+        raise HubError(f"{files} of {repo_id} differ from the Hub's record, bits have flipped: download again")
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+    return str(commit)
+
+
+def equal(here: torch.Tensor | None, there: torch.Tensor | None) -> bool:
+    """Whether both are there and the same, dtype and every element."""
+    return here is not None and there is not None and here.dtype == there.dtype and torch.equal(here, there)
+
+
+def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> str:
+    """The whole id of the repository, which is made if it is missing."""
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    try:
+        info = api.model_info(repo_id)
+    except errors.RepositoryNotFoundError:
+        info = None
+    if info is None:
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not info.private:
+        raise HubError(
+            f"{repo_id} is there and public: leave private out, choose another name, or make it private on the Hub"
+        )
+    return repo_id
+
+
+def _files_there(api: HfApi, repo_id: str, commit: str | None) -> dict[str, str]:
+    """Hash of each file of a commit: sha256 of those in LFS, else Git's."""
+    if commit is None:
+        return {}
+    return {
+        entry.path: entry.blob_id if entry.lfs is None else entry.lfs.sha256
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        if isinstance(entry, RepoFile)
+    }
+
+
+def _is_own_card(api: HfApi, repo_id: str, commit: str | None, card: Path) -> bool:
+    """Whether the card there is a person's work, and the one to push is not."""
+    if CARD_MARK not in card.read_text(encoding="utf-8"):
+        return False
+    with TemporaryDirectory() as cache:
+        path = api.hf_hub_download(repo_id, CARD, revision=commit, cache_dir=cache)
+        return CARD_MARK not in Path(path).read_text(encoding="utf-8")
+
+
+def _hash_as(path: Path, there: str | None) -> str | None:
+    """A file's hash, of the kind that the Hub has of it."""
+    if there is None:
+        return ""
+    if len(there) == 64:
+        return file_sha256(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    sent: Sequence[str],
+    gone: Sequence[str],
+    branch: str,
+    is_new: bool,
+    message: str | None,
+    create_pr: bool,
+) -> tuple[str, str]:
+    """Commit and its URL."""
+    additions = [CommitOperationAdd(path, str(folder / path)) for path in sent]
+    # Of a branch that is not there yet main takes its place while the files travel.
+    api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr)
+    if is_new:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    info = api.create_commit(
+        repo_id,
+        [*additions, *(CommitOperationDelete(path) for path in gone)],
+        commit_message=message or "Add model",
+        revision=branch,
+        create_pr=create_pr,
+    )
+    return info.oid, info.pr_url or info.commit_url
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, outcome: str) -> Iterator[None]:
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:  # of any of the libraries below
+        why, next_step = hub_reason(error, repo_id, revision)
+        raise HubError(f"cannot push to {repo_id}: {why}. {next_step}; {outcome}") from error

@@ -1,0 +1,364 @@
+"""Loading pretrained weights: `create_model`, and in words what can go wrong.
+
+timm finds, downloads and loads the weights; each library below it has errors of its own, few of which name the model or
+the next step. Here each becomes a `PretrainedError` that does, chained to the original.
+"""
+
+import errno
+import json
+import pickle
+import re
+import struct
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg, parse_model_name
+from torch import nn
+
+__all__ = [
+    "PretrainedDownloadError",
+    "PretrainedError",
+    "create_model",
+    "damage",
+    "explained",
+    "hub_reason",
+    "verify",
+]
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# The functions of timm in which weights are loaded; what fails outside of them is not about weights.
+_LOADERS = {"load_pretrained", "load_model_config_from_hf", "load_model_config_from_path"}
+_HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
+
+
+class PretrainedError(RuntimeError):
+    """Pretrained weights could not be loaded. The message says of which model and from where, why, and what to do."""
+
+
+class PretrainedDownloadError(PretrainedError, OSError):
+    """They could not be had: the Hub, the network or the disk is at fault, and not what is in the weights."""
+
+
+def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with every failure of a pretrained load explained, and a check for flipped bits.
+
+    The models of this package explain their failures through `timm.create_model` as well, all but one: of
+    `hf-hub:org/name` timm reads the configuration before it asks any model.
+
+    Args:
+        model_name: As timm takes it: a tag such as 'stvit_small.in1k', 'hf-hub:org/name', 'local-dir:folder'.
+        pretrained: Whether to load the weights.
+        verify: Whether to compare the downloaded files with the Hub's record of their sha256. The download itself
+            only compares lengths.
+        **kwargs: More arguments of `timm.create_model`.
+
+    Returns:
+        The model, on the CPU unless `device` says otherwise.
+
+    Raises:
+        PretrainedError: If the weights cannot be loaded; of network and disk its subclass `PretrainedDownloadError`.
+        ValueError: If `verify` is asked for without pretrained weights of the Hub.
+    """
+    if verify and not pretrained:
+        raise ValueError("verify=True compares pretrained weights with the Hub's record: it needs pretrained=True")
+    with explained(model_name, _source_of(model_name), kwargs.get("cache_dir")):
+        model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    if verify:
+        cfg: Any = model.pretrained_cfg
+        if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
+            raise ValueError(f"verify=True compares with the Hub's record, and {model_name} was not loaded from there")
+        _verify(model_name, cfg["hf_hub_id"], kwargs.get("cache_dir"))
+    return model
+
+
+def verify(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> list[str]:
+    """Compares the files of a repository in the cache with the Hub's record of their checksums.
+
+    Args:
+        repo_id: 'org/name'.
+        revision: Branch, tag or commit; None for main.
+        cache_dir: The cache; None for huggingface_hub's.
+
+    Returns:
+        A line for each file that differs, with its path; none if all is well.
+
+    Raises:
+        OSError, ValueError: As huggingface_hub raises them, if the Hub cannot be asked or nothing is in the cache.
+    """
+    found = huggingface_hub.HfApi().verify_repo_checksums(repo_id, revision=revision, cache_dir=cache_dir)
+    return [
+        f"{found.verified_path / wrong['path']} ({wrong['algorithm']} {wrong['actual']}, not {wrong['expected']})"
+        for wrong in found.mismatches
+    ]
+
+
+def _verify(model: str, hub_id: str, cache_dir: str | Path | None) -> None:
+    repo_id, _, revision = hub_id.partition("@")
+    try:
+        wrong = verify(repo_id, revision or None, cache_dir)
+    except Exception as error:
+        why, next_step = hub_reason(error, repo_id, revision)
+        raise PretrainedDownloadError(
+            f"{model}: verify=True could not compare with {_repository(repo_id, revision)}: {why}. {next_step}"
+        ) from error
+    if wrong:
+        raise PretrainedError(
+            f"{model}: files in the cache differ from {_repository(repo_id, revision)}, bits have flipped: "
+            f"{'; '.join(wrong)}. Delete them, and load again to download them anew"
+        )
+
+
+@contextmanager
+def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Iterator[None]:
+    """Within it a failure of timm's to load pretrained weights is raised as `PretrainedError`, any other as it is.
+
+    Args:
+        model: Name of the model, for the message.
+        cfg: Where its weights are, of timm's `PretrainedCfg`: `source`, `hf_hub_id`, `hf_hub_filename`, `file`,
+            `state_dict`, `url`.
+        cache_dir: The cache of downloads; None for huggingface_hub's.
+    """
+    try:
+        yield
+    except (PretrainedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not any(frame.name in _LOADERS for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        kind, message = _explain(error, cfg, cache_dir)
+        raise kind(f"{model}: {message}") from error
+
+
+def _source_of(model_name: str) -> dict[str, Any]:
+    try:
+        source, name = parse_model_name(model_name)
+    except ValueError:
+        return {}  # timm refuses it in words of its own
+    if source == "hf-hub":
+        return {"source": source, "hf_hub_id": name}
+    if source == "local-dir":
+        return {"source": source, "file": name}
+    cfg = get_pretrained_cfg(name, allow_unregistered=True)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def _explain(
+    error: Exception, cfg: Mapping[str, Any], cache_dir: str | Path | None
+) -> tuple[type[PretrainedError], str]:
+    """Type and message, without the model's name."""
+    hub_id = cfg.get("hf_hub_id")
+    given = cfg.get("state_dict") or cfg.get("file") or (None if hub_id else cfg.get("url"))
+    if hub_id and (cfg.get("source") == "hf-hub" or not given):
+        repo_id, _, revision = str(hub_id).partition("@")
+        what = f"cannot load the pretrained weights of {_repository(repo_id, revision)}"
+        if not _is_of_content(error):
+            why, next_step = hub_reason(error, repo_id, revision)
+            if isinstance(error, errors.EntryNotFoundError | errors.RepositoryNotFoundError) and not cfg.get("source"):
+                next_step += (
+                    ". Or convert weights that you have, the authors' for example: python -m "
+                    "stvit.tools.convert_checkpoint FILE --output FOLDER makes of them what "
+                    "timm.create_model('local-dir:FOLDER', pretrained=True) loads. STVIT_HUB_NAMESPACE names another "
+                    f"owner of published weights than {repo_id.split('/')[0]!r}"
+                )
+            return PretrainedDownloadError, f"{what}: {why}. {next_step}"
+        path = _cached(repo_id, revision, cfg.get("hf_hub_filename"), cache_dir)
+        again = "delete it and load again; if that does not help, its owner must push it again"
+    else:
+        what = f"cannot load pretrained weights from {'the state_dict given' if cfg.get('state_dict') else given}"
+        path, again = _local(cfg.get("file")), "copy or convert it again"
+    if isinstance(error, FileNotFoundError):
+        wanted = f": there is no such file, or no config.json in it ({error})" if str(error) else ": there is no file"
+        return PretrainedDownloadError, f"{what}{wanted}. Give the path of what holds the weights"
+    if isinstance(error, OSError):
+        why, next_step = hub_reason(error, str(given), "")
+        return PretrainedDownloadError, f"{what}: {why}. {next_step}"
+    found = None if path is None else damage(path)
+    if found is not None:
+        return PretrainedError, f"{what}: {path} {found}; {again}"
+    code = _code(error)
+    if code is not None:
+        return PretrainedError, (
+            f"{what}: the file wants to run {code}, and no code of a file of weights is run. Ask its owner for "
+            "safetensors, or convert a checkpoint with python -m stvit.tools.convert_checkpoint"
+        )
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return PretrainedError, f"{what}: config.json is no JSON ({_one_line(error)}); it must be pushed again"
+    if isinstance(error, KeyError):
+        return PretrainedError, f"{what}: config.json lacks {error}, which timm needs; it must be pushed again"
+    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
+        at = f"{path} " if path is not None else "the file "
+        return PretrainedError, f"{what}: {at}is damaged ({_one_line(error)}); {again}"
+    return PretrainedError, f"{what}: {_one_line(error)}"
+
+
+def _is_of_content(error: Exception) -> bool:
+    """Whether the file was there, and what it holds is at fault."""
+    return not isinstance(error, OSError | errors.EntryNotFoundError | errors.HFValidationError) and not _is_http(error)
+
+
+def _is_http(error: BaseException) -> bool:
+    return any(kind.__module__.partition(".")[0] in _HTTP_LIBRARIES for kind in type(error).__mro__)
+
+
+def _code(error: Exception) -> str | None:
+    """What a pickle asks for beyond tensors, if that is the failure, by PyTorch's or timm's message."""
+    message = _one_line(error)
+    if "weights_only" not in message and "Weights only load failed" not in message:
+        return None
+    found = re.search(r"Unsupported globals: (.*?)\. No |GLOBAL (\S+)", message)
+    return next(filter(None, found.groups())) if found else "code"
+
+
+def hub_reason(error: BaseException, repo_id: str, revision: str | None = None) -> tuple[str, str]:
+    """Why a request to the Hub failed, and what to do.
+
+    Args:
+        error: What huggingface_hub, or a library below it, raised.
+        repo_id: 'org/name' of the repository it was about.
+        revision: Branch, tag or commit; None or '' for main.
+
+    Returns:
+        Reason and next step, each without a full stop. Neither holds the token.
+    """
+    chain = _chain(error)
+    status = next((code for code in map(_status, chain) if code is not None), None)
+
+    def find(*kinds: type[BaseException]) -> BaseException | None:
+        return next((link for link in chain if isinstance(link, kinds)), None)
+
+    has_token = bool(get_token())
+    login = "Log in with `hf auth login`, or set HF_TOKEN, of an account that may read it"
+    if find(errors.HFValidationError):
+        return f"{repo_id!r} is no name of a repository ({_one_line(error)})", "Give it as ORG/NAME"
+    if find(errors.GatedRepoError):
+        return "access to it must be asked for", f"Ask for it at {constants.ENDPOINT}/{repo_id}, and log in"
+    if status == 401 and "invalid credentials" in str(error).lower():
+        return (
+            "the Hub does not know the token that was sent (HF_TOKEN or the login)",
+            "Log in again with `hf auth login`, or set HF_TOKEN to a token that is valid",
+        )
+    if find(errors.RepositoryNotFoundError) or status == 401:
+        if has_token:
+            who = "it does not exist, or is private and the token in use may not read it"
+            return who, "Check the name, or log in (`hf auth login`, HF_TOKEN) with an account that may read it"
+        return "it does not exist, or is private and no token was sent", f"Check the name. {login}"
+    if find(errors.RevisionNotFoundError):
+        return f"it has no revision {revision or 'main'!r}", "Give a branch, tag or commit that it has"
+    missing = find(errors.RemoteEntryNotFoundError)
+    if missing is not None:
+        file = str(getattr(getattr(missing, "response", None), "url", "")).rsplit("/", 1)[-1].partition("?")[0]
+        return f"the file {file or 'of the weights'} is missing there", "Its owner must push it"
+    if status == 403:
+        return (
+            f"the Hub forbids it (403: {_server_message(chain)})",
+            "Log in with a token that has the right, for writing one of the kind 'write'",
+        )
+    if status is not None:
+        return (
+            f"the Hub answered with status {status} ({_server_message(chain)})",
+            "Try again later" if status >= 500 or status == 429 else "See what it says",
+        )
+    if find(errors.OfflineModeIsEnabled):
+        return (
+            f"offline mode is on (HF_HUB_OFFLINE) and it is not in the cache, {constants.HF_HUB_CACHE}",
+            "Go online once to download it (unset HF_HUB_OFFLINE), or copy the cache of a machine that has it there",
+        )
+    if find(errors.FileMetadataError):
+        return (
+            f"what answers at {constants.ENDPOINT} is no Hub",
+            "Check HF_ENDPOINT, and whether a proxy or a login page of the network answers instead",
+        )
+    if any(_is_http(link) or isinstance(link, ConnectionError | TimeoutError) for link in chain):
+        return (
+            f"{constants.ENDPOINT} cannot be reached, or the connection broke ({_one_line(chain[-1])})",
+            "Check the network, the proxy and HF_ENDPOINT, and give the same command again; what was loaded whole "
+            "is kept, and HF_HUB_OFFLINE=1 uses the cache alone",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "the disk is full", f"Make room there, or set HF_HOME to a disk that has it: {constants.HF_HUB_CACHE}"
+    if "Consistency check failed" in str(error):
+        return "the file came truncated", "Give the same command again"
+    return _one_line(error), "See what it says"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the first cause last."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _server_message(chain: list[BaseException]) -> str:
+    for link in chain:
+        message = getattr(link, "server_message", None)
+        if message:
+            return " ".join(str(message).split())[:300]
+    return _one_line(chain[0])[:300]
+
+
+def _repository(repo_id: str, revision: str | None) -> str:
+    return f"the Hub repository {repo_id} (revision {revision or 'main'})"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _cached(repo_id: str, revision: str, filename: str | None, cache_dir: str | Path | None) -> Path | None:
+    for name in (filename,) if filename else _WEIGHTS:
+        found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _local(file: Any) -> Path | None:
+    if not file:
+        return None
+    path = Path(file)
+    if path.is_dir():
+        return next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    return path
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of weights at first sight, as the rest of a sentence; None if nothing is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if size == 0:
+            return "is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return (
+                "is a Git LFS pointer, the few lines that stand for the weights and not the weights (in a clone, `git "
+                "lfs pull` fetches them)"
+            )
+        if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            return "is a web page, not weights"
+        if path.suffix != ".safetensors":
+            return None
+        try:
+            # The header's length, the header, and the tensors: https://github.com/huggingface/safetensors#format
+            (length,) = struct.unpack("<Q", start[:8])
+            file.seek(8)
+            header = json.loads(file.read(length) if length < size else b"")
+            end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+            return f"is truncated or no safetensors at all ({size} bytes)"
+    return f"is truncated: it has {size} bytes of {end}" if size < end else None

@@ -1,0 +1,410 @@
+"""Pretrained weights from a Hub over a socket, from folders and files, and each way in which that fails."""
+
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import STRANGER, Hub
+from huggingface_hub import constants, file_download
+from safetensors.torch import load_file, save
+from timm.models import adapt_input_conv
+
+import stvit
+from stvit import PretrainedDownloadError, PretrainedError
+from stvit import hub as hub_module
+from stvit.stvit import _hub_namespace, find_variant
+
+REPO = "stvit/test_stvit.in1k"
+CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.safetensors and config.json of a test_stvit."""
+    torch.manual_seed(7)
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    hub_module.save(timm.create_model("test_stvit"), folder)
+    return folder
+
+
+@pytest.fixture
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def published(hub: Hub, folder: Path) -> Hub:
+    """The Hub with those weights under their tag's name."""
+    hub.create_repo(REPO)
+    hub.commit(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    return hub
+
+
+def as_is(loaded: torch.nn.Module, weights: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> bool:
+    """Whether all of a model's tensors, but those named so, are of the weights."""
+    state = loaded.state_dict()
+    return all(torch.equal(value, weights[key]) for key, value in state.items() if not key.startswith(but))
+
+
+# What loads
+
+
+def test_a_tag_and_an_id_load_the_published_weights(published: Hub, weights: dict[str, torch.Tensor]) -> None:
+    for name in ("test_stvit", "test_stvit.in1k", f"hf-hub:{REPO}", f"hf-hub:{REPO}@main"):
+        model = timm.create_model(name, pretrained=True)
+        assert as_is(model, weights) and len(model.state_dict()) == len(weights), name
+    assert all(".bin" not in request.path for request in published.requests if REPO in request.path)
+
+
+@pytest.mark.parametrize("name", ["test_stvit", f"hf-hub:{REPO}", "local-dir"])
+def test_classes_channels_and_features_adapt(
+    published: Hub, folder: Path, weights: dict[str, torch.Tensor], name: str
+) -> None:
+    name = f"local-dir:{folder}" if name == "local-dir" else name
+    assert as_is(timm.create_model(name, pretrained=True, num_classes=7), weights, ("head.",))
+    assert as_is(timm.create_model(name, pretrained=True, num_classes=0), weights)
+    for channels in (1, 4):
+        model = timm.create_model(name, pretrained=True, in_chans=channels)
+        assert as_is(model, weights, ("stem.0.weight",))
+        expected = adapt_input_conv(channels, weights["stem.0.weight"])
+        torch.testing.assert_close(model.state_dict()["stem.0.weight"], expected, rtol=0, atol=0)
+    features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 3))
+    assert torch.equal(
+        features.state_dict()["stages_3.blocks.0.attn.qkv.weight"], weights["stages.3.blocks.0.attn.qkv.weight"]
+    )
+    assert [tuple(x.shape[1:]) for x in features(torch.randn(1, 3, 64, 64))] == [(32, 8, 8), (64, 2, 2)]
+
+
+def test_other_kinds_of_weights_load_on_their_own_terms(hub: Hub, tmp_path: Path) -> None:
+    """Other arguments, other classes with names, gray images: config.json says so."""
+    model = timm.create_model("test_stvit", num_classes=3, in_chans=1, stoken_size=(4, 2, 1, 1), n_iter=2)
+    hub_module.save(model, tmp_path / "own", label_names=["a", "b", "c"])
+    hub.create_repo("org/own")
+    hub.commit("org/own", {file.name: file.read_bytes() for file in (tmp_path / "own").iterdir()})
+    loaded: Any = timm.create_model("hf-hub:org/own", pretrained=True)
+    assert (loaded.num_classes, loaded.in_chans, loaded.stages[0].blocks[0].attn.n_iter) == (3, 1, 2)
+    assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    image = torch.randn(1, 1, 64, 64)
+    assert torch.equal(loaded.eval()(image), model.eval()(image))
+    color: Any = timm.create_model("hf-hub:org/own", pretrained=True, in_chans=3)
+    assert as_is(color, model.state_dict(), ("stem.0.weight",))
+    expected = adapt_input_conv(3, model.state_dict()["stem.0.weight"], base_chans=1)
+    assert torch.equal(color.state_dict()["stem.0.weight"], expected)
+
+
+def test_a_private_repository_is_its_owners(
+    published: Hub, folder: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.create_repo("org/secret", private=True)
+    published.commit("org/secret", {file.name: file.read_bytes() for file in folder.iterdir()})
+    assert as_is(stvit.create_model("hf-hub:org/secret", pretrained=True), weights)
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(PretrainedDownloadError, match=r"org/secret.*the token in use may not read it"):
+        stvit.create_model("hf-hub:org/secret", pretrained=True)
+
+
+def test_a_warm_cache_is_enough_offline(
+    published: Hub, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm.create_model("test_stvit", pretrained=True)
+    stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
+    before = len(published.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)
+    assert as_is(stvit.create_model(f"hf-hub:{REPO}", pretrained=True), weights)
+    assert len(published.requests) == before
+
+
+def test_revisions(published: Hub, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    old = published.refs(REPO)["main"]
+    other = save({key: value * 0 for key, value in weights.items()})
+    new = published.commit(REPO, {"model.safetensors": other})
+    for revision, zeros in ((old, False), (new, True), ("main", True)):
+        model = stvit.create_model(f"hf-hub:{REPO}@{revision}", pretrained=True)
+        assert bool((model.get_parameter("head.fc.weight") == 0).all()) == zeros
+
+
+USER = """
+import stvit, timm, sys, torch
+from safetensors.torch import load_file
+model = timm.create_model("test_stvit", pretrained=True)
+weights = load_file(sys.argv[1])
+assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+print(model.pretrained_cfg["hf_hub_id"], timm.get_pretrained_cfg("stvit_large.in1k_384").hf_hub_id)
+"""
+
+
+def test_a_user_of_another_namespace_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.create_repo("org/test_stvit.in1k")
+    hub.commit("org/test_stvit.in1k", {file.name: file.read_bytes() for file in folder.iterdir()})
+    env = hub.environment(tmp_path / "other") | {"STVIT_HUB_NAMESPACE": "org", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", USER, str(folder / "model.safetensors")]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert said.stdout.split() == ["org/test_stvit.in1k", "org/stvit_large.in1k_384"], said.stderr
+
+
+def test_a_namespace_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STVIT_HUB_NAMESPACE", "a/b")
+    with pytest.raises(ValueError, match="STVIT_HUB_NAMESPACE must be a user or an organization"):
+        _hub_namespace()
+
+
+# What fails
+
+
+def fails(name: str = "test_stvit", kind: type[Exception] = PretrainedDownloadError, **kwargs: Any) -> str:
+    """Loads, and returns the message of the failure, which is chained and of a kind that a caller of timm catches."""
+    create = timm.create_model if name == "test_stvit" else stvit.create_model
+    try:
+        create(name, pretrained=True, **kwargs)
+    except PretrainedError as error:
+        assert isinstance(error, RuntimeError) and error.__cause__ is not None
+        assert type(error) is kind, "".join(traceback.format_exception(error))
+        assert str(error).startswith((f"{name}: ", "test_stvit: ")) and "\n" not in str(error)
+        assert "secret" not in str(error)
+        return str(error)
+    pytest.fail("it loaded")
+
+
+def test_repository_missing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = fails()
+    assert f"Hub repository {REPO} (revision main): it does not exist, or is private and the token in use" in said
+    assert CONVERT in said and "local-dir:FOLDER" in said and "STVIT_HUB_NAMESPACE" in said
+    with pytest.raises(OSError, match=REPO):
+        timm.create_model("test_stvit", pretrained=True)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "it does not exist, or is private and no token was sent" in (said := fails())
+    assert "hf auth login" in said and "HF_TOKEN" in said
+    said = fails("hf-hub:org/none@dev")
+    assert "Hub repository org/none (revision dev): it does not exist" in said and CONVERT not in said
+
+
+def test_bad_token(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong_secret")
+    assert "the Hub does not know the token that was sent" in (said := fails())
+    assert "Log in again with `hf auth login`" in said
+
+
+def test_gated(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create_repo("org/gated", gated=True)
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    assert f"access to it must be asked for. Ask for it at {hub.url}/org/gated" in fails("hf-hub:org/gated")
+
+
+def test_offline_and_not_cached(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for said in (fails(), fails(f"hf-hub:{REPO}")):
+        assert f"{REPO} (revision main): offline mode is on (HF_HUB_OFFLINE) and it is not in the cache" in said
+        assert "Go online once" in said and str(constants.HF_HUB_CACHE) in said
+
+
+def test_endpoint_unreachable(hub: Hub) -> None:
+    hub.__exit__()
+    assert f"{hub.url} cannot be reached" in (said := fails())
+    assert "HF_ENDPOINT" in said and "the proxy" in said
+
+
+def test_no_hub_there(published: Hub) -> None:
+    published.fail("resolve", "html")
+    assert f"what answers at {published.url} is no Hub" in (said := fails())
+    assert "login page of the network" in said
+
+
+def test_server_errors(published: Hub) -> None:
+    published.fail("HEAD .*resolve", "status:503")
+    assert "the Hub answered with status 503" in (said := fails()) and "Try again later" in said
+
+
+def test_connection_cut_and_then_whole(
+    published: Hub, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+    published.fail("GET .*model.safetensors", "cut")
+    said = fails()
+    assert "cannot be reached, or the connection broke" in said and "give the same command again" in said
+    published.heal()
+    published.fail("GET .*model.safetensors", "cut", times=1)
+    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)  # in one go, by the client's own retry
+
+
+def test_revision_missing(published: Hub) -> None:
+    assert "it has no revision 'v9'. Give a branch, tag or commit" in fails(f"hf-hub:{REPO}@v9")
+
+
+def test_file_missing(published: Hub) -> None:
+    published.commit(REPO, {"model.safetensors": None})
+    assert "the file model.safetensors is missing there" in (said := fails()) and CONVERT in said
+    published.commit(REPO, {"config.json": None})
+    assert "the file config.json is missing there" in fails(f"hf-hub:{REPO}")
+
+
+def pointer(content: bytes) -> bytes:
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {len(content)}\n".encode()
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda content: b"", "is empty"),
+    "truncated": (lambda content: content[:-100], "is truncated: it has"),
+    "cut in the header": (lambda content: content[:60], "is truncated or no safetensors at all"),
+    "pointer": (pointer, "is a Git LFS pointer"),
+    "page": (lambda content: b"<!DOCTYPE html><p>Sign in", "is a web page, not weights"),
+    "noise": (lambda content: content[:8] + b"\xff" * 90 + content[98:], "is truncated or no safetensors at all"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file(published: Hub, folder: Path, tmp_path: Path, damage: str) -> None:
+    spoil, said = DAMAGES[damage]
+    content = spoil((folder / "model.safetensors").read_bytes())
+    published.commit(REPO, {"model.safetensors": content})
+    for name in ("test_stvit", f"hf-hub:{REPO}"):
+        message = fails(name, PretrainedError)
+        assert f"{REPO} (revision main): {constants.HF_HUB_CACHE}" in message and said in message
+        assert "delete it and load again; if that does not help, its owner must push it again" in message
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(folder / "config.json", own)
+    (own / "model.safetensors").write_bytes(content)
+    message = fails(f"local-dir:{own}", PretrainedError)
+    assert f"{own / 'model.safetensors'} {said}" in message and "copy or convert it again" in message
+
+
+def test_flipped_bits_are_found_by_the_checksum(published: Hub, weights: dict[str, torch.Tensor]) -> None:
+    published.fail("GET .*model.safetensors", "flip")
+    model = stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
+    assert not as_is(model, weights)  # loads in silence, which is what the check is for
+    for name in (f"hf-hub:{REPO}", "test_stvit"):
+        with pytest.raises(PretrainedError, match=f"{REPO}.*bits have flipped: .*model.safetensors .sha256 ") as caught:
+            stvit.create_model(name, pretrained=True, verify=True)
+        assert "Delete them, and load again" in str(caught.value)
+    published.heal()
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    model = stvit.create_model(f"hf-hub:{REPO}", pretrained=True, verify=True, features_only=True)
+    assert len(model(torch.randn(1, 3, 64, 64))) == 4
+
+
+def test_verify_says_when_it_cannot(published: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="needs pretrained=True"):
+        stvit.create_model("test_stvit", verify=True)
+    with pytest.raises(ValueError, match="was not loaded from there"):
+        stvit.create_model(f"local-dir:{folder}", pretrained=True, verify=True)
+    stvit.create_model("test_stvit", pretrained=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PretrainedDownloadError, match=r"verify=True could not compare.*offline mode is on"):
+        stvit.create_model("test_stvit", pretrained=True, verify=True)
+
+
+def test_wrong_variant_and_wrong_shapes(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+    pico = timm.create_model("stvit_pico").state_dict()
+    hub.create_repo(REPO)
+    hub.commit(REPO, {"model.safetensors": save(pico)})
+    assert "mismatches, they are those of stvit_pico: create that): " in fails(kind=PretrainedError)
+    own = {**weights, "stages.1.blocks.0.norm1.weight": torch.ones(33)}
+    hub.commit(REPO, {"model.safetensors": save(own)})
+    said = fails(kind=PretrainedError)
+    assert "(1 mismatches, is it the right variant?): key stages.1.blocks.0.norm1.weight has shape (33,)" in said
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 4}], ids=str)
+def test_no_layer_stays_random_in_silence(hub: Hub, weights: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
+    left = {key: value for key, value in weights.items() if key != "stages.2.blocks.0.mlp.fc1.bias"}
+    hub.create_repo(REPO)
+    hub.commit(REPO, {"model.safetensors": save(left)})
+    assert "missing key stages.2.blocks.0.mlp.fc1.bias" in fails(kind=PretrainedError, **kwargs)
+
+
+def test_a_classifier_is_random_only_where_it_was_asked_for(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+    left = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    hub.create_repo(REPO)
+    hub.commit(REPO, {"model.safetensors": save(left)})
+    assert "missing key head.fc.weight" in fails(kind=PretrainedError)
+    assert as_is(timm.create_model("test_stvit", pretrained=True, num_classes=9), weights, ("head.",))
+    # Channels that timm cannot make of these it would leave at random: it has no rule from 2 that the file declares 3.
+    odd = {**weights, "stem.0.weight": weights["stem.0.weight"][:, :2].contiguous()}
+    hub.commit(REPO, {"model.safetensors": save(odd)})
+    for channels in (1, 3, 4):
+        assert "input_size[0]=3" in fails(kind=PretrainedError, in_chans=channels)
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_pickle_is_not_run(published: Hub, folder: Path, tmp_path: Path) -> None:
+    torch.save({"model": Evil(tmp_path / "harm")}, tmp_path / "evil.bin")
+    published.commit(REPO, {"model.safetensors": None, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()})
+    said = fails(f"hf-hub:{REPO}", PretrainedError)
+    assert "the file wants to run posix.mkdir, and no code of a file of weights is run" in said
+    assert "the file model.safetensors is missing" in fails()  # a tag's name stands for safetensors alone
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(tmp_path / "harm")))
+    fails(kind=PretrainedError, pretrained_cfg_overlay={"file": str(tmp_path / "evil.pth")})
+    assert not (tmp_path / "harm").exists()
+
+
+def test_config_that_cannot_be_read(published: Hub) -> None:
+    published.commit(REPO, {"config.json": b"{"})
+    assert "config.json is no JSON" in fails(f"hf-hub:{REPO}", PretrainedError)
+    published.commit(REPO, {"config.json": b'{"pretrained_cfg": {}}'})
+    assert "config.json lacks 'architecture'" in fails(f"hf-hub:{REPO}", PretrainedError)
+
+
+def test_full_disk(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # of what a process may write of a file
+    try:
+        said = fails()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the disk is full" in said and "set HF_HOME to a disk that has it" in said
+    timm.create_model("test_stvit", pretrained=True)  # what was left of it does no harm
+
+
+def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "none.pth"
+    said = fails(pretrained_cfg_overlay={"file": str(file)})
+    assert f"{file}: there is no file. Give the path of what holds the weights" in said
+    assert f"{tmp_path}: there is no such file, or no config.json in it" in fails(f"local-dir:{tmp_path}")
+
+
+def test_what_is_not_about_weights_stays_as_it_is(published: Hub) -> None:
+    with pytest.raises(TypeError, match="stoken_sizes"):
+        timm.create_model("test_stvit", pretrained=True, stoken_sizes=4)
+    with pytest.raises(ValueError, match="stoken_size"):
+        stvit.create_model("test_stvit", pretrained=True, stoken_size=(1, 2))
+    with pytest.raises(RuntimeError, match="Unknown model") as caught:
+        stvit.create_model("stvit_smal", pretrained=True)
+    assert not isinstance(caught.value, PretrainedError)
+    with pytest.raises(ValueError, match="no source prefix"):
+        stvit.create_model("org/name", pretrained=True)
+
+
+def test_names_that_are_none(hub: Hub) -> None:
+    assert "'a b' is no name of a repository" in fails("hf-hub:a b")
+
+
+# Which model weights are of
+
+
+@pytest.mark.parametrize("name", timm.list_models(module="stvit"))
+def test_variant_is_found_by_shapes(name: str) -> None:
+    state = timm.create_model(name, num_classes=12, in_chans=4, device="meta").state_dict()
+    assert find_variant(state) == name
+    assert find_variant({key: value for key, value in state.items() if not key.startswith("head")}) == name
+    assert find_variant({**state, "more": torch.ones(1)}) is None
+    state.pop("stages.0.blocks.0.norm1.bias")
+    assert find_variant(state) is None

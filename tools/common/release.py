@@ -1,0 +1,439 @@
+"""Weights from wherever they are, as a folder that timm loads and the Hub takes."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from timm.data import resolve_data_config
+from torch import nn
+
+from stvit import hub
+from stvit.pretrained import verify
+from stvit.stvit import find_variant
+from stvit.tools.common.checkpoint import load_checkpoint, replace_files
+from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
+from stvit.tools.common.data import add_image_arguments
+from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, weights_in
+
+# Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
+PAPER_TOP1 = {
+    "stvit_small.in1k": 83.6,
+    "stvit_small.in1k_384": 85.0,
+    "stvit_base.in1k": 84.8,
+    "stvit_base.in1k_384": 86.0,
+    "stvit_large.in1k": 85.3,
+    "stvit_large.in1k_384": 86.4,
+}
+_FIRST_CONV = ("stem.0.weight", "patch_embed.proj.0.weight")
+
+
+def add_source_arguments(parser: Any) -> None:
+    """The flags that say what the weights are of, alike in every command that makes a folder of them."""
+    parser.add_argument("source", metavar="SOURCE", help="run, folder or file of weights: the authors', timm's, ours")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving average of a file that holds both, or with --no-use-ema the weights themselves",
+    )
+    group.add_argument(
+        "--model", metavar="NAME", help="model or tag, any of timm's (default: recognized by the shapes)"
+    )
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
+    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
+    add_image_arguments(group)
+    group.add_argument("--results", metavar="FILE", help="results.json of tools/validate_cls.py, for the card")
+
+
+@dataclass
+class Release:
+    """What becomes a folder.
+
+    Attributes:
+        model: With the weights.
+        data_config: How it wants its images.
+        label_names: Of the classes, in order; None if nobody knows.
+        details: What is known of the weights, for the card.
+        files: Folder whose files are taken as they are instead, None for none.
+    """
+
+    model: nn.Module
+    data_config: dict[str, Any]
+    label_names: list[str] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    files: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """timm's name of the model, with the tag if the weights are those published under it."""
+        cfg: Any = self.model.pretrained_cfg
+        tag = self.details.get("tag")
+        return f"{cfg['architecture']}.{tag}" if tag else str(cfg["architecture"])
+
+
+def open_release(args: argparse.Namespace, part: str = "best") -> Release:
+    """The weights of the flags of `add_source_arguments`, checked by a forward pass.
+
+    Args:
+        args: The flags.
+        part: Folder of a run to take: 'best', 'last' or 'last_ema'.
+
+    Raises:
+        CommandError: If they cannot be read, are of no model that is known, or the choice is not clear.
+    """
+    path = Path(args.source).expanduser()
+    if path.is_dir():
+        release = _open_folder(path, args, part)
+    elif path.is_file():
+        release = _open_file(path, args)
+    else:
+        raise CommandError(f"{path}: there is no such file or folder")
+    if args.results:
+        release.details["metrics"] = _read_results(Path(args.results))
+    _check_forward(release)
+    return release
+
+
+def write_release(release: Release, folder: Path) -> None:
+    """Writes model.safetensors and config.json, and checks that they load to the same results.
+
+    Raises:
+        CommandError: If they cannot be written, or load to other results.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            fresh = Path(temporary) / "fresh"
+            if release.files is None:
+                hub.save(
+                    release.model,
+                    fresh,
+                    label_names=release.label_names,
+                    data_config=release.data_config,
+                    details=release.details,
+                )
+            else:
+                fresh.mkdir()
+                for name in ("model.safetensors", "config.json", hub.CARD):
+                    if (release.files / name).is_file():
+                        shutil.copy2(release.files / name, fresh / name)
+                config = json.loads((fresh / "config.json").read_text())
+                if release.details != config.get("stvit", {}):
+                    (fresh / "config.json").write_text(json.dumps({**config, "stvit": release.details}, indent=2))
+            again: Any = create_model(f"local-dir:{fresh}", pretrained=True)
+            image = _image(release)
+            with torch.inference_mode():
+                same = torch.equal(again.eval()(image), release.model(image))
+            if not same:
+                raise CommandError(f"{release.name} gives other results when it is loaded from its folder")
+            replace_files(fresh, folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CommandError(f"cannot write {folder}: {reason(error)}") from error
+
+
+@contextmanager
+def fresh_folder(path: str | None) -> Iterator[Path]:
+    """A folder to write to that holds nothing: of that name, or one that is gone afterwards.
+
+    Raises:
+        CommandError: If something is in it.
+    """
+    if path is None:
+        with TemporaryDirectory(prefix="stvit-") as temporary:
+            yield Path(temporary) / "model"
+        return
+    folder = Path(path).expanduser()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CommandError(f"--output {folder} is there already: choose another, or move it away")
+    yield folder
+
+
+def describe_files(folder: Path) -> str:
+    """A line for each file: its size and its sha256."""
+    return "\n".join(
+        f"  {size:>12,} bytes  sha256 {hub.file_sha256(folder / path)}  {path}"
+        for path, size in hub.list_files(folder).items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detectors
+
+_PIPELINES = {
+    "detect": "object-detection",
+    "obb": "object-detection",
+    "segment": "image-segmentation",
+    "semantic": "image-segmentation",
+    "pose": "keypoint-detection",
+    "depth": "depth-estimation",
+    "classify": "image-classification",
+}
+
+
+def write_detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], *, license: str | None = None) -> None:
+    """Writes the card of a detector.
+
+    Args:
+        folder: With model.pt and example.jpg.
+        repo_id: 'org/name'.
+        facts: As `stvit.adapters.yolo.hub.prepare_checkpoint` gives them.
+        license: Of the weights; None for what the checkpoint says.
+    """
+    title, license = repo_id.rsplit("/", 1)[-1], license or facts["license"]
+    pipeline = _PIPELINES.get(facts["task"], "object-detection")
+    data = ModelCardData(
+        license=license,
+        library_name="ultralytics",
+        pipeline_tag=pipeline,
+        tags=[pipeline, "ultralytics", "yolo26", "stvit"],
+    )
+    names = [str(name) for name in facts["names"].values()]
+    rows = [f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items()]
+    how = f"By Ultralytics {facts['version']} at the end of training, on the validation images of `{facts['data']}` at "
+    how += (
+        f"{facts['imgsz']} pixels, best epoch of {facts['epochs']}, half precision weights. They chose the epoch too."
+    )
+    measured = "\n".join([how, "", "| | |", "|---|---:|", *rows]) if rows else "Not measured."
+    text = f"""
+{hub.CARD_MARK}
+
+# {title}
+
+A detector of Ultralytics, `{facts["model"]}`, task `{facts["task"]}`.
+
+```python
+import stvit  # its modules, and the loader
+from stvit.adapters.yolo import YOLO
+
+model = YOLO("hf-hub:{repo_id}")  # no code of the checkpoint is run
+results = model.predict("photos")
+```
+
+![What it sees in {facts["image"]}](example.jpg)
+
+- {facts["parameters"] / 1e6:.2f} M parameters
+- {len(names)} classes: {", ".join(names[:20])}{", …" if len(names) > 20 else ""}
+- sha256 of model.pt: `{hub.file_sha256(folder / "model.pt")}`
+
+## Results
+
+{measured}
+
+## Citation
+
+```bibtex
+{hub.CITATION}
+```
+"""
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    (folder / hub.CARD).write_text(str(card), encoding="utf-8")
+
+
+def compare_detector_with_hub(folder: Path, pushed: hub.Pushed) -> int:
+    """Loads a pushed detector back by its commit, into a cache of its own, and compares every tensor and checksum.
+
+    Returns:
+        How many tensors are equal: all of them.
+
+    Raises:
+        stvit.hub.HubError: If one differs, or it cannot be loaded.
+    """
+    from stvit.adapters.yolo.hub import fetch_checkpoint, open_safely
+
+    name = f"hf-hub:{pushed.repo_id}@{pushed.commit}"
+    with TemporaryDirectory() as cache:
+        try:
+            there = open_safely(fetch_checkpoint(name, cache))["model"].state_dict()
+            wrong = verify(pushed.repo_id, pushed.commit, cache)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise hub.HubError(f"pushed, but it does not load back: {error}") from error
+    here = open_safely(folder / "model.pt")["model"].state_dict()
+    wrong += [key for key in here.keys() | there.keys() if not hub.equal(here.get(key), there.get(key))]
+    if wrong:
+        raise hub.HubError(f"pushed, but {name} reads back otherwise: {', '.join(wrong[:5])}")
+    return len(here)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where weights are
+
+
+def _open_folder(path: Path, args: argparse.Namespace, part: str) -> Release:
+    folder = next((place for place in (path, path / part) if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise CommandError(f"{path}: neither it nor its folder {part}/ holds a config.json")
+    if not (folder / "model.safetensors").is_file():
+        raise CommandError(f"{folder} holds no model.safetensors: convert the file of weights instead")
+    refused = [
+        f"--{name.replace('_', '-')}"
+        for name in ("use_ema", "model", "in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
+        if getattr(args, name) is not None
+    ] + (["--model-kwargs"] if args.model_kwargs else [])
+    if refused:
+        raise CommandError(f"{folder} says itself what it holds: leave {', '.join(refused)} out")
+    model: Any = create_model(f"local-dir:{folder}", pretrained=True)
+    try:
+        config = hub.read_config(folder)
+    except hub.HubError as error:
+        raise CommandError(str(error)) from error
+    return Release(
+        model.eval(),
+        resolve_data_config(model=model),
+        label_names=config.get("label_names"),
+        details=dict(config.get("stvit", {})),
+        files=folder,
+    )
+
+
+def _open_file(path: Path, args: argparse.Namespace) -> Release:
+    is_run = path.suffix == ".pt" and path.parent.name == "checkpoints"
+    content = load_checkpoint(path) if is_run else open_file(path)
+    plain, ema = weights_in(content)
+    if plain is not None and ema is not None and args.use_ema is None:
+        raise CommandError(
+            f"{path} holds the weights ({plain}) and their moving average ({ema}): choose, --no-use-ema or --use-ema"
+        )
+    weights, is_ema = pick_weights(content, path, args.use_ema)
+    recipe = _recipe(content, is_run)
+    name = args.model or _find_model(path, weights, content, recipe)
+    is_official = _FIRST_CONV[1] in weights
+    size = args.img_size or recipe.get("img_size")
+    tag = None
+    if is_official and f"{name}.in1k" in PAPER_TOP1:
+        tag = "in1k_384" if size == 384 else "in1k"
+        name = f"{name}.{tag}"
+    elif is_official and name in PAPER_TOP1:
+        tag = name.partition(".")[2]
+    first = next((weights[key] for key in _FIRST_CONV if key in weights), None)
+    in_chans = args.in_chans or recipe.get("in_chans") or (None if first is None else first.shape[1])
+    model: Any = create_model(
+        name,
+        pretrained=True,
+        weights=weights,
+        in_chans=in_chans,
+        model_kwargs={**(recipe.get("model_kwargs") or {}), **args.model_kwargs},
+    ).eval()
+    images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
+    data_config = resolve_data_config({**images, "img_size": size, "in_chans": in_chans}, model=model)
+    if data_config["input_size"][0] == 1 and images["mean"] is None:
+        data_config |= {key: (sum(data_config[key]) / len(data_config[key]),) for key in ("mean", "std")}
+    details: dict[str, Any] = {
+        "weights": "moving average (EMA)" if is_ema else "as trained" + (", not their average" if ema else ""),
+        "source": f"{path.name}, sha256 {hub.file_sha256(path)}",
+    }
+    if is_run:
+        details["weights"] += f", after epoch {content['progress']['epoch']}"
+    if tag is not None:
+        details |= {
+            "tag": tag,
+            "license": "mit",
+            "datasets": ["imagenet-1k"],
+            "metrics": [
+                {
+                    "name": "top-1",
+                    "value": PAPER_TOP1[name],
+                    "dataset": "ImageNet-1k",
+                    "split": "validation",
+                    "how": "by the authors, as the paper gives it; not measured again for this file",
+                }
+            ],
+        }
+    return Release(model, data_config, _label_names(path) if is_run else None, details)
+
+
+def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
+    """What a checkpoint tells of its model and its images: our recipe, or the flags of the authors' or timm's runs."""
+    if is_run:
+        return {key: content["recipe"].get(key) for key in (*RECIPE_KEYS, "model", "model_kwargs")}
+    flags = content.get("args")
+    if not isinstance(flags, argparse.Namespace):
+        return {}
+    size = getattr(flags, "img_size", None) or getattr(flags, "input_size", None)
+    if isinstance(size, list | tuple):
+        size = size[-1] if size else None
+    in_chans = getattr(flags, "in_chans", None)
+    return {
+        "img_size": size if isinstance(size, int) else None,
+        "in_chans": in_chans if isinstance(in_chans, int) else None,
+        **{key: getattr(flags, key, None) for key in ("mean", "std", "interpolation", "crop_pct")},
+    }
+
+
+def _find_model(path: Path, weights: Mapping[str, Any], content: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    found = recipe.get("model") or find_variant(weights) or content.get("arch")
+    if not isinstance(found, str):
+        raise CommandError(
+            f"{path}: the shapes are those of no model of stvit; of another model of timm's give --model NAME, and "
+            "what it was made with as --model-kwargs"
+        )
+    return found
+
+
+def _label_names(checkpoint: Path) -> list[str] | None:
+    """The class names of a run, which stand beside its weights."""
+    for part in ("last", "best"):
+        config = checkpoint.parent.parent / part / "config.json"
+        if config.is_file():
+            names = json.loads(config.read_text()).get("label_names")
+            return list(names) if names else None
+    return None
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    try:
+        results = json.loads(path.read_text())
+        dataset = results["dataset"]
+        if dataset == "folder" and results.get("data_dir"):
+            dataset = f"images in {Path(results['data_dir']).name}"
+        size, versions = results["input_size"][-1], results["versions"]
+        how = (
+            f"{results['images']} images of {results['split']} at {size} pixels, crop {results['crop_pct']:g}, "
+            f"{results['interpolation']}, {results['dtype']} on {results['device']}; tools/validate_cls.py of stvit "
+            f"{versions['stvit']}, torch {versions['torch']}, timm {versions['timm']}, {results['date'][:10]}"
+        )
+        metrics = []
+        for prefix, title in (("", ""), ("real_", " (reassessed labels)")):
+            for name in ("top1", "top5"):
+                if f"{prefix}{name}" in results:
+                    low, high = results[f"{prefix}{name}_interval"]
+                    metrics.append(
+                        {
+                            "name": f"{name[:3]}-{name[3:]}{title}",
+                            "value": float(results[f"{prefix}{name}"]),
+                            "dataset": dataset,
+                            "split": results["split"],
+                            "how": f"{how}; 95 % confidence {low:.2f} to {high:.2f}",
+                        }
+                    )
+        return metrics
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CommandError(
+            f"cannot read --results {path} ({reason(error)}): it must be the results.json of tools/validate_cls.py"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they give
+
+
+def _image(release: Release) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *release.data_config["input_size"], generator=generator)
+
+
+def _check_forward(release: Release) -> None:
+    with torch.inference_mode():
+        output = release.model(_image(release))
+    broken = [key for key, value in release.model.state_dict().items() if not torch.isfinite(value.float()).all()]
+    if broken or not torch.isfinite(output).all():
+        what = f"{', '.join(broken[:5])} hold NaN or infinity" if broken else "the output holds NaN or infinity"
+        raise CommandError(f"{release.name}: {what}: the weights are broken, take an earlier checkpoint")
