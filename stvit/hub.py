@@ -194,7 +194,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
         f"architecture: `{architecture}`, {_parameters(folder):.2f} M parameters",
         f"images: {size}, crop {cfg.get('crop_pct')}, {cfg.get('interpolation')}, mean {_numbers(cfg['mean'])}, "
         f"standard deviation {_numbers(cfg['std'])}",
-        f"classes: {config['num_classes']}" + (f" ({', '.join(list(names)[:10])}, …)" if names else ""),
+        f"classes: {config['num_classes']}{_some(list(names)) if names else ''}",
         *([f"weights: {details['weights']}"] if details.get("weights") else []),
         *([f"made from: {details['source']}"] if details.get("source") else []),
         f"sha256 of model.safetensors: `{file_sha256(folder / 'model.safetensors')}`",
@@ -273,6 +273,10 @@ def _parameters(folder: Path) -> float:
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     tensors = load_file(folder / "model.safetensors")
     return sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers)) / 1e6
+
+
+def _some(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
 
 
 def _numbers(values: Sequence[float]) -> str:

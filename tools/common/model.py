@@ -7,6 +7,7 @@ import pickletools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def _named_code(path: Path) -> list[str]:
     names, strings = set(), [""] * 2
     try:
         with path.open("rb") as file:
-            for opcode, value, _ in pickletools.genops(file):
+            # PyTorch's former format is a row of pickles: a number, a version, the system, what was saved.
+            for opcode, value, _ in chain.from_iterable(pickletools.genops(file) for _ in range(4)):
                 if opcode.name == "GLOBAL":
                     names.add(str(value).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":

@@ -1,0 +1,215 @@
+"""The command that makes a folder of a checkpoint: the authors', timm's, ours, and what it refuses."""
+
+import argparse
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from stvit import hub
+from stvit.stvit import _official_key
+from stvit.tools import convert_checkpoint, train_cls
+
+Convert = Callable[..., Path]
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Convert:
+    """Runs the command in this process; returns the folder."""
+
+    def convert(source: Path, *flags: str, name: str = "out") -> Path:
+        folder = tmp_path / name
+        assert convert_checkpoint.main([str(source), f"--output={folder}", *flags]) == 0
+        return folder
+
+    return convert
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    """The one line on standard error."""
+    capsys.readouterr()
+    try:
+        status = convert_checkpoint.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        status = int(str(error.code))
+    assert status != 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: ")
+    return said
+
+
+def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As the published code saves it, its one-hot kernels included."""
+    state = {}
+    for key, value in model.state_dict().items():
+        name = _official_key(key)
+        state[name] = value.reshape(1, -1, 1, 1) if name.endswith(("gamma_1", "gamma_2")) else value.clone()
+        if name.endswith("attn.stoken_refine.qkv.weight"):
+            kernel = torch.eye(9).reshape(9, 1, 3, 3)
+            state[name.replace("stoken_refine.qkv.weight", "unfold.weights")] = kernel
+            state[name.replace("stoken_refine.qkv.weight", "fold.weights")] = kernel.clone()
+    return state
+
+
+def authors(path: Path, name: str = "test_stvit", **flags: Any) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint as the authors' code does; returns the weights under our names, the average 0.5 of them."""
+    model = timm.create_model(name)
+    weights = official(model)
+    average = {
+        key: value * 0.5 if value.is_floating_point() and "fold" not in key else value for key, value in weights.items()
+    }
+    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    namespace = argparse.Namespace(model=name, lr=1e-3, data_path="/data/imagenet", **flags)
+    torch.save({"model": weights, "model_ema": average, "optimizer": optimizer, "epoch": 299, "args": namespace}, path)
+    return model.state_dict()
+
+
+def loaded(folder: Path) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_authors_checkpoint(
+    convert: Convert, tmp_path: Path, use_ema: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = authors(tmp_path / "small.pth")
+    assert (
+        "holds the weights (model) and their moving average (model_ema): choose, --no-use-ema or --use-ema"
+        in refused(capsys, tmp_path / "small.pth", f"--output={tmp_path / 'out'}")
+    )
+    assert not (tmp_path / "out").exists()
+    folder = convert(tmp_path / "small.pth", "--use-ema" if use_ema else "--no-use-ema")
+    said = capsys.readouterr().out
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    factor = 0.5 if use_ema else 1.0
+    for key, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, weights[key] * factor if value.is_floating_point() else weights[key]), key
+    assert "test_stvit: 354,392 parameters, 1000 classes, images 3x160x160" in said
+    assert f"weights: {'moving average (EMA)' if use_ema else 'as trained, not their average'}" in said
+    assert f"sha256 {hub.file_sha256(folder / 'model.safetensors')}  model.safetensors" in said
+    code = said.strip().splitlines()[-1]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].num_classes == 1000
+
+
+def test_published_variant_at_both_sizes(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layer scale, which the shapes of base and large have; the size is in the flags of the run, or given."""
+    authors(tmp_path / "base.pth", "stvit_base", input_size=224)
+    folder = convert(tmp_path / "base.pth", "--use-ema")
+    assert "stvit_base.in1k: 51,691,288 parameters" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "stvit_base" and config["pretrained_cfg"]["input_size"] == [3, 224, 224]
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "- imagenet-1k" in card
+    assert "| top-1 | 84.80 % | ImageNet-1k | by the authors, as the paper gives it; not measured again" in card
+
+    authors(tmp_path / "small.pth", "stvit_small", input_size=384)
+    folder = convert(tmp_path / "small.pth", "--use-ema", name="384")
+    assert "stvit_small.in1k_384: " in capsys.readouterr().out
+    cfg = loaded(folder).pretrained_cfg
+    assert (cfg["input_size"], cfg["crop_pct"]) == ((3, 384, 384), 1.0) and "85.00 %" in (
+        folder / "README.md"
+    ).read_text()
+    given = convert(tmp_path / "small.pth", "--use-ema", "--img-size=224", name="224")
+    assert "83.60 %" in (given / "README.md").read_text()
+
+
+def test_checkpoint_of_timms_training(convert: Convert, tmp_path: Path) -> None:
+    model = timm.create_model("stvit_pico", num_classes=5, in_chans=1, stoken_size=(4, 2, 1, 1))
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    flags = argparse.Namespace(model="stvit_pico", img_size=96, mean=(0.5,), std=(0.25,), crop_pct=0.9)
+    torch.save({"epoch": 3, "arch": "stvit_pico", "state_dict": state, "args": flags}, tmp_path / "it.pth.tar")
+    folder = convert(tmp_path / "it.pth.tar", "--model-kwargs", "stoken_size=(4,2,1,1)")
+    again = loaded(folder)
+    cfg = again.pretrained_cfg
+    assert (cfg["input_size"], cfg["mean"], cfg["std"], cfg["crop_pct"]) == ((1, 96, 96), [0.5], [0.25], 0.9)
+    image = torch.randn(1, 1, 96, 96)
+    assert torch.equal(again(image), model.eval()(image))
+
+
+def test_foreign_model(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("test_resnet", num_classes=4)
+    save_file(model.state_dict(), tmp_path / "r.safetensors")
+    source = tmp_path / "r.safetensors"
+    assert "those of no model of stvit; of another model of timm's give --model NAME" in refused(
+        capsys, source, f"--output={tmp_path / 'out'}"
+    )
+    folder = convert(source, "--model=test_resnet")
+    assert loaded(folder).num_classes == 4
+    card = (folder / "README.md").read_text()
+    assert "An image classifier for timm" in card and "- stvit" not in card
+
+
+def test_checkpoint_of_our_training(
+    convert: Convert, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--model=test_stvit --img-size=32 --in-chans=1 --epochs=1 --batch-size=20 --workers=0 --model-ema"
+    more = f"--output={tmp_path} --experiment=run --mean 0.4 --std 0.3 --data-dir={digits_folder}"
+    assert train_cls.main([*flags.split(), *more.split()]) == 0
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("*.pt")
+    assert "choose, --no-use-ema or --use-ema" in refused(capsys, checkpoint, f"--output={tmp_path / 'out'}")
+    for flag, part in (("--no-use-ema", "last"), ("--use-ema", "last_ema")):
+        folder = convert(checkpoint, flag, name=part)
+        ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / part / "model.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        config, written = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "run" / part))
+        assert config["label_names"] == [f"digit_{n}" for n in range(4)]
+        for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
+            assert config["pretrained_cfg"][key] == written["pretrained_cfg"][key], key
+        assert config["stvit"]["weights"].endswith("after epoch 1")
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_files_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil, source = Evil(tmp_path / "harm"), tmp_path / "evil.pth"
+    output = f"--output={tmp_path / 'out'}"
+    torch.save({"model": official(timm.create_model("test_stvit")), "args": evil, "more": argparse.Action}, source)
+    said = refused(capsys, source, output)
+    assert "it wants to run argparse.Action, posix.mkdir, and no code of a checkpoint is run here" in said
+    for content in (pickle.dumps({"model": evil}), pickle.dumps(evil, protocol=0)):
+        source.write_bytes(content)
+        assert "it wants to run posix.mkdir" in refused(capsys, source, output)
+    torch.save({"model": evil}, source, _use_new_zipfile_serialization=False)
+    assert "it wants to run posix.mkdir" in refused(capsys, source, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
+
+
+def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "w.pth", f"--output={tmp_path / 'out'}"
+    assert f"{source}: there is no such file or folder" in refused(capsys, source, output)
+    source.write_bytes(b"nothing")
+    assert f"cannot read weights from {source}" in refused(capsys, source, output)
+    torch.save(torch.ones(3), source)
+    assert "it holds a Tensor, not weights by name" in refused(capsys, source, output)
+    weights = timm.create_model("test_stvit").state_dict()
+    torch.save(weights, source)
+    assert "holds no moving average" in refused(capsys, source, output, "--use-ema")
+    assert "mismatches, they are those of test_stvit" in refused(capsys, source, output, "--model=stvit_pico")
+    assert "did you mean stvit_pico" in refused(capsys, source, output, "--model=stvit_pic")
+    torch.save({**weights, "stem.0.bias": torch.full((16,), torch.nan)}, source)
+    assert "test_stvit: stem.0.bias hold NaN or infinity: the weights are broken" in refused(capsys, source, output)
+    assert "neither it nor its folder best/ holds a config.json" in refused(capsys, tmp_path, output)
+    torch.save(weights, source)
+    folder = convert(source)
+    (folder / "own.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert f"--output {folder} is there already: choose another" in refused(capsys, source, output)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert "says itself what it holds: leave --use-ema, --img-size out" in refused(
+        capsys, folder, f"--output={tmp_path / 'new'}", "--use-ema", "--img-size=64"
+    )

@@ -1,0 +1,304 @@
+"""The command that pushes weights, against a Hub over a socket: what stands there then, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import OWNER, READER, STRANGER, Hub
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load, load_file, save_file
+
+import stvit
+from stvit import hub as hub_module
+from stvit.tools import push_to_hub, train_cls, validate_cls
+
+REPO = "org/net"
+Push = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A converted folder."""
+    torch.manual_seed(3)
+    hub_module.save(timm.create_model("test_stvit", num_classes=4), tmp_path / "net", details={"weights": "as trained"})
+    return tmp_path / "net"
+
+
+@pytest.fixture
+def push(capsys: pytest.CaptureFixture[str]) -> Push:
+    """Runs the command in this process; returns what it printed, or with `fails` the one line of its error."""
+
+    def push(source: Path, *flags: str, repo: str = REPO, fails: bool = False) -> str:
+        capsys.readouterr()
+        try:
+            status = push_to_hub.main([str(source), f"--repo-id={repo}", *flags])
+        except SystemExit as error:
+            status = int(str(error.code))
+        said = capsys.readouterr()
+        assert not any(token in said.out + said.err for token in (OWNER, READER, STRANGER, "hf_wrong"))
+        assert (status != 0) == fails, said.err + said.out
+        if fails:
+            assert said.err.count("\n") == 1 and said.err.startswith("error: "), said.err
+        return said.err if fails else said.out
+
+    return push
+
+
+def test_push_and_load(hub: Hub, folder: Path, push: Push) -> None:
+    said = push(folder)
+    files = hub.files(REPO)
+    assert files.keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert "pushed 3 files" in said and "the card states no license" in said
+    commit = hub.refs(REPO)["main"]
+    count = len(load_file(folder / "model.safetensors"))
+    assert f"loaded back by commit {commit}: all {count} tensors and the checksums are equal" in said
+    names: dict[str, Any] = {}
+    exec(said.strip().splitlines()[-1], names)
+    image = torch.randn(1, 3, 64, 64)
+    own: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(names["model"].eval()(image), own(image))
+    # The token went to the Hub, and not with the file to where the Hub stores it.
+    put = [request for request in hub.requests if request.method == "PUT"]
+    assert put and all(request.token is None for request in put)
+    assert all(request.token == OWNER for request in hub.requests if "/commit/" in request.path)
+
+
+def test_pushing_the_same_again_sends_nothing(hub: Hub, folder: Path, push: Push) -> None:
+    push(folder, "--license=mit")
+    before, requests = hub.history(REPO), len(hub.requests)
+    said = push(folder, "--license=mit")
+    assert f"nothing to push, {REPO} has all of it already" in said and "are equal" in said
+    assert hub.history(REPO) == before
+    assert not [r for r in hub.requests[requests:] if r.method in ("POST", "PUT") and "validate-yaml" not in r.path]
+    weights = load_file(folder / "model.safetensors")
+    weights["head.fc.bias"][0] = 9
+    save_file(weights, folder / "model.safetensors")
+    assert "pushed 2 files" in push(folder, "--license=mit")  # and the card, which has its checksum
+    assert load(hub.files(REPO)["model.safetensors"])["head.fc.bias"][0] == 9
+
+
+def test_card(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+    push(folder, "--license=apache-2.0")
+    text = hub.files(REPO)["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.library_name == "timm" and card.data.license == "apache-2.0"
+    assert {"timm", "stvit", "image-classification"} <= set(card.data.tags or ())
+    assert "transformers" not in text and "@inproceedings{huang2023stvit" in text and "Not measured." in text
+    snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    assert snippet.startswith("import stvit")
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["model"].num_classes == 4 and len(names["backbone"](torch.randn(1, 3, 64, 64))) == 4
+    # Changed on the Hub, it stays; changed in the folder, it goes as it is.
+    hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
+    assert "the card on the Hub was changed by hand, and stays as it is" in push(folder, "--license=apache-2.0")
+    assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nOther words.\n")
+    assert "changed by hand, and goes as it is" in push(folder)
+    assert hub.files(REPO)["README.md"].endswith(b"Other words.\n")
+
+
+def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: Path, push: Push) -> None:
+    flags = "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=3e-3 --warmup-epochs=0"
+    data = f"--data-dir={digits_folder}"
+    assert train_cls.main([*flags.split(), data, f"--output={tmp_path}", "--experiment=run"]) == 0
+    rows = (tmp_path / "run/summary.csv").read_text().splitlines()
+    column = rows[0].split(",").index("eval_top1")
+    best = max(float(row.split(",")[column]) for row in rows[1:])
+    push(tmp_path / "run")
+    files = hub.files(REPO)
+    assert files["model.safetensors"] == (tmp_path / "run/best/model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert f"| top-1 | {best:.2f} % | images in {digits_folder.name} | 20 images of validation at 32 pixels" in card
+    assert "classes: 4 (digit_0, digit_1, digit_2, digit_3)" in card and "imagenet" not in card.lower()
+    assert ModelCard(card).data.eval_results[0].metric_value == pytest.approx(best)
+    assert str(tmp_path) not in card + files["config.json"].decode()
+
+    push(tmp_path / "run", "--weights=last", "--revision=last")
+    assert hub.files(REPO, "last")["model.safetensors"] == (tmp_path / "run/last/model.safetensors").read_bytes()
+
+    report = tmp_path / "report"
+    assert validate_cls.main([f"--checkpoint={tmp_path / 'run'}", data, "--workers=0", f"--output={report}"]) == 0
+    push(tmp_path / "run", f"--results={report / 'results.json'}")
+    results, card = json.loads((report / "results.json").read_text()), hub.files(REPO)["README.md"].decode()
+    assert f"| top-5 | {results['top5']:.2f} %" in card and "95 % confidence" in card and torch.__version__ in card
+    (report / "results.json").write_text("{}")
+    assert "it must be the results.json of tools/validate_cls.py" in push(
+        tmp_path / "run", f"--results={report / 'results.json'}", fails=True
+    )
+
+
+def test_a_checkpoint(hub: Hub, tmp_path: Path, push: Push) -> None:
+    model = timm.create_model("test_stvit")
+    torch.save({"model": model.state_dict(), "model_ema": model.state_dict()}, tmp_path / "it.pth")
+    assert "choose, --no-use-ema or --use-ema" in push(tmp_path / "it.pth", fails=True)
+    assert "weights: moving average (EMA)" in push(tmp_path / "it.pth", "--use-ema")
+    pushed = load(hub.files(REPO)["model.safetensors"])
+    assert all(torch.equal(value, pushed[key]) for key, value in model.state_dict().items())
+
+
+def test_dry_run_sends_nothing(
+    hub: Hub, folder: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN")  # nor does it need one
+    said = push(folder, "--dry-run", "--license=mit")
+    assert hub.requests == []
+    out = tmp_path / "hub" / REPO
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for file in out.iterdir():
+        assert re.search(rf"{file.stat().st_size:,} bytes  sha256 {hub_module.file_sha256(file)}  {file.name}\n", said)
+    assert (out / "README.md").read_text() in said and "nothing was sent" in said
+    assert "is there already: choose another" in push(folder, "--dry-run", fails=True)
+    push(folder, "--dry-run", f"--output={tmp_path / 'elsewhere'}")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 3 and hub.requests == []
+
+
+def test_revision_tag_and_message(hub: Hub, folder: Path, push: Push) -> None:
+    push(folder)
+    main = hub.refs(REPO)["main"]
+    said = push(folder, "--revision=dev", "--tag=v1")
+    assert hub.refs(REPO) == {"main": main, "dev": main, "v1": main}  # the same files: a branch, and no commit
+    assert f"'hf-hub:{REPO}@v1'" in said
+    said = push(folder, "--license=mit", "--revision=next", "--tag=v2", "--message=With a license")
+    refs = hub.refs(REPO)
+    assert refs["main"] == main and refs["next"] == refs["v2"] != main
+    assert hub.history(REPO, "next")[1:] == hub.history(REPO, "main")
+    assert "license: mit" in hub.files(REPO, "v2")["README.md"].decode()
+    push(folder, "--license=mit", "--revision=next", "--tag=v2")  # once more is nothing
+    assert hub.refs(REPO) == refs
+    said = push(folder, "--license=apache-2.0", "--tag=v1", fails=True)
+    assert f"tag 'v1' of {REPO} is on another commit, {main}: choose another tag" in said
+    assert "'v1' of org/net is a tag or a commit, which do not move: give a branch" in push(
+        folder, "--revision=v1", fails=True
+    )
+    assert hub.refs(REPO) == refs
+
+
+def test_a_new_repository_with_a_revision_alone(hub: Hub, folder: Path, push: Push) -> None:
+    push(folder, "--revision=dev")
+    assert "model.safetensors" in hub.files(REPO, "dev") and "model.safetensors" not in hub.files(REPO, "main")
+
+
+def test_pull_request(hub: Hub, folder: Path, push: Push) -> None:
+    push(folder)
+    refs = hub.refs(REPO)
+    said = push(folder, "--license=mit", "--create-pr")
+    now = hub.refs(REPO)
+    assert now["main"] == refs["main"] and "license: mit" in hub.files(REPO, now["refs/pr/1"])["README.md"].decode()
+    assert f"loaded back by commit {now['refs/pr/1']}" in said and "/discussions/1" in said
+    assert "leave revision and tag out" in push(folder, "--create-pr", "--tag=v1", fails=True)
+
+
+def test_private(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(folder, "--private")
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    with pytest.raises(stvit.PretrainedDownloadError, match="may not read it"):
+        stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    assert stvit.create_model(f"hf-hub:{REPO}", pretrained=True).num_classes == 4
+    push(folder, "--private")  # it is already
+    hub.create_repo("org/open")
+    assert "org/open is there and public: leave private out" in push(folder, "--private", repo="org/open", fails=True)
+
+
+def test_tokens(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create_repo(REPO)
+    before = hub.history(REPO)
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert "the Hub forbids it (403" in (said := push(folder, fails=True)) and "of the kind 'write'" in said
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    assert "the Hub forbids it" in (said := push(folder, fails=True)) and f"{REPO} is as it was" in said
+    assert "the Hub forbids it" in push(folder, repo="org/new", fails=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "the Hub does not know the token that was sent" in push(folder, fails=True)
+    monkeypatch.delenv("HF_TOKEN")
+    count = len(hub.requests)
+    assert "no token: log in with `hf auth login`, or set HF_TOKEN" in push(folder, fails=True)
+    assert len(hub.requests) == count and hub.history(REPO) == before
+    for flags in (["--token", "hf_wrong"], ["--token=hf_wrong"], ["--hf-token=hf_wrong"]):
+        assert "a token is no option" in push(folder, *flags, fails=True)
+
+
+def test_ones_own_namespace(hub: Hub, folder: Path, push: Push) -> None:
+    said = push(folder, repo="mine")
+    assert "hf-hub:owner/mine" in said and "model.safetensors" in hub.files("owner/mine")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["PUT cut", "PUT reset", "PUT status:500", "commit/main status:500", "commit/main reset", "preupload status:503"],
+)
+def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push: Push, fault: str) -> None:
+    push(folder)
+    before, refs = hub.files(REPO), hub.refs(REPO)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
+    hub.fail(*fault.split())
+    said = push(folder, "--revision=other" if "main" not in fault else "--tag=v1", fails=True)
+    assert f"cannot push to {REPO}: " in said and "is as it was, and the same command goes on" in said
+    assert hub.files(REPO) == before and hub.refs(REPO) == refs
+    hub.heal()
+    assert "pushed 2 files" in push(folder)
+
+
+def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: Path, push: Push) -> None:
+    hub.fail("POST .*/tag/", "status:500")
+    assert "the files are there as commit" in push(folder, "--tag=v1", fails=True)
+    hub.heal()
+    assert "nothing to push" in push(folder, "--tag=v1")
+    assert hub.refs(REPO)["v1"] == hub.refs(REPO)["main"]
+
+
+def test_what_reads_back_otherwise_is_an_error(hub: Hub, folder: Path, push: Push) -> None:
+    hub.fail("GET .*model.safetensors", "flip")
+    assert "pushed, but it does not load back: " in (said := push(folder, fails=True)) and "bits have flipped" in said
+    hub.heal()
+    hub.fail("model.safetensors$", "truncate")
+    assert "pushed, but it does not load back: " in (said := push(folder, fails=True)) and "is truncated" in said
+
+
+def test_unreachable(hub: Hub, folder: Path, push: Push) -> None:
+    hub.__exit__()
+    assert f"{hub.url} cannot be reached" in push(folder, fails=True)
+
+
+def test_what_it_refuses_to_push(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+    assert "'a b' is no name of a repository" in push(folder, repo="a b", fails=True)
+    assert "there is no such file or folder" in push(tmp_path / "none", fails=True)
+    assert "--example is for a detector" in push(folder, "--example=a.jpg", fails=True)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "holds no model.safetensors: convert the file of weights instead" in push(folder, fails=True)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    assert "config.json" in push(folder, fails=True)
+    assert hub.requests == []
+    (folder / "extra.pt").write_bytes(b"x")
+    with pytest.raises(hub_module.HubError, match=r"holds extra.pt: pickles are not pushed"):
+        hub_module.push(folder, REPO)
+    assert hub.requests == []
+
+
+def test_only_what_belongs_to_the_model_is_sent(hub: Hub, folder: Path, push: Push) -> None:
+    (folder / "notes.txt").write_text("private")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    push(folder)
+    assert hub.files(REPO).keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+
+
+def test_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    env = hub.environment(tmp_path / "other", OWNER) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stvit.tools.push_to_hub", str(folder), f"--repo-id={REPO}"]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "are equal" in said.stdout and OWNER not in said.stdout + said.stderr
+    assert "model.safetensors" in hub.files(REPO)
