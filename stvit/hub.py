@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -535,13 +535,19 @@ def _commit(
     api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr)
     if is_new:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    info = api.create_commit(
-        repo_id,
-        [*additions, *(CommitOperationDelete(path) for path in gone)],
-        commit_message=message or "Add model",
-        revision=branch,
-        create_pr=create_pr,
-    )
+    try:
+        info = api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(path) for path in gone)],
+            commit_message=message or "Add model",
+            revision=branch,
+            create_pr=create_pr,
+        )
+    except Exception:
+        if is_new:
+            with suppress(Exception):  # what was wrong with the commit says more
+                api.delete_branch(repo_id, branch=branch)
+        raise
     return info.oid, info.pr_url or info.commit_url
 
 

@@ -237,7 +237,15 @@ def test_ones_own_namespace(hub: Hub, folder: Path, push: Push) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    ["PUT cut", "PUT reset", "PUT status:500", "commit/main status:500", "commit/main reset", "preupload status:503"],
+    [
+        "PUT cut",
+        "PUT reset",
+        "PUT status:500",
+        "commit/main status:500",
+        "commit/main reset",
+        "commit/other reset",
+        "preupload status:503",
+    ],
 )
 def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push: Push, fault: str) -> None:
     push(folder)

@@ -1,0 +1,186 @@
+"""Runs that are uploaded to a Hub while they train, and gone on with from there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import OWNER, STRANGER, Hub
+from safetensors.torch import load
+
+import stvit
+from stvit.tools import train_cls
+
+REPO = "org/run"
+# All that has a state, in a second or two.
+FLAGS = (
+    "--model=test_stvit --img-size=32 --in-chans=1 --batch-size=20 --workers=0 --lr=3e-3 --warmup-epochs=1 --drop=0.1 "
+    "--drop-path=0.2 --mixup=0.2 --reprob=0.5 --model-ema --model-ema-decay=0.9 --sched-on-updates"
+).split()
+RESULTS = ("best/model.safetensors", "last/model.safetensors", "last_ema/model.safetensors", "summary.csv")
+Train = Callable[..., str]
+
+
+@pytest.fixture
+def train(digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Trains in this process; returns what it printed."""
+
+    def train(output: Path, *flags: str, status: int = 0) -> str:
+        capsys.readouterr()
+        assert train_cls.main([*FLAGS, f"--data-dir={digits_folder}", f"--output={output}", *flags]) == status
+        said = capsys.readouterr()
+        assert OWNER not in said.out + said.err
+        return said.out + said.err
+
+    return train
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def results(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in RESULTS]
+
+
+def test_a_run_goes_on_from_the_hub_exactly(hub: Hub, train: Train, tmp_path: Path, digits_folder: Path) -> None:
+    train(tmp_path / "whole", "--epochs=4", "--experiment=it")
+
+    # The same, killed in its third epoch by a signal that nothing can catch.
+    env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *FLAGS, f"--data-dir={digits_folder}", "--epochs=4"]
+    more = [
+        f"--output={tmp_path / 'first'}",
+        "--experiment=it",
+        f"--hub-repo={REPO}",
+        "--hub-every=2",
+        "--checkpoint-steps=1",
+    ]
+    process = subprocess.Popen([*command, *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while not any("/commit/last" in request.path and request.status == 200 for request in list(hub.requests)):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+    finally:
+        process.kill()
+        process.wait()
+    files = hub.files(REPO, "last")
+    assert {"README.md", "config.json", "model.safetensors", "config.yaml", "summary.csv", *RESULTS} <= files.keys()
+    [checkpoint] = [name for name in files if name.startswith("checkpoints/")]
+    assert checkpoint == "checkpoints/00002-00000000.pt"
+
+    said = train(tmp_path / "second", "--epochs=4", f"--resume=hf-hub:{REPO}@last")
+    assert "2 epochs and 0 updates are done" in said
+    assert results(tmp_path / "second/it") == results(tmp_path / "whole/it")
+    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == ["it"]
+
+
+def test_both_branches_load(hub: Hub, train: Train, tmp_path: Path) -> None:
+    train(tmp_path, "--epochs=3", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=2", "--hub-private")
+    run = tmp_path / "it"
+    uploads = events(run, "hub_upload")
+    assert uploads[-1]["epoch"] == 3 and uploads[-1]["commit"] == hub.refs(REPO)["last"]
+    assert hub.files(REPO)["model.safetensors"] == (run / "best/model.safetensors").read_bytes()
+    assert hub.files(REPO, "last")["model.safetensors"] == (run / "last/model.safetensors").read_bytes()
+    assert [name for name in hub.files(REPO, "last") if name.startswith("checkpoints/")] == [
+        "checkpoints/00003-00000000.pt"
+    ]
+    assert ".pt" not in "".join(hub.files(REPO))
+    for revision, part in (("main", "best"), ("last", "last")):
+        model: Any = stvit.create_model(f"hf-hub:{REPO}@{revision}", pretrained=True, verify=True)
+        own = timm.create_model(f"local-dir:{run / part}", pretrained=True)
+        assert all(torch.equal(value, own.state_dict()[key]) for key, value in model.state_dict().items())
+        assert model.pretrained_cfg["label_names"] == [f"digit_{n}" for n in range(4)]
+        card = hub.files(REPO, revision)["README.md"].decode()
+        assert card.count("hf-hub:org/run") == 2 and "top-1" in card
+    assert not (run / "hub.tmp").exists()
+
+
+def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "plain", "--epochs=3", "--experiment=it")
+    hub.fail("PUT", "status:500")
+    said = train(tmp_path / "own", "--epochs=3", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    assert "warning: the snapshot after epoch 3 was not uploaded: cannot push to org/run: the Hub answered with" in said
+    assert events(tmp_path / "own/it", "hub_failed") and not events(tmp_path / "own/it", "hub_upload")
+    assert results(tmp_path / "own/it") == results(tmp_path / "plain/it")
+    assert "model.safetensors" not in hub.files(REPO)
+
+
+def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create_repo(REPO, private=True)
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    flags = ("--epochs=1", f"--hub-repo={REPO}")
+    said = train(tmp_path, *flags, "--experiment=a")
+    assert "warning: the snapshot after epoch 1 was not uploaded: " in said and STRANGER not in said
+    hub.__exit__()
+    assert f"{hub.url} cannot be reached" in train(tmp_path, *flags, "--experiment=b")
+    # What can never work is said before anything is trained.
+    monkeypatch.delenv("HF_TOKEN")
+    assert "error: --hub-repo: no token: log in" in train(tmp_path, *flags, "--experiment=c", status=1)
+    assert "is no name of a repository" in train(tmp_path, "--epochs=1", "--hub-repo=a b", status=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp_path: Path) -> None:
+    """Epochs end while the first upload is under way; the next snapshot is the newest, not each of those between."""
+    hub.fail("POST .*/commit/", "slow:6", times=1)
+    train(tmp_path, "--epochs=4", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    log = [(line["event"], line.get("epoch")) for line in events_in_order(tmp_path / "it")]
+    first = log.index(("hub_upload", 1))
+    assert log.index(("epoch", 3)) < first  # numbered from 0
+    assert log[first + 1 :] == [("hub_upload", 4)]
+    assert [path for path in hub.files(REPO, "last") if path.startswith("checkpoints/")] == [
+        "checkpoints/00004-00000000.pt"
+    ]
+
+
+def events_in_order(folder: Path, names: Sequence[str] = ("epoch", "hub_upload", "hub_failed")) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] in names]
+
+
+def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> None:
+    train(tmp_path, "--epochs=1", "--experiment=it", f"--hub-repo={REPO}")
+    out = tmp_path / "new"
+
+    def refused(*flags: str, output: Path = out) -> str:
+        said = train(output, "--epochs=1", *flags, status=1)
+        assert "Traceback" not in said
+        assert [path for path in out.glob("*") if path.name != "other"] == []
+        return said
+
+    assert "no checkpoint there, as --hub-repo uploads it; its branch is last" in refused(f"--resume=hf-hub:{REPO}")
+    assert f"cannot download {REPO} (revision v9): it has no revision 'v9'" in refused(f"--resume=hf-hub:{REPO}@v9")
+    assert "it does not exist, or is private" in refused("--resume=hf-hub:org/none@last")
+    assert "was begun with other flags (drop 0.1, now 0.5)" in refused(f"--resume=hf-hub:{REPO}@last", "--drop=0.5")
+    assert "is there already: go on with it by --resume auto --experiment it" in refused(
+        f"--resume=hf-hub:{REPO}@last", output=tmp_path
+    )
+    hub.fail("GET .*checkpoints", "flip")
+    assert "differ from the Hub's record, bits have flipped" in refused(f"--resume=hf-hub:{REPO}@last")
+    hub.heal()
+    evil = {"config.yaml": b"experiment: ../../outside\n"}
+    hub.commit(REPO, evil, revision="last")
+    train(out, "--epochs=1", f"--resume=hf-hub:{REPO}@last")
+    assert (out / "outside/best").is_dir() and not (tmp_path / "outside").exists()
+
+
+def test_best_of_the_hub_is_a_whole_model(hub: Hub, train: Train, tmp_path: Path) -> None:
+    """A second run under the same name replaces it; the card that a person has changed stays."""
+    train(tmp_path, "--epochs=1", "--experiment=a", f"--hub-repo={REPO}")
+    hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
+    train(tmp_path, "--epochs=1", "--experiment=b", "--seed=5", f"--hub-repo={REPO}")
+    assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
+    weights = load(hub.files(REPO)["model.safetensors"])
+    own = timm.create_model(f"local-dir:{tmp_path / 'b/best'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in own.items())
