@@ -1,0 +1,220 @@
+"""Detectors on a Hub over a socket: published by the command, and opened from there without running code."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import ultralytics
+from hub_server import OWNER, Hub
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+from ultralytics.utils import ASSETS
+
+from stvit import PretrainedDownloadError, PretrainedError
+from stvit.adapters.yolo import YOLO
+from stvit.adapters.yolo.hub import open_safely
+from stvit.tools import push_to_hub
+from stvit.tools import yolo as yolo_command
+
+REPO = "org/detector"
+QUICK = {"imgsz": 64, "batch": 4, "plots": False, "amp": False, "device": "cpu", "mosaic": 0.0, "optimizer": "AdamW"}
+Push = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector trained for an epoch. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    YOLO("yolo26n-stvit_pico.yaml").train(data=str(photos), epochs=1, project=str(folder), name="run", nbs=4, **QUICK)
+    return folder / "run/weights"
+
+
+@pytest.fixture
+def push(capsys: pytest.CaptureFixture[str]) -> Push:
+    """Runs the command in this process; returns what it printed, or with `fails` the one line of its error."""
+
+    def push(source: Path, *flags: str, fails: bool = False) -> str:
+        capsys.readouterr()
+        status = push_to_hub.main(["--yolo", str(source), f"--repo-id={REPO}", *flags])
+        said = capsys.readouterr()
+        assert (status != 0) == fails and OWNER not in said.out + said.err, said.err + said.out
+        return said.err if fails else said.out
+
+    return push
+
+
+def same(a: Any, b: Any) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_publish_and_load(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None:
+    said = push(run / "best.pt")
+    files = hub.files(REPO)
+    assert files.keys() == {".gitattributes", "README.md", "example.jpg", "model.pt"}
+    own = YOLO(run / "best.pt")
+    assert f"all {len(own.model.state_dict())} tensors and the checksums are equal" in said
+    names: dict[str, Any] = {}
+    exec(said.strip().splitlines()[-1], names)
+    detector = names["model"]
+    assert type(detector) is YOLO and same(detector.model, own.model) and detector.names == {0: "person", 1: "bus"}
+    ours, theirs = (
+        m.predict(ASSETS / "bus.jpg", conf=1e-3, imgsz=128, verbose=False)[0].boxes.data for m in (detector, own)
+    )
+    assert len(ours) and torch.equal(ours, theirs)
+    # It goes on as any checkpoint does: Ultralytics' own class takes the file, and it trains.
+    assert same(ultralytics.YOLO(detector.ckpt_path).model, own.model)
+
+    with Image.open(ASSETS / "bus.jpg") as shown:
+        size = shown.size
+    (tmp_path / "example.jpg").write_bytes(files["example.jpg"])
+    with Image.open(tmp_path / "example.jpg") as example:
+        assert example.size == size
+    before = hub.history(REPO)
+    assert "nothing to push" in push(run / "best.pt") and hub.history(REPO) == before
+
+
+def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Path) -> None:
+    push(run / "best.pt")
+    text = hub.files(REPO)["README.md"].decode()
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == (
+        "ultralytics",
+        "agpl-3.0",
+        "object-detection",
+    )
+    assert "stvit" in (card.data.tags or []) and "](example.jpg)" in text and "2 classes: person, bus" in text
+    assert "yolo26n-stvit_pico.yaml" in text and "on the validation images of `photos.yaml` at 64 pixels" in text
+    expected = torch.load(run / "best.pt", weights_only=False)["train_metrics"]["metrics/mAP50(B)"]
+    assert f"| mAP50(B) | {expected:.4f} |" in text and "@inproceedings{huang2023stvit" in text
+    snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0].replace('"photos"', repr(str(ASSETS)))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert snippet.startswith("import stvit") and len(names["results"]) == 2
+    # The checkpoint says where it was made; what is published does not.
+    assert str(photos.parent).encode() in (run / "best.pt").read_bytes()
+    assert not any(
+        str(Path(place)).encode() in hub.files(REPO)["model.pt"]
+        for place in (photos.parent, run, Path.home(), Path.cwd())
+    )
+    published = torch.load(YOLO(f"hf-hub:{REPO}").ckpt_path, weights_only=False)
+    assert published["optimizer"] is None and published["train_args"]["data"] == "photos.yaml"
+
+
+def test_a_checkpoint_to_go_on_from_goes_without_what_that_takes(
+    hub: Hub, run: Path, push: Push, tmp_path: Path
+) -> None:
+    """An interrupted run's last.pt holds the moving average, which is the model, and the optimizer."""
+    checkpoint = torch.load(run / "last.pt", weights_only=False)
+    average = checkpoint["model"]
+    checkpoint |= {"ema": average, "model": None, "optimizer": {"state": {0: {"exp_avg": torch.ones(3_000_000)}}}}
+    torch.save(checkpoint, tmp_path / "last.pt")
+    push(tmp_path / "last.pt", "--license=agpl-3.0", "--private", "--tag=v1")
+    assert len(hub.files(REPO)["model.pt"]) < 8_000_000 < (tmp_path / "last.pt").stat().st_size
+    assert same(YOLO(f"hf-hub:{REPO}@v1").model, average.float())
+
+
+def test_dry_run_and_own_example(hub: Hub, run: Path, push: Push, tmp_path: Path, photos: Path) -> None:
+    picture = sorted((photos.parent / "images").glob("zidane_*.jpg"))[0]
+    said = push(run / "best.pt", "--dry-run", f"--output={tmp_path / 'out'}", f"--example={picture}")
+    assert hub.requests == [] and f"![What it sees in {picture.name}]" in said
+    with Image.open(picture) as shown, Image.open(tmp_path / "out/example.jpg") as example:
+        assert example.size == shown.size
+    assert "there is no such picture" in push(run / "best.pt", "--example=none.jpg", fails=True)
+    assert "a detector's checkpoint says itself what it holds: leave --img-size out" in push(
+        run / "best.pt", "--img-size=64", fails=True
+    )
+    assert "there is no such file" in push(run / "none.pt", fails=True)
+
+
+def test_the_command_and_the_other_doors(
+    hub: Hub, run: Path, push: Push, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(run / "best.pt")
+    source = f"hf-hub:{REPO}"
+    arguments = ["predict", f"model={source}", f"source={ASSETS / 'bus.jpg'}", f"project={tmp_path}", "imgsz=64"]
+    assert yolo_command.main(arguments) == 0
+    assert list(tmp_path.rglob("bus.jpg"))
+    own = YOLO(run / "best.pt")
+    assert same(YOLO("yolo26n-stvit_pico.yaml").load(source).model.model[0], own.model.model[0])
+    filled = YOLO("yolo26n-stvit_pico.yaml", neck_weights=source)
+    key = "cv3.0.0.0.conv.weight"
+    assert torch.equal(filled.model.model[-1].state_dict()[key], own.model.model[-1].state_dict()[key])
+    assert yolo_command.main(["predict", "model=hf-hub:org/none", f"source={ASSETS}"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(
+        "error: hf-hub:org/none: cannot load the detector of the Hub repository org/none (revision main)"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(YOLO(source).model, own.model)
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None:
+    checkpoint = torch.load(run / "best.pt", weights_only=False)
+    harm, evil = tmp_path / "harm", tmp_path / "evil.pt"
+    hub.create_repo("org/evil")
+    for spoiled in (
+        checkpoint | {"more": Evil(harm)},
+        {"model": Evil(harm)},
+        checkpoint | {"train_args": {"data": Evil(harm)}},
+    ):
+        torch.save(spoiled, evil)
+        hub.commit("org/evil", {"best.pt": evil.read_bytes()})
+        for load in (YOLO, lambda name: YOLO("yolo26n-stvit_pico.yaml").load(name)):
+            with pytest.raises(PretrainedError, match=r"org/evil.*wants to run posix.mkdir, which is no module"):
+                load("hf-hub:org/evil")
+        assert "wants to run posix.mkdir" in push(evil, fails=True)
+    assert not harm.exists()
+    # Nor of a class that merely has a trusted name in front of it.
+    module = type(sys)("timm.models.evil")
+    module.Evil = type("Evil", (), {"__module__": "timm.models.evil"})
+    sys.modules["timm.models.evil"] = module
+    try:
+        torch.save({"model": module.Evil()}, evil)
+        with pytest.raises(PretrainedError, match=r"wants to run timm.models.evil.Evil"):
+            open_safely(evil)
+    finally:
+        del sys.modules["timm.models.evil"]
+
+
+def test_what_is_no_detector(hub: Hub, run: Path) -> None:
+    def fails(name: str, kind: type[Exception] = PretrainedError) -> str:
+        with pytest.raises(kind, match=name.split("@")[0]) as caught:
+            YOLO(f"hf-hub:{name}")
+        assert type(caught.value) is kind and caught.value.__cause__ is not None
+        return str(caught.value)
+
+    assert "it does not exist, or is private" in fails("org/none", PretrainedDownloadError)
+    hub.create_repo("org/some")
+    assert "it has no model.pt, and no file ends in .pt" in fails("org/some")
+    content = (run / "best.pt").read_bytes()
+    hub.commit("org/some", {"a.pt": content, "b.pt": content})
+    assert "these files end in .pt: a.pt, b.pt" in fails("org/some")
+    assert "it has no revision 'v9'" in fails("org/some@v9", PretrainedDownloadError)
+    hub.commit("org/some", {"a.pt": None})
+    assert YOLO("hf-hub:org/some").names[1] == "bus"  # the only one
+    for spoiled, said in (
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (content[: len(content) // 2], "is no checkpoint of Ultralytics"),
+    ):
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        hub.commit("org/some", {"b.pt": spoiled})
+        assert said in fails("org/some")
+    torch.save({"model": torch.ones(2)}, run.parent / "tensor.pt")
+    hub.commit("org/some", {"b.pt": (run.parent / "tensor.pt").read_bytes()})
+    assert "it holds no model" in fails("org/some")
