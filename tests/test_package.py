@@ -94,5 +94,13 @@ def test_import_needs_no_extra() -> None:
 
 
 def test_import_is_the_public_names() -> None:
-    assert set(stvit.__all__) == {"STViT", "SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"}
+    assert set(stvit.__all__) == {
+        "PretrainedDownloadError",
+        "PretrainedError",
+        "STViT",
+        "SuperTokenAttention",
+        "create_model",
+        "sample_super_tokens",
+        "upsample_super_tokens",
+    }
     assert re.fullmatch(r"\d+\.\d+\.\d+", stvit.__version__)

@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from fill import draw
+from hub_server import Hub
 from torch.utils.flop_counter import FlopCounterMode
 
-from stvit.tools import benchmark, train_cls, validate_cls
+from stvit.hub import save
+from stvit.tools import benchmark, convert_checkpoint, push_to_hub, train_cls, validate_cls
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,8 +22,15 @@ MODELS = {
 }
 
 
-def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for repo, model in (
+        ("stvit/stvit_small.in1k", timm.create_model("stvit_small")),
+        ("ORG/flowers", timm.create_model("test_stvit", num_classes=4)),
+    ):
+        save(model, tmp_path / repo)
+        hub.create_repo(repo)
+        hub.commit(repo, {file.name: file.read_bytes() for file in (tmp_path / repo).iterdir()})
     keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
     weights = {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}
     torch.save(
@@ -31,7 +40,7 @@ def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     yolo = [block for block in blocks if "adapters.yolo" in block]
     blocks = [block for block in blocks if block not in yolo]
-    assert (len(blocks), len(yolo)) == (3, 1)
+    assert (len(blocks), len(yolo)) == (4, 1)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
@@ -39,6 +48,7 @@ def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [m.shape[-1] for m in scope["maps"]] == [56, 28, 14, 7]
     assert scope["tokens"].shape == (1, 64, 7, 7) and scope["association"].shape == (1, 9, 56, 56)
     assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
+    assert (scope["published"].num_classes, scope["flowers"].num_classes) == (1000, 4)
     assert torch.equal(scope["model"].head.fc.weight, weights["head.weight"])
 
 
@@ -95,6 +105,8 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         "train_cls": train_cls.parse_args,
         "validate_cls": validate_cls.parse_args,
         "benchmark": benchmark.create_parser().parse_args,
+        "convert_checkpoint": convert_checkpoint.create_parser().parse_args,
+        "push_to_hub": push_to_hub.create_parser().parse_args,
     }
     assert {name for name, _ in commands} == set(parsers)
     for name, flags in commands:
