@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,16 @@ def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.Captur
     assert "says itself what it holds: leave --use-ema, --img-size out" in refused(
         capsys, folder, f"--output={tmp_path / 'new'}", "--use-ema", "--img-size=64"
     )
+
+
+def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_stvit").state_dict(), tmp_path / "w.pth")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # of what a process may write of a file
+    try:
+        said = refused(capsys, tmp_path / "w.pth", f"--output={tmp_path / 'out'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write {tmp_path / 'out'}: " in said and "File too large" in said
+    assert not list((tmp_path).rglob("*.safetensors"))
+    convert(tmp_path / "w.pth")

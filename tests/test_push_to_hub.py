@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,9 +305,26 @@ def test_only_what_belongs_to_the_model_is_sent(hub: Hub, folder: Path, push: Pu
     assert hub.files(REPO).keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
 
 
-def test_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_killed_while_it_uploads_and_given_again(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+    """In a process of its own, which knows the Hub by its environment alone."""
+    push(folder, "--license=mit")
+    before, refs = hub.files(REPO), hub.refs(REPO)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
     env = hub.environment(tmp_path / "other", OWNER) | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stvit.tools.push_to_hub", str(folder), f"--repo-id={REPO}"]
+    command = [sys.executable, "-m", "stvit.tools.push_to_hub", str(folder), f"--repo-id={REPO}", "--license=mit"]
+    hub.fail("PUT", "hang")
+    count = len(hub.requests)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while not any("objects/batch" in request.path for request in hub.requests[count:]):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert (hub.files(REPO), hub.refs(REPO)) == (before, refs)
+    hub.heal()
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert "are equal" in said.stdout and OWNER not in said.stdout + said.stderr
-    assert "model.safetensors" in hub.files(REPO)
+    assert "pushed 2 files" in said.stdout and "are equal" in said.stdout and OWNER not in said.stdout + said.stderr
+    assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()

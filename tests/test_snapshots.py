@@ -184,3 +184,35 @@ def test_best_of_the_hub_is_a_whole_model(hub: Hub, train: Train, tmp_path: Path
     weights = load(hub.files(REPO)["model.safetensors"])
     own = timm.create_model(f"local-dir:{tmp_path / 'b/best'}", pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in own.items())
+
+
+@pytest.mark.long
+def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits_folder: Path) -> None:
+    """And on as many the run goes on exactly from what it uploaded."""
+    env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
+
+    def train(output: Path, *flags: str) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [
+            *torchrun,
+            "-m",
+            "stvit.tools.train_cls",
+            *FLAGS,
+            f"--data-dir={digits_folder}",
+            f"--output={output}",
+        ]
+        done = subprocess.run([*command, "--epochs=3", *flags], env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and OWNER not in done.stdout + done.stderr, done.stderr
+
+    train(tmp_path / "whole", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    assert events(tmp_path / "whole/it", "hub_upload")[-1]["epoch"] == 3
+    commits = [request for request in hub.requests if "/commit/last" in request.path]
+    assert len(commits) == len(events(tmp_path / "whole/it", "hub_upload"))
+    # Back to the first snapshot, whose commit is the branch's second, after the one it began at.
+    first = next(
+        commit
+        for commit in reversed(hub.history(REPO, "last"))
+        if any(name.startswith("checkpoints/") for name in hub.files(REPO, commit))
+    )
+    train(tmp_path / "again", f"--resume=hf-hub:{REPO}@{first}")
+    assert results(tmp_path / "again/it") == results(tmp_path / "whole/it")

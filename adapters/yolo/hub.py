@@ -109,8 +109,8 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
         image: To show its results on; None for Ultralytics' own picture of a bus.
 
     Returns:
-        What a card needs: `task`, `names`, `parameters`, `tensors`, `imgsz`, `data`, `epochs`, `model`, `metrics` (by
-        Ultralytics' names, fractions), `license`, `version`, `image`.
+        What a card needs: `task`, `names`, `parameters`, `imgsz`, `data`, `model`, `metrics` (by
+        Ultralytics' names, fractions), `license`, `version`, `image`, `is_ours` (whether it holds modules of stvit).
 
     Raises:
         PretrainedError: If the checkpoint cannot be opened safely.
@@ -153,15 +153,14 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
         "task": model.task if hasattr(model, "task") else detector.task,
         "names": dict(model.names),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tensors": len(model.state_dict()),
         "imgsz": arguments.get("imgsz"),
         "data": arguments.get("data"),
-        "epochs": arguments.get("epochs"),
         "model": (getattr(model, "yaml", None) or {}).get("yaml_file", arguments.get("model")),
         "metrics": metrics,
         "license": "agpl-3.0" if "AGPL" in str(checkpoint.get("license")) else None,
         "version": checkpoint.get("version"),
         "image": shown.name,
+        "is_ours": any(type(module).__module__.startswith("stvit.") for module in model.modules()),
     }
 
 

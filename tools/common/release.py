@@ -194,13 +194,13 @@ def write_detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], *,
         license=license,
         library_name="ultralytics",
         pipeline_tag=pipeline,
-        tags=[pipeline, "ultralytics", "yolo26", "stvit"],
+        tags=[pipeline, "ultralytics", *(["stvit", "super-token-attention"] if facts["is_ours"] else [])],
     )
     names = [str(name) for name in facts["names"].values()]
     rows = [f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items()]
-    how = f"By Ultralytics {facts['version']} at the end of training, on the validation images of `{facts['data']}` at "
-    how += (
-        f"{facts['imgsz']} pixels, best epoch of {facts['epochs']}, half precision weights. They chose the epoch too."
+    how = (
+        f"By Ultralytics {facts['version']} in its validation while it trained, on the validation images of "
+        f"`{facts['data']}` at {facts['imgsz']} pixels, which chose the epoch too; fractions of 1."
     )
     measured = "\n".join([how, "", "| | |", "|---|---:|", *rows]) if rows else "Not measured."
     text = f"""
@@ -208,7 +208,7 @@ def write_detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], *,
 
 # {title}
 
-A detector of Ultralytics, `{facts["model"]}`, task `{facts["task"]}`.
+A model of Ultralytics, made from `{facts["model"]}`, for the task `{facts["task"]}`.
 
 ```python
 import stvit  # its modules, and the loader
