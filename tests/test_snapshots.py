@@ -18,6 +18,7 @@ from safetensors.torch import load
 
 import stvit
 from stvit.tools import train_cls
+from stvit.tools.common import snapshots
 
 REPO = "org/run"
 # All that has a state, in a second or two.
@@ -111,6 +112,7 @@ def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, 
     hub.fail("PUT", "status:500")
     said = train(tmp_path / "own", "--epochs=3", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
     assert "warning: the snapshot after epoch 3 was not uploaded: cannot push to org/run: the Hub answered with" in said
+    assert not (tmp_path / "own/it/hub.tmp").exists()
     assert events(tmp_path / "own/it", "hub_failed") and not events(tmp_path / "own/it", "hub_upload")
     assert results(tmp_path / "own/it") == results(tmp_path / "plain/it")
     assert "model.safetensors" not in hub.files(REPO)
@@ -142,6 +144,33 @@ def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp
     assert [path for path in hub.files(REPO, "last") if path.startswith("checkpoints/")] == [
         "checkpoints/00004-00000000.pt"
     ]
+
+
+def test_a_hub_that_never_answers(
+    hub: Hub, train: Train, tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload that stalls is given up for the next; at the end of the run Ctrl-C leaves it."""
+    monkeypatch.setattr(snapshots, "STALLED_S", 0.1)
+    hub.fail("POST .*/commit/main", "hang", times=1)
+    said = train(tmp_path, "--epochs=4", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    assert "warning: the snapshot after epoch 1 was not uploaded: it has not ended in 0.1 s" in said
+    assert len(events(tmp_path / "it", "epoch")) == 4
+
+    hub.fail("POST .*/commit/main", "hang")
+    env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *FLAGS, f"--data-dir={digits_folder}", "--epochs=1"]
+    more = [f"--output={tmp_path}", "--experiment=hung", f"--hub-repo={REPO}"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, *more], env=env, **pipes)
+    count = len(hub.requests)
+    while not any("/preupload/" in request.path for request in hub.requests[count:]):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "after epoch 1 was not uploaded: it was left unfinished" in said, said
+    assert (tmp_path / "hung/best/model.safetensors").exists()
 
 
 def events_in_order(folder: Path, names: Sequence[str] = ("epoch", "hub_upload", "hub_failed")) -> list[dict[str, Any]]:

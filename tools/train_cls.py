@@ -362,7 +362,8 @@ class _Training:
         log = self._open_log() if world.is_first else None
         snapshots = None
         if log is not None and args.hub_repo:
-            snapshots = Snapshots(args.hub_repo, args.hub_every, self.folder, args.hub_private, log.event)
+            options = (args.hub_repo, args.hub_every, self.folder, args.hub_private)
+            snapshots = Snapshots(*options, event=log.event, is_stopped=lambda: bool(self.stop))
         world.say(
             f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "

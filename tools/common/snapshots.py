@@ -23,6 +23,8 @@ _RECORDS = ("config.yaml", "summary.csv", "log.jsonl", "curve.png", "bad_images.
 _WEIGHTS = ("best", "last", "last_ema")
 # A scheduler that ends a job does not wait long.
 PATIENCE_S = 10.0
+# The client's uploads know no timeout: one that lasts so long is given up.
+STALLED_S = 2 * 3600.0
 
 
 class Snapshots:
@@ -37,15 +39,21 @@ class Snapshots:
         folder: Of the run.
         private: Whether a new repository is private.
         event: Records that something happened: `RunLog.event`.
+        is_stopped: Whether somebody wants the program to end.
     """
 
     def __init__(
-        self, repo_id: str, every: int, folder: Path, private: bool, event: Callable[[str, dict[str, Any]], None]
+        self,
+        repo_id: str,
+        every: int,
+        folder: Path,
+        private: bool,
+        event: Callable[[str, dict[str, Any]], None],
+        is_stopped: Callable[[], bool],
     ) -> None:
         self.repo_id, self.every, self.folder, self.private = repo_id, every, folder, private
-        self._event = event
-        self._thread: threading.Thread | None = None
-        self._outcome: tuple[str, dict[str, Any]] | None = None
+        self._event, self._is_stopped = event, is_stopped
+        self._upload: _Upload | None = None
         self._is_due = False
         # Their lines would tear that of the training.
         disable_progress_bars()
@@ -62,91 +70,124 @@ class Snapshots:
             epoch: Epochs done; their checkpoint is written.
         """
         self._is_due |= epoch % self.every == 0
-        if self._thread is not None and self._thread.is_alive():
-            return  # the next epoch's snapshot holds this one's results
-        self._report()
-        if self._is_due:
+        # The next epoch's snapshot holds this one's results too.
+        if self._has_ended() and self._is_due:
             self._begin(epoch)
 
     def finish(self, epoch: int) -> None:
-        """Uploads the end of the run, and waits for it."""
-        self._join()
-        if self._is_due or epoch % self.every != 0:
+        """Uploads the end of the run, and waits for it, unless somebody wants the program to end."""
+        self._wait()
+        if (self._is_due or epoch % self.every != 0) and self._upload is None and not self._is_stopped():
             self._begin(epoch)
-            self._join()
+            self._wait()
+        self._leave()
 
     def abandon(self) -> None:
         """Gives an upload that is under way a moment to end; if it does not, the Hub keeps the snapshot before it."""
-        self._join(PATIENCE_S)
+        if self._upload is not None:
+            self._upload.join(PATIENCE_S)
+        self._leave()
 
-    def _join(self, patience: float | None = None) -> None:
-        if self._thread is not None:
-            self._thread.join(patience)
-            if not self._thread.is_alive():
-                self._report()
+    def _wait(self) -> None:
+        since, is_told = time.monotonic(), False
+        while not self._has_ended() and not self._is_stopped():
+            assert self._upload is not None
+            self._upload.join(0.2)
+            if not is_told and time.monotonic() - since > PATIENCE_S:
+                print(f"uploading to {self.repo_id}; Ctrl-C leaves it, the run itself is done", flush=True)
+                is_told = True
+
+    def _leave(self) -> None:
+        if not self._has_ended():
+            assert self._upload is not None
+            self._report("hub_failed", {"epoch": self._upload.epoch, "error": "it was left unfinished"})
+            self._upload = None
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def _has_ended(self) -> bool:
+        """Whether no upload is under way; tells what became of the one that was."""
+        upload = self._upload
+        if upload is None:
+            return True
+        if upload.is_alive():
+            if time.monotonic() - upload.since < STALLED_S:
+                return False
+            self._report("hub_failed", {"epoch": upload.epoch, "error": f"it has not ended in {STALLED_S:g} s"})
+        elif upload.error is not None:
+            self._report("hub_failed", {"epoch": upload.epoch, "error": upload.error})
+        else:
+            seconds = upload.until - upload.since
+            self._report("hub_upload", {"epoch": upload.epoch, "commit": upload.commit, "seconds": seconds})
+        self._upload = None
+        return True
 
     def _begin(self, epoch: int) -> None:
         self._is_due = False
+        place = self._place / str(epoch)
         try:
-            self._copy()
+            _set_aside(self.folder, place)
         except OSError as error:
-            self._outcome = "hub_failed", {"epoch": epoch, "error": reason(error)}
-            self._report()
+            shutil.rmtree(place, ignore_errors=True)
+            self._report("hub_failed", {"epoch": epoch, "error": reason(error)})
             return
-        # A daemon, for the end of the program does not wait for the network.
-        self._thread = threading.Thread(target=self._upload, args=(epoch,), daemon=True)
-        self._thread.start()
+        self._upload = _Upload(self.repo_id, self.private, place, epoch)
+        self._upload.start()
 
-    def _copy(self) -> None:
-        """Sets aside what is to be uploaded, which the training may replace at any moment."""
-        shutil.rmtree(self._place, ignore_errors=True)
-        last, main = self._place / BRANCH, self._place / "main"
-        for name in _RECORDS:
-            if (self.folder / name).is_file():
-                _copy(self.folder / name, last / name)
-        newest = Checkpoints(self.folder / "checkpoints").paths()[-1]
-        _link(newest, last / "checkpoints" / newest.name)
-        for name in _WEIGHTS:
-            for file in (self.folder / name).glob("*.*"):
-                _link(file, last / name / file.name)
-        for part, target in (("last", last), ("best", main)):
-            for file in (self.folder / part).glob("*.*"):
-                _link(file, target / file.name)
-
-    def _upload(self, epoch: int) -> None:
-        since = time.perf_counter()
-        try:
-            hub.write_card(self._place / "main", f"hf-hub:{self.repo_id}")
-            hub.write_card(self._place / BRANCH, f"hf-hub:{self.repo_id}@{BRANCH}")
-            message = f"After epoch {epoch}"
-            hub.push(self._place / "main", self.repo_id, private=self.private, message=message)
-            pushed = hub.push(
-                self._place / BRANCH,
-                self.repo_id,
-                revision=BRANCH,
-                message=message,
-                pickles=True,
-                delete=["checkpoints/*"],
-            )
-            values = {"epoch": epoch, "commit": pushed.commit, "seconds": time.perf_counter() - since}
-            self._outcome = "hub_upload", values
-        except Exception as error:  # nothing of the network's stops a training
-            self._outcome = "hub_failed", {"epoch": epoch, "error": reason(error)}
-        finally:
-            shutil.rmtree(self._place, ignore_errors=True)
-
-    def _report(self) -> None:
-        if self._outcome is None:
-            return
-        name, values = self._outcome
-        self._outcome = None
+    def _report(self, name: str, values: dict[str, Any]) -> None:
         self._event(name, values)
         if name == "hub_failed":
             tqdm.write(
-                f"warning: the snapshot after epoch {values['epoch']} was not uploaded: {values['error']}; the "
-                "training goes on, and the next snapshot holds its results too",
+                f"warning: the snapshot after epoch {values['epoch']} was not uploaded: {values['error']}",
                 file=sys.stderr,
             )
+
+
+class _Upload(threading.Thread):
+    """The upload of what was set aside. A daemon, for the end of the program does not wait for the network.
+
+    Attributes:
+        since: When it began, in seconds of `time.monotonic`; `until`: when it ended.
+        commit: Commit of the branch `last`, once it has ended well.
+        error: Why it failed, once it has.
+    """
+
+    def __init__(self, repo_id: str, private: bool, place: Path, epoch: int) -> None:
+        super().__init__(daemon=True, name="hub-upload")
+        self.repo_id, self.private, self.place, self.epoch = repo_id, private, place, epoch
+        self.since = self.until = time.monotonic()
+        self.commit: str | None = None
+        self.error: str | None = None
+
+    def run(self) -> None:
+        main, last, message = self.place / "main", self.place / BRANCH, f"After epoch {self.epoch}"
+        try:
+            hub.write_card(main, f"hf-hub:{self.repo_id}")
+            hub.write_card(last, f"hf-hub:{self.repo_id}@{BRANCH}")
+            hub.push(main, self.repo_id, private=self.private, message=message)
+            options: dict[str, Any] = {"revision": BRANCH, "pickles": True, "delete": ["checkpoints/*"]}
+            self.commit = hub.push(last, self.repo_id, message=message, **options).commit
+        except Exception as error:  # nothing of the network's stops a training
+            self.error = reason(error)
+        finally:
+            self.until = time.monotonic()
+            shutil.rmtree(self.place, ignore_errors=True)
+
+
+def _set_aside(folder: Path, place: Path) -> None:
+    """Copies what is to be uploaded of a run, which the training may replace at any moment."""
+    last, main = place / BRANCH, place / "main"
+    for name in _RECORDS:
+        if (folder / name).is_file():
+            last.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, last / name)
+    newest = Checkpoints(folder / "checkpoints").paths()[-1]
+    _link(newest, last / "checkpoints" / newest.name)
+    for name in _WEIGHTS:
+        for file in (folder / name).glob("*.*"):
+            _link(file, last / name / file.name)
+    for part, target in (("last", last), ("best", main)):
+        for file in (folder / part).glob("*.*"):
+            _link(file, target / file.name)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -156,11 +197,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, target)
 
 
 def fetch_run(source: str, output: Path, experiment: str | None) -> Path:
