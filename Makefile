@@ -25,9 +25,9 @@ train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores);
 	$(BIN)/python tools/train_cls.py --config $(CONFIG) $(ARGS)
 
 # One thread: the tests' models are small, and threads that wait for each other in turns are slow beside other programs.
-# Two processes that take whole files, for what the tests of a file share is made once.
+# Two processes that take whole files, for what the tests of a file share is made once; in the order of tests/conftest.py.
 test: setup  ## Run the tests (up to 15 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
 test-long: setup  ## Run the tests that `make test` leaves out (ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)

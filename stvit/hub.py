@@ -33,11 +33,12 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from stvit.pretrained import create_model, hub_reason
+from stvit.pretrained import create_model, hub_reason, is_of_network
 
 __all__ = [
     "HubError",
     "Pushed",
+    "check_options",
     "check_push",
     "check_repo_id",
     "check_token",
@@ -49,6 +50,7 @@ __all__ = [
     "model_card",
     "push",
     "read_config",
+    "read_file",
     "save",
     "write_card",
 ]
@@ -164,7 +166,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
     config = read_config(folder)
     cfg, details = config["pretrained_cfg"], config.get("stvit", {})
     metrics = details.get("metrics", [])
-    architecture, title = config["architecture"], name.partition(":")[2].split("/")[-1]
+    architecture, title = config["architecture"], Path(name.partition(":")[2]).resolve().name
     is_ours = "stvit" in architecture
     license = license or details.get("license")
     data = ModelCardData(
@@ -320,6 +322,21 @@ def check_repo_id(repo_id: str) -> None:
         raise HubError(f"{repo_id!r} is no name of a repository: give it as ORG/NAME ({error})") from error
 
 
+def check_options(revision: str | None, tag: str | None, create_pr: bool, license: str | None = None) -> None:
+    """Refuses what a push cannot do, before anything is made or asked.
+
+    Raises:
+        HubError: If the options contradict each other, or a name is none.
+    """
+    if create_pr and (tag or revision):
+        raise HubError("a pull request goes to main and has no tag: leave revision and tag out, or the pull request")
+    for kind, name in (("revision", revision), ("tag", tag)):
+        if name is not None and not re.fullmatch(r"(?!.*(\.\.|//|/$|\.$))[A-Za-z0-9_][A-Za-z0-9_./+-]*", name):
+            raise HubError(f"{kind} {name!r} is no name of a branch or tag: use letters, digits and . _ - / +")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise HubError(f"license {license!r} is no identifier of the Hub's, such as mit, apache-2.0 or other")
+
+
 def check_token() -> None:
     """Refuses to go on without a token of the environment or the login.
 
@@ -372,11 +389,10 @@ def push(
         HubError: If it cannot be done.
     """
     files = check_push(folder, repo_id, pickles=pickles)
+    check_options(revision, tag, create_pr)
     check_token()
-    if create_pr and (tag or revision):
-        raise HubError("a pull request goes to main and has no tag: leave revision and tag out, or the pull request")
     api = HfApi(library_name="stvit")
-    with _explained(repo_id, revision, f"{repo_id} is as it was, and the same command goes on"):
+    with _explained(repo_id, revision, f"{repo_id} is as it was, and the same can be pushed again"):
         repo_id = _prepare_repository(api, repo_id, private)
         refs = api.list_repo_refs(repo_id)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
@@ -401,7 +417,7 @@ def push(
             if is_new:
                 api.create_branch(repo_id, branch=branch, revision=head)
         else:
-            commit, url = _commit(api, repo_id, folder, sent, gone, branch, is_new, message, create_pr)
+            commit, url = _commit(api, repo_id, folder, sent, gone, branch, head, is_new, message, create_pr)
     if tag and tag not in tags:
         with _explained(repo_id, revision, f"the files are there as commit {commit}, without the tag"):
             api.create_tag(repo_id, tag=tag, revision=commit)
@@ -457,13 +473,23 @@ def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[s
         api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=list(patterns))
         wrong = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder).mismatches
     except Exception as error:  # of any of the libraries below
-        why, next_step = hub_reason(error, repo_id, revision)
-        raise HubError(f"cannot download {repo_id} (revision {revision or 'main'}): {why}. {next_step}") from error
+        why = hub_reason(error, repo_id, revision, from_cache=False)
+        raise HubError(f"cannot download {repo_id} (revision {revision or 'main'}): {why}") from error
     if wrong:
         files = ", ".join(file["path"] for file in wrong)
         raise HubError(f"{files} of {repo_id} differ from the Hub's record, bits have flipped: download again")
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
     return str(commit)
+
+
+def read_file(repo_id: str, name: str, revision: str | None = None) -> bytes | None:
+    """What a file of a repository holds; None if there is no such repository, revision or file, or no way to ask."""
+    with TemporaryDirectory() as cache:
+        try:
+            path = HfApi(library_name="stvit").hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
+        except Exception:  # of any of the libraries below; who needs the file asks again
+            return None
+        return Path(path).read_bytes()
 
 
 def equal(here: torch.Tensor | None, there: torch.Tensor | None) -> bool:
@@ -525,16 +551,17 @@ def _commit(
     sent: Sequence[str],
     gone: Sequence[str],
     branch: str,
+    head: str | None,
     is_new: bool,
     message: str | None,
     create_pr: bool,
 ) -> tuple[str, str]:
-    """Commit and its URL."""
+    """Commit and its URL. Onto `head` alone: where somebody else has pushed meanwhile nothing is mixed with theirs."""
     additions = [CommitOperationAdd(path, str(folder / path)) for path in sent]
     # Of a branch that is not there yet main takes its place while the files travel.
     api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr)
     if is_new:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        api.create_branch(repo_id, branch=branch, revision=head)
     try:
         info = api.create_commit(
             repo_id,
@@ -542,13 +569,39 @@ def _commit(
             commit_message=message or "Add model",
             revision=branch,
             create_pr=create_pr,
+            parent_commit=head,
         )
-    except Exception:
-        if is_new:
+    except Exception as error:
+        if create_pr:
+            raise
+        now = _head_after(api, repo_id, branch, head, error)
+        if now != head:
+            hashes = _files_there(api, repo_id, now)
+            if all(hashes.get(path) == _hash_as(folder / path, hashes.get(path)) for path in sent):
+                return now, f"{api.endpoint}/{repo_id}/commit/{now}"  # it stands, and only the answer was lost
+        elif is_new:
             with suppress(Exception):  # what was wrong with the commit says more
                 api.delete_branch(repo_id, branch=branch)
         raise
     return info.oid, info.pr_url or info.commit_url
+
+
+def _head_after(api: HfApi, repo_id: str, branch: str, head: str | None, error: Exception) -> str:
+    """The branch's commit after a commit that failed, or whose answer was lost.
+
+    Raises:
+        HubError: If the Hub cannot be asked.
+    """
+    try:
+        return next(ref.target_commit for ref in api.list_repo_refs(repo_id).branches if ref.name == branch)
+    except Exception:
+        if not is_of_network(error):
+            return str(head)  # the Hub has refused it, in an answer
+        why = hub_reason(error, repo_id, branch, from_cache=False)
+        raise HubError(
+            f"cannot push to {repo_id}: {why}; whether the commit arrived all the same cannot be seen: push again, "
+            "which sends nothing if it has"
+        ) from error
 
 
 @contextmanager
@@ -558,5 +611,5 @@ def _explained(repo_id: str, revision: str | None, outcome: str) -> Iterator[Non
     except HubError:
         raise
     except Exception as error:  # of any of the libraries below
-        why, next_step = hub_reason(error, repo_id, revision)
-        raise HubError(f"cannot push to {repo_id}: {why}. {next_step}; {outcome}") from error
+        why = hub_reason(error, repo_id, revision, from_cache=False)
+        raise HubError(f"cannot push to {repo_id}: {why}; {outcome}") from error

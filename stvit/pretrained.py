@@ -30,6 +30,7 @@ __all__ = [
     "damage",
     "explained",
     "hub_reason",
+    "is_of_network",
     "verify",
 ]
 
@@ -69,10 +70,11 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
     """
     if verify and not pretrained:
         raise ValueError("verify=True compares pretrained weights with the Hub's record: it needs pretrained=True")
-    with explained(model_name, _source_of(model_name), kwargs.get("cache_dir")):
-        model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    cfg = {**_source_of(model_name), **(kwargs.get("pretrained_cfg_overlay") or {})}
+    with explained(model_name, cfg, kwargs.get("cache_dir")):
+        model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
     if verify:
-        cfg: Any = model.pretrained_cfg
+        cfg = model.pretrained_cfg
         if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
             raise ValueError(f"verify=True compares with the Hub's record, and {model_name} was not loaded from there")
         _verify(model_name, cfg["hf_hub_id"], kwargs.get("cache_dir"))
@@ -88,15 +90,16 @@ def verify(repo_id: str, revision: str | None = None, cache_dir: str | Path | No
         cache_dir: The cache; None for huggingface_hub's.
 
     Returns:
-        A line for each file that differs, with its path; none if all is well.
+        A line for each file that differs, with the path of what the cache holds of it; none if all is well.
 
     Raises:
         OSError, ValueError: As huggingface_hub raises them, if the Hub cannot be asked or nothing is in the cache.
     """
     found = huggingface_hub.HfApi().verify_repo_checksums(repo_id, revision=revision, cache_dir=cache_dir)
     return [
-        f"{found.verified_path / wrong['path']} ({wrong['algorithm']} {wrong['actual']}, not {wrong['expected']})"
-        for wrong in found.mismatches
+        f"{(found.verified_path / file['path']).resolve()} (its {file['algorithm']} is {file['actual']}, and should be "
+        f"{file['expected']})"
+        for file in found.mismatches
     ]
 
 
@@ -105,14 +108,14 @@ def _verify(model: str, hub_id: str, cache_dir: str | Path | None) -> None:
     try:
         wrong = verify(repo_id, revision or None, cache_dir)
     except Exception as error:
-        why, next_step = hub_reason(error, repo_id, revision)
         raise PretrainedDownloadError(
-            f"{model}: verify=True could not compare with {_repository(repo_id, revision)}: {why}. {next_step}"
+            f"{model}: verify=True could not compare with {_repository(repo_id, revision)}: "
+            f"{hub_reason(error, repo_id, revision, from_cache=False)}"
         ) from error
     if wrong:
         raise PretrainedError(
             f"{model}: files in the cache differ from {_repository(repo_id, revision)}, bits have flipped: "
-            f"{'; '.join(wrong)}. Delete them, and load again to download them anew"
+            f"{'; '.join(wrong)}. Delete what is there, and load again to download it anew"
         )
 
 
@@ -131,9 +134,14 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
     except (PretrainedError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not any(frame.name in _LOADERS for frame in traceback.extract_tb(error.__traceback__)):
+        frames = {
+            frame.f_code.co_name
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__", "").startswith("timm.models.")
+        }
+        if not frames & _LOADERS:
             raise
-        kind, message = _explain(error, cfg, cache_dir)
+        kind, message = _explain(error, cfg, cache_dir, is_of_config="load_pretrained" not in frames)
         raise kind(f"{model}: {message}") from error
 
 
@@ -151,7 +159,7 @@ def _source_of(model_name: str) -> dict[str, Any]:
 
 
 def _explain(
-    error: Exception, cfg: Mapping[str, Any], cache_dir: str | Path | None
+    error: Exception, cfg: Mapping[str, Any], cache_dir: str | Path | None, is_of_config: bool
 ) -> tuple[type[PretrainedError], str]:
     """Type and message, without the model's name."""
     hub_id = cfg.get("hf_hub_id")
@@ -160,15 +168,17 @@ def _explain(
         repo_id, _, revision = str(hub_id).partition("@")
         what = f"cannot load the pretrained weights of {_repository(repo_id, revision)}"
         if not _is_of_content(error):
-            why, next_step = hub_reason(error, repo_id, revision)
-            if isinstance(error, errors.EntryNotFoundError | errors.RepositoryNotFoundError) and not cfg.get("source"):
-                next_step += (
-                    ". Or convert weights that you have, the authors' for example: python -m "
-                    "stvit.tools.convert_checkpoint FILE --output FOLDER makes of them what "
-                    "timm.create_model('local-dir:FOLDER', pretrained=True) loads. STVIT_HUB_NAMESPACE names another "
-                    f"owner of published weights than {repo_id.split('/')[0]!r}"
-                )
-            return PretrainedDownloadError, f"{what}: {why}. {next_step}"
+            message = f"{what}: {hub_reason(error, repo_id, revision)}"
+            if not cfg.get("source"):  # of a tag
+                if isinstance(error, errors.EntryNotFoundError | errors.RepositoryNotFoundError):
+                    message += (
+                        ". Or convert weights that you have, the authors' for example: python -m "
+                        "stvit.tools.convert_checkpoint FILE --output FOLDER makes of them what "
+                        "timm.create_model('local-dir:FOLDER', pretrained=True) loads"
+                    )
+                owner = repo_id.rpartition("/")[0]
+                message += f". STVIT_HUB_NAMESPACE names another owner of the weights than {owner!r}"
+            return PretrainedDownloadError, message
         path = _cached(repo_id, revision, cfg.get("hf_hub_filename"), cache_dir)
         again = "delete it and load again; if that does not help, its owner must push it again"
     else:
@@ -178,23 +188,22 @@ def _explain(
         wanted = f": there is no such file, or no config.json in it ({error})" if str(error) else ": there is no file"
         return PretrainedDownloadError, f"{what}{wanted}. Give the path of what holds the weights"
     if isinstance(error, OSError):
-        why, next_step = hub_reason(error, str(given), "")
-        return PretrainedDownloadError, f"{what}: {why}. {next_step}"
+        return PretrainedDownloadError, f"{what}: {hub_reason(error, str(given))}"
     found = None if path is None else damage(path)
-    if found is not None:
-        return PretrainedError, f"{what}: {path} {found}; {again}"
+    if path is not None and found is not None:
+        # What is to be deleted is the file, and not the cache's link to it.
+        return PretrainedError, f"{what}: {path.resolve()} {found}; {again}"
     code = _code(error)
     if code is not None:
         return PretrainedError, (
             f"{what}: the file wants to run {code}, and no code of a file of weights is run. Ask its owner for "
             "safetensors, or convert a checkpoint with python -m stvit.tools.convert_checkpoint"
         )
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return PretrainedError, f"{what}: config.json is no JSON ({_one_line(error)}); it must be pushed again"
-    if isinstance(error, KeyError):
-        return PretrainedError, f"{what}: config.json lacks {error}, which timm needs; it must be pushed again"
+    if is_of_config:
+        lack = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({_one_line(error)})"
+        return PretrainedError, f"{what}: its config.json {lack}; it must be made or pushed again"
     if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
-        at = f"{path} " if path is not None else "the file "
+        at = f"{path.resolve()} " if path is not None else "the file "
         return PretrainedError, f"{what}: {at}is damaged ({_one_line(error)}); {again}"
     return PretrainedError, f"{what}: {_one_line(error)}"
 
@@ -217,16 +226,17 @@ def _code(error: Exception) -> str | None:
     return next(filter(None, found.groups())) if found else "code"
 
 
-def hub_reason(error: BaseException, repo_id: str, revision: str | None = None) -> tuple[str, str]:
+def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, *, from_cache: bool = True) -> str:
     """Why a request to the Hub failed, and what to do.
 
     Args:
         error: What huggingface_hub, or a library below it, raised.
         repo_id: 'org/name' of the repository it was about.
         revision: Branch, tag or commit; None or '' for main.
+        from_cache: Whether the cache would have served as well.
 
     Returns:
-        Reason and next step, each without a full stop. Neither holds the token.
+        Reason and next step, without the last full stop, and without the token.
     """
     chain = _chain(error)
     status = next((code for code in map(_status, chain) if code is not None), None)
@@ -234,59 +244,68 @@ def hub_reason(error: BaseException, repo_id: str, revision: str | None = None) 
     def find(*kinds: type[BaseException]) -> BaseException | None:
         return next((link for link in chain if isinstance(link, kinds)), None)
 
-    has_token = bool(get_token())
-    login = "Log in with `hf auth login`, or set HF_TOKEN, of an account that may read it"
     if find(errors.HFValidationError):
-        return f"{repo_id!r} is no name of a repository ({_one_line(error)})", "Give it as ORG/NAME"
+        return f"{repo_id!r} is no name of a repository: give it as ORG/NAME"
     if find(errors.GatedRepoError):
-        return "access to it must be asked for", f"Ask for it at {constants.ENDPOINT}/{repo_id}, and log in"
+        return f"access to it must be asked for. Ask for it at {constants.ENDPOINT}/{repo_id}, and log in"
     if status == 401 and "invalid credentials" in str(error).lower():
         return (
-            "the Hub does not know the token that was sent (HF_TOKEN or the login)",
-            "Log in again with `hf auth login`, or set HF_TOKEN to a token that is valid",
+            "the Hub does not know the token that was sent (HF_TOKEN or the login). Log in again with `hf auth login`, "
+            "or set HF_TOKEN to a token that is valid"
         )
     if find(errors.RepositoryNotFoundError) or status == 401:
-        if has_token:
-            who = "it does not exist, or is private and the token in use may not read it"
-            return who, "Check the name, or log in (`hf auth login`, HF_TOKEN) with an account that may read it"
-        return "it does not exist, or is private and no token was sent", f"Check the name. {login}"
+        token = "the token in use may not read it" if get_token() else "no token was sent"
+        return (
+            f"it does not exist, or is private and {token}. Check the name, or log in with `hf auth login`, or set "
+            "HF_TOKEN, of an account that may read it"
+        )
     if find(errors.RevisionNotFoundError):
-        return f"it has no revision {revision or 'main'!r}", "Give a branch, tag or commit that it has"
+        return f"it has no revision {revision or 'main'!r}. Give a branch, tag or commit that it has"
     missing = find(errors.RemoteEntryNotFoundError)
     if missing is not None:
         file = str(getattr(getattr(missing, "response", None), "url", "")).rsplit("/", 1)[-1].partition("?")[0]
-        return f"the file {file or 'of the weights'} is missing there", "Its owner must push it"
+        return f"the file {file or 'of the weights'} is missing there. Its owner must push it"
     if status == 403:
         return (
-            f"the Hub forbids it (403: {_server_message(chain)})",
-            "Log in with a token that has the right, for writing one of the kind 'write'",
+            f"the Hub forbids it (403: {_server_message(chain)}). Log in with a token that has the right, for writing "
+            "one of the kind 'write'"
         )
+    if status == 412:
+        return "somebody else has pushed there meanwhile. Look at what it is, and push again"
     if status is not None:
-        return (
-            f"the Hub answered with status {status} ({_server_message(chain)})",
-            "Try again later" if status >= 500 or status == 429 else "See what it says",
-        )
+        later = ". Try again later" if status >= 500 or status == 429 else ""
+        return f"the Hub answered with status {status} ({_server_message(chain)}){later}"
     if find(errors.OfflineModeIsEnabled):
+        if not from_cache:
+            return "offline mode is on (HF_HUB_OFFLINE). This needs the Hub: unset it"
         return (
-            f"offline mode is on (HF_HUB_OFFLINE) and it is not in the cache, {constants.HF_HUB_CACHE}",
-            "Go online once to download it (unset HF_HUB_OFFLINE), or copy the cache of a machine that has it there",
+            f"offline mode is on (HF_HUB_OFFLINE) and it is not in the cache, {constants.HF_HUB_CACHE}. Go online once "
+            "to download it (unset HF_HUB_OFFLINE), or copy the cache of a machine that has it there"
         )
     if find(errors.FileMetadataError):
         return (
-            f"what answers at {constants.ENDPOINT} is no Hub",
-            "Check HF_ENDPOINT, and whether a proxy or a login page of the network answers instead",
+            f"what answers at {constants.ENDPOINT} is no Hub. Check HF_ENDPOINT, and whether a proxy or a login page "
+            "of the network answers instead"
         )
-    if any(_is_http(link) or isinstance(link, ConnectionError | TimeoutError) for link in chain):
+    if is_of_network(error):
         return (
-            f"{constants.ENDPOINT} cannot be reached, or the connection broke ({_one_line(chain[-1])})",
-            "Check the network, the proxy and HF_ENDPOINT, and give the same command again; what was loaded whole "
-            "is kept, and HF_HUB_OFFLINE=1 uses the cache alone",
+            f"{constants.ENDPOINT} cannot be reached, or the connection broke ({_one_line(chain[-1])}). Check the "
+            "network, the proxy and HF_ENDPOINT, and give the same command again"
+            + ("; HF_HUB_OFFLINE=1 uses the cache alone" if from_cache else "")
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full", f"Make room there, or set HF_HOME to a disk that has it: {constants.HF_HUB_CACHE}"
+        return f"the disk is full. Make room there, or set HF_HOME to a disk that has it: {constants.HF_HUB_CACHE}"
     if "Consistency check failed" in str(error):
-        return "the file came truncated", "Give the same command again"
-    return _one_line(error), "See what it says"
+        return "the file came truncated. Give the same command again"
+    return _one_line(error)
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether no answer came: the Hub cannot be reached, or the connection broke."""
+    chain = _chain(error)
+    return all(_status(link) is None for link in chain) and any(
+        _is_http(link) or isinstance(link, ConnectionError | TimeoutError) for link in chain
+    )
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -26,7 +26,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -585,10 +584,26 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
     problems += [f"left-over key {name}" for name in left]
     if problems:
         shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
-        variant = find_variant(state_dict)
-        hint = f"they are those of {variant}: create that" if variant is not None else "is it the right variant?"
-        raise RuntimeError(f"The weights do not fit the model ({len(problems)} mismatches, {hint}): {shown}")
+        mismatches = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
+        raise RuntimeError(f"The weights do not fit the model ({mismatches}, {_hint(state_dict, model)}): {shown}")
     return out_dict
+
+
+def _hint(state_dict: Mapping[str, Any], model: STViT) -> str:
+    """What weights that do not fit a model are of instead."""
+    variant = find_variant(state_dict)
+    if variant is None:
+        return "is it the right variant?"
+    if variant != getattr(model, "pretrained_cfg", {}).get("architecture"):
+        return f"they are those of {variant}: create that"
+    classifier = state_dict.get("head.fc.weight", state_dict.get("head.weight"))
+    classes = 0 if classifier is None else len(classifier)
+    if classes != model.num_classes:
+        return (
+            f"they have {classes} classes: load them by a name whose config.json says so, hf-hub:… or local-dir:…, or "
+            f"with pretrained_cfg_overlay=dict(num_classes={classes})"
+        )
+    return f"they are those of {variant} as it is: was it created with other arguments?"
 
 
 def find_variant(state_dict: Mapping[str, Any]) -> str | None:
@@ -677,22 +692,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
 
-def _hub_namespace() -> str:
-    """Owner of the published weights on the Hub; another owner of weights needs no code."""
-    namespace = os.environ.get("STVIT_HUB_NAMESPACE") or "stvit"
-    try:
-        validate_repo_id(f"{namespace}/stvit_small.in1k")
-    except HFValidationError as error:
-        raise ValueError(
-            f"STVIT_HUB_NAMESPACE must be a user or an organization of the Hub, such as stvit, got {namespace!r}"
-        ) from error
-    return namespace
-
+# Owner of the published weights on the Hub; another owner of weights needs no code.
+HUB_NAMESPACE = os.environ.get("STVIT_HUB_NAMESPACE") or "stvit"
 
 default_cfgs = generate_default_cfgs(
     {
         # By the file's name timm looks for no pickle beside it.
-        tag: {"hf_hub_id": f"{_hub_namespace()}/{tag}", "hf_hub_filename": "model.safetensors", **cfg}
+        tag: {"hf_hub_id": f"{HUB_NAMESPACE}/{tag}", "hf_hub_filename": "model.safetensors", **cfg}
         for tag, cfg in {
             "stvit_small.in1k": _cfg(license="mit"),
             "stvit_small.in1k_384": _cfg(license="mit", **_CFG_384),

@@ -23,6 +23,14 @@ os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Files of one long test each: begun last they would keep one process waiting for the other.
+LONG_FILES = ("test_timm.py", "test_ultralytics.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ OWNER, READER, STRANGER = "hf_owner_secret", "hf_reader_secret", "hf_stranger_se
 
 _PREFIXES = {"model": "", "dataset": "datasets/"}
 _LFS = (".safetensors", ".pt", ".bin", ".pth", ".png", ".jpg")
-_FAULTS = re.compile(r"cut|reset|truncate|flip|pointer|html|hang|slow:[0-9.]+|status:[1-5]\d\d")
+_FAULTS = re.compile(r"cut|reset|lost|truncate|flip|pointer|html|hang|slow:[0-9.]+|status:[1-5]\d\d")
 _PAGE = b"<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in to use this network.</body></html>\n"
 # What would lead a process elsewhere, or keep it from asking at all.
 _LEFT_OUT = (
@@ -271,6 +271,9 @@ class _Handler(BaseHTTPRequestHandler):
             reply = _RefusedError(int(value), f"A fault of the test: {value}").reply
         else:
             reply = _part(_spoiled(hub._answer(self.command, self.path, body, who), fault), self.headers.get("Range"))
+        if fault == "lost":
+            hub._log(self.command, self.path, 0, who)
+            return self._hang_up("reset")
         # Before it is sent, or a test could look before it is there.
         hub._log(self.command, self.path, reply.status, who)
         self.send_response(reply.status)
@@ -398,7 +401,8 @@ class Hub:
         Args:
             pattern: Searched in "METHOD /path?query" as sent, quoted.
             how: "cut" (half of the body, of the answer or of an upload, then the connection's end, as by a proxy
-                that gives up; "reset" the same as by a network that breaks), "slow:SECONDS", "status:CODE",
+                that gives up; "reset" the same as by a network that breaks), "lost" (done, without an answer),
+                "slow:SECONDS", "status:CODE",
                 "truncate" (half, with headers that agree), "flip" (one bit), "pointer" (the text Git LFS keeps in
                 place of a file), "html" (the page of a captive portal), or "hang" (until `heal`).
             times: So many requests, then no more. A download is HEAD and GET: "cut", "reset" and "flip" leave HEAD

@@ -101,26 +101,50 @@ def test_authors_checkpoint(
     assert names["model"].num_classes == 1000
 
 
-def test_published_variant_at_both_sizes(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Layer scale, which the shapes of base and large have; the size is in the flags of the run, or given."""
+def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layer scale, which the shapes of base have; that they are the published ones is said, and not guessed."""
     authors(tmp_path / "base.pth", "stvit_base", input_size=224)
     folder = convert(tmp_path / "base.pth", "--use-ema")
-    assert "stvit_base.in1k: 51,691,288 parameters" in capsys.readouterr().out
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architecture"] == "stvit_base" and config["pretrained_cfg"]["input_size"] == [3, 224, 224]
+    said = capsys.readouterr().out
+    assert "stvit_base: 51,691,288 parameters" in said
+    assert "if these are the authors' published weights, --model stvit_base.in1k says so in the card" in said
     card = (folder / "README.md").read_text()
-    assert "license: mit" in card and "- imagenet-1k" in card
-    assert "| top-1 | 84.80 % | ImageNet-1k | by the authors, as the paper gives it; not measured again" in card
+    assert "Not measured." in card and "imagenet" not in card.lower() and "license: not stated" in card
 
-    authors(tmp_path / "small.pth", "stvit_small", input_size=384)
-    folder = convert(tmp_path / "small.pth", "--use-ema", name="384")
-    assert "stvit_small.in1k_384: " in capsys.readouterr().out
-    cfg = loaded(folder).pretrained_cfg
-    assert (cfg["input_size"], cfg["crop_pct"]) == ((3, 384, 384), 1.0) and "85.00 %" in (
-        folder / "README.md"
-    ).read_text()
-    given = convert(tmp_path / "small.pth", "--use-ema", "--img-size=224", name="224")
-    assert "83.60 %" in (given / "README.md").read_text()
+    authors(tmp_path / "small.pth", "stvit_small")
+    for tag, size, top1, crop in (("in1k", 224, "83.60", 0.875), ("in1k_384", 384, "85.00", 1.0)):
+        folder = convert(tmp_path / "small.pth", "--use-ema", f"--model=stvit_small.{tag}", name=tag)
+        assert f"stvit_small.{tag}: 25,495,624 parameters" in capsys.readouterr().out
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architecture"] == "stvit_small" and config["pretrained_cfg"]["input_size"] == [3, size, size]
+        assert config["pretrained_cfg"]["crop_pct"] == crop
+        card = (folder / "README.md").read_text()
+        assert "license: mit" in card and "- imagenet-1k" in card
+        assert f"| top-1 | {top1} % | ImageNet-1k | by the authors, as the paper gives it; not measured again" in card
+
+    model = timm.create_model("stvit_small", num_classes=10)
+    torch.save({"model": official(model)}, tmp_path / "ten.pth")
+    output = f"--output={tmp_path / 'new'}"
+    assert "cannot be the published stvit_small.in1k, of 1000 classes and images of 3x224x224: it has 10" in refused(
+        capsys, tmp_path / "ten.pth", output, "--model=stvit_small.in1k"
+    )
+    flags = ["--use-ema", "--model=stvit_small.in1k", "--img-size=96"]
+    assert "it has 1000 classes and 3x96x96" in refused(capsys, tmp_path / "small.pth", output, *flags)
+
+
+def test_flags_of_the_run(convert: Convert, tmp_path: Path) -> None:
+    authors(tmp_path / "w.pth", input_size=96, mean=(0.5, 0.5, 0.5), interpolation="bilinear", crop_pct=0.9)
+    cfg = loaded(convert(tmp_path / "w.pth", "--use-ema")).pretrained_cfg
+    assert (cfg["input_size"], cfg["interpolation"], cfg["crop_pct"]) == ((3, 96, 96), "bilinear", 0.9)
+    assert list(cfg["mean"]) == [0.5] * 3
+    cfg = loaded(convert(tmp_path / "w.pth", "--use-ema", "--img-size=64", name="given")).pretrained_cfg
+    assert cfg["input_size"] == (3, 64, 64)
+    # What makes no sense there is as if it were not there.
+    authors(
+        tmp_path / "w.pth", input_size="big", mean="foo", std=["a"], crop_pct=None, interpolation="none", in_chans=[]
+    )
+    cfg = loaded(convert(tmp_path / "w.pth", "--use-ema", name="odd")).pretrained_cfg
+    assert cfg["input_size"] == (3, 160, 160) and cfg["interpolation"] == "bicubic"
 
 
 def test_checkpoint_of_timms_training(convert: Convert, tmp_path: Path) -> None:
@@ -185,20 +209,32 @@ def test_hostile_files_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     for content in (pickle.dumps({"model": evil}), pickle.dumps(evil, protocol=0)):
         source.write_bytes(content)
         assert "it wants to run posix.mkdir" in refused(capsys, source, output)
-    torch.save({"model": evil}, source, _use_new_zipfile_serialization=False)
-    assert "it wants to run posix.mkdir" in refused(capsys, source, output)
+    weights = timm.create_model("test_stvit").state_dict()
+    torch.save({"model": weights, "x": evil}, source, _use_new_zipfile_serialization=False)
+    assert "it wants to run posix.mkdir, and" in refused(capsys, source, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
 
 
 def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "w.pth", f"--output={tmp_path / 'out'}"
     assert f"{source}: there is no such file or folder" in refused(capsys, source, output)
-    source.write_bytes(b"nothing")
-    assert f"cannot read weights from {source}" in refused(capsys, source, output)
+    for content, said in (
+        (b"nothing", "it is no file of weights, or a damaged one"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ):
+        source.write_bytes(content)
+        assert f"cannot read weights from {source}: {said}" in refused(capsys, source, output)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), source)
+    assert "it is a TorchScript program" in refused(capsys, source, output)
+    for nameless in ({1: torch.ones(2)}, {"model": {1: torch.ones(2)}}):
+        torch.save(nameless, source)
+        assert f"cannot read weights from {source}: " in refused(capsys, source, output)
     torch.save(torch.ones(3), source)
     assert "it holds a Tensor, not weights by name" in refused(capsys, source, output)
     weights = timm.create_model("test_stvit").state_dict()
     torch.save(weights, source)
+    assert "'A b' is no identifier of the Hub's" in refused(capsys, source, output, "--license=A b")
     assert "holds no moving average" in refused(capsys, source, output, "--use-ema")
     assert "mismatches, they are those of test_stvit" in refused(capsys, source, output, "--model=stvit_pico")
     assert "did you mean stvit_pico" in refused(capsys, source, output, "--model=stvit_pic")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from timm.models import adapt_input_conv
 import stvit
 from stvit import PretrainedDownloadError, PretrainedError
 from stvit import hub as hub_module
-from stvit.stvit import _hub_namespace, find_variant
+from stvit.stvit import find_variant
 
 REPO = "stvit/test_stvit.in1k"
 CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"
@@ -154,12 +155,6 @@ def test_a_user_of_another_namespace_in_a_process_of_its_own(hub: Hub, folder: P
     assert said.stdout.split() == ["org/test_stvit.in1k", "org/stvit_large.in1k_384"], said.stderr
 
 
-def test_a_namespace_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STVIT_HUB_NAMESPACE", "a/b")
-    with pytest.raises(ValueError, match="STVIT_HUB_NAMESPACE must be a user or an organization"):
-        _hub_namespace()
-
-
 # What fails
 
 
@@ -285,13 +280,23 @@ def test_flipped_bits_are_found_by_the_checksum(published: Hub, weights: dict[st
     model = stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
     assert not as_is(model, weights)  # loads in silence, which is what the check is for
     for name in (f"hf-hub:{REPO}", "test_stvit"):
-        with pytest.raises(PretrainedError, match=f"{REPO}.*bits have flipped: .*model.safetensors .sha256 ") as caught:
+        with pytest.raises(PretrainedError, match=rf"{REPO}.*bits have flipped: \S+ .its sha256 is ") as caught:
             stvit.create_model(name, pretrained=True, verify=True)
-        assert "Delete them, and load again" in str(caught.value)
+    # What it says to delete is enough.
+    assert "Delete what is there, and load again" in str(caught.value)
     published.heal()
-    shutil.rmtree(constants.HF_HUB_CACHE)
+    Path(re.findall(r"flipped: (\S+) ", str(caught.value))[0]).unlink()
     model = stvit.create_model(f"hf-hub:{REPO}", pretrained=True, verify=True, features_only=True)
     assert len(model(torch.randn(1, 3, 64, 64))) == 4
+
+
+def test_a_damaged_download_is_gone_once_it_is_deleted(published: Hub, weights: dict[str, torch.Tensor]) -> None:
+    published.fail("model.safetensors$", "truncate")
+    said = fails(kind=PretrainedError)
+    published.heal()
+    assert fails(kind=PretrainedError) == said  # the cache knows no better
+    Path(re.findall(r": (\S+) is truncated", said)[0]).unlink()
+    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)
 
 
 def test_verify_says_when_it_cannot(published: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +306,9 @@ def test_verify_says_when_it_cannot(published: Hub, folder: Path, monkeypatch: p
         stvit.create_model(f"local-dir:{folder}", pretrained=True, verify=True)
     stvit.create_model("test_stvit", pretrained=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PretrainedDownloadError, match=r"verify=True could not compare.*offline mode is on"):
+    with pytest.raises(
+        PretrainedDownloadError, match=r"verify=True could not compare.*offline mode is on.*This needs the Hub"
+    ):
         stvit.create_model("test_stvit", pretrained=True, verify=True)
 
 
@@ -313,7 +320,22 @@ def test_wrong_variant_and_wrong_shapes(hub: Hub, weights: dict[str, torch.Tenso
     own = {**weights, "stages.1.blocks.0.norm1.weight": torch.ones(33)}
     hub.commit(REPO, {"model.safetensors": save(own)})
     said = fails(kind=PretrainedError)
-    assert "(1 mismatches, is it the right variant?): key stages.1.blocks.0.norm1.weight has shape (33,)" in said
+    assert "(1 mismatch, is it the right variant?): key stages.1.blocks.0.norm1.weight has shape (33,)" in said
+
+
+def test_own_weights_under_a_tags_name_say_how_they_load(hub: Hub) -> None:
+    """A company's, by STVIT_HUB_NAMESPACE: of other classes than the tag's, or made with other arguments."""
+    own = timm.create_model("test_stvit", num_classes=10).state_dict()
+    hub.create_repo(REPO)
+    hub.commit(REPO, {"model.safetensors": save(own)})
+    said = fails(kind=PretrainedError)
+    assert "they have 10 classes: load them by a name whose config.json says so" in said
+    assert "pretrained_cfg_overlay=dict(num_classes=10)" in said
+    assert as_is(timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay={"num_classes": 10}), own)
+    hub.commit(REPO, {"model.safetensors": save(timm.create_model("test_stvit").state_dict())})
+    assert "they are those of test_stvit as it is: was it created with other arguments?" in fails(
+        kind=PretrainedError, depths=(2, 1, 1, 1)
+    )
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 4}], ids=str)
@@ -358,9 +380,9 @@ def test_code_in_a_pickle_is_not_run(published: Hub, folder: Path, tmp_path: Pat
 
 def test_config_that_cannot_be_read(published: Hub) -> None:
     published.commit(REPO, {"config.json": b"{"})
-    assert "config.json is no JSON" in fails(f"hf-hub:{REPO}", PretrainedError)
+    assert "its config.json cannot be read (Expecting" in fails(f"hf-hub:{REPO}", PretrainedError)
     published.commit(REPO, {"config.json": b'{"pretrained_cfg": {}}'})
-    assert "config.json lacks 'architecture'" in fails(f"hf-hub:{REPO}", PretrainedError)
+    assert "its config.json lacks 'architecture'" in fails(f"hf-hub:{REPO}", PretrainedError)
 
 
 def test_full_disk(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,8 +415,21 @@ def test_what_is_not_about_weights_stays_as_it_is(published: Hub) -> None:
         stvit.create_model("org/name", pretrained=True)
 
 
+def test_a_callers_own_function_is_not_timms(folder: Path) -> None:
+    def load_pretrained() -> None:
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"), stvit.pretrained.explained("net", {"file": "x"}):
+        load_pretrained()
+    with pytest.raises(RuntimeError, match="test_resnet: cannot load pretrained weights from the state_dict given: "):
+        overlay = {"state_dict": load_file(folder / "model.safetensors")}
+        stvit.create_model("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_names_that_are_none(hub: Hub) -> None:
-    assert "'a b' is no name of a repository" in fails("hf-hub:a b")
+    assert "'a b' is no name of a repository: give it as ORG/NAME" in fails("hf-hub:a b")
+    said = fails(pretrained_cfg_overlay={"hf_hub_id": "a/b/test_stvit.in1k"})  # as STVIT_HUB_NAMESPACE=a/b makes it
+    assert "is no name of a repository: give it as ORG/NAME. STVIT_HUB_NAMESPACE names another owner" in said
 
 
 # Which model weights are of

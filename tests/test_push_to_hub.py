@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from hub_server import OWNER, READER, STRANGER, Hub
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load, load_file, save_file
 
 import stvit
@@ -159,6 +159,9 @@ def test_dry_run_sends_nothing(
     for file in out.iterdir():
         assert re.search(rf"{file.stat().st_size:,} bytes  sha256 {hub_module.file_sha256(file)}  {file.name}\n", said)
     assert (out / "README.md").read_text() in said and "nothing was sent" in said
+    push(folder, "--dry-run", "--license=apache-2.0")  # again, in place of it
+    assert "license: apache-2.0" in (out / "README.md").read_text()
+    (out / "own.txt").write_text("mine")
     assert "is there already: choose another" in push(folder, "--dry-run", fails=True)
     push(folder, "--dry-run", f"--output={tmp_path / 'elsewhere'}")
     assert len(list((tmp_path / "elsewhere").iterdir())) == 3 and hub.requests == []
@@ -197,7 +200,17 @@ def test_pull_request(hub: Hub, folder: Path, push: Push) -> None:
     now = hub.refs(REPO)
     assert now["main"] == refs["main"] and "license: mit" in hub.files(REPO, now["refs/pr/1"])["README.md"].decode()
     assert f"loaded back by commit {now['refs/pr/1']}" in said and "/discussions/1" in said
-    assert "leave revision and tag out" in push(folder, "--create-pr", "--tag=v1", fails=True)
+    assert "nothing to push" in (said := push(folder, "--create-pr")) and "no pull request was made" in said
+    count = len(hub.requests)
+    for flags, why in (
+        (["--create-pr", "--tag=v1"], "leave revision and tag out"),
+        (["--tag=a b"], "tag 'a b' is no name of a branch or tag"),
+        (["--revision=../x"], "revision '../x' is no name"),
+        (["--license=a: b"], "license 'a: b' is no identifier"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            assert why in push(folder, *flags, *dry, fails=True)
+    assert len(hub.requests) == count
 
 
 def test_private(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +268,55 @@ def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push:
     save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
     hub.fail(*fault.split())
     said = push(folder, "--revision=other" if "main" not in fault else "--tag=v1", fails=True)
-    assert f"cannot push to {REPO}: " in said and "is as it was, and the same command goes on" in said
+    assert f"cannot push to {REPO}: " in said and "is as it was, and the same can be pushed again" in said
     assert hub.files(REPO) == before and hub.refs(REPO) == refs
     hub.heal()
     assert "pushed 2 files" in push(folder)
+
+
+def test_a_commit_whose_answer_is_lost_has_arrived(hub: Hub, folder: Path, push: Push) -> None:
+    for revision in ("main", "new"):
+        hub.fail(f"POST .*/commit/{revision}", "lost")
+        assert "pushed" in push(
+            folder, "--license=mit" if revision == "new" else "--message=first", f"--revision={revision}"
+        )
+        hub.heal()
+        assert hub.files(REPO, revision)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert len(hub.history(REPO, "new")) == len(hub.history(REPO)) + 1
+    # Nor can it be seen whether it has.
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
+    hub.fail("POST .*/commit/", "lost")
+    hub.fail("GET .*/refs", "slow:0", times=1)
+    hub.fail("GET .*/refs", "status:500")
+    assert "whether the commit arrived all the same cannot be seen" in push(folder, fails=True)
+    hub.heal()
+    assert "nothing to push" in push(folder)
+
+
+def test_what_somebody_else_pushes_meanwhile_stays(
+    hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder)
+    prepare = HfApi.preupload_lfs_files
+
+    def meanwhile(branch: str) -> None:
+        def preupload(*args: Any, **kwargs: Any) -> None:
+            prepare(*args, **kwargs)
+            if branch not in hub.refs(REPO):
+                HfApi().create_branch(REPO, branch=branch)
+            hub.commit(REPO, {"theirs.txt": b"theirs"}, revision=branch)
+
+        monkeypatch.setattr(HfApi, "preupload_lfs_files", preupload)
+
+    for branch in ("main", "dev"):
+        meanwhile(branch)
+        said = push(folder, "--license=mit", f"--revision={branch}", fails=True)
+        assert f"cannot push to {REPO}: " in said
+        assert hub.files(REPO, branch)["theirs.txt"] == b"theirs" and "theirs.txt" not in str(said)
+        assert b"license: mit" not in hub.files(REPO, branch)["README.md"]
+    meanwhile("main")
+    assert "somebody else has pushed there meanwhile" in push(folder, "--license=mit", fails=True)
 
 
 def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: Path, push: Push) -> None:

@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 from hub_server import OWNER, STRANGER, Hub
-from safetensors.torch import load
 
 import stvit
 from stvit.tools import train_cls
@@ -159,7 +158,7 @@ def test_a_hub_that_never_answers(
     hub.fail("POST .*/commit/main", "hang")
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stvit.tools.train_cls", *FLAGS, f"--data-dir={digits_folder}", "--epochs=1"]
-    more = [f"--output={tmp_path}", "--experiment=hung", f"--hub-repo={REPO}"]
+    more = [f"--output={tmp_path}", "--experiment=hung", "--hub-repo=org/hung"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, *more], env=env, **pipes)
     count = len(hub.requests)
@@ -195,6 +194,13 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
     assert "is there already: go on with it by --resume auto --experiment it" in refused(
         f"--resume=hf-hub:{REPO}@last", output=tmp_path
     )
+    content = next(content for name, content in hub.files(REPO, "last").items() if name.startswith("checkpoints/"))
+    hub.commit(REPO, {"checkpoints/00001-00000000.pt": content[:-200]}, revision="last")
+    assert "is damaged" in refused(f"--resume=hf-hub:{REPO}@last")
+    torch.save({"progress": {}, "model": {}}, tmp_path / "odd.pt")
+    hub.commit(REPO, {"checkpoints/00001-00000000.pt": (tmp_path / "odd.pt").read_bytes()}, revision="last")
+    assert "is not a checkpoint of this program" in refused(f"--resume=hf-hub:{REPO}@last")
+    hub.commit(REPO, {"checkpoints/00001-00000000.pt": content}, revision="last")
     hub.fail("GET .*checkpoints", "flip")
     assert "differ from the Hub's record, bits have flipped" in refused(f"--resume=hf-hub:{REPO}@last")
     hub.heal()
@@ -204,15 +210,40 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
     assert (out / "outside/best").is_dir() and not (tmp_path / "outside").exists()
 
 
-def test_best_of_the_hub_is_a_whole_model(hub: Hub, train: Train, tmp_path: Path) -> None:
-    """A second run under the same name replaces it; the card that a person has changed stays."""
-    train(tmp_path, "--epochs=1", "--experiment=a", f"--hub-repo={REPO}")
+def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> None:
+    """Another one is refused before it trains; a card that a person has changed stays."""
+    flags = ["--experiment=a", f"--hub-repo={REPO}", "--hub-every=1"]
+    train(tmp_path, "--epochs=2", *flags)
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
-    train(tmp_path, "--epochs=1", "--experiment=b", "--seed=5", f"--hub-repo={REPO}")
+    before = hub.refs(REPO)
+    said = train(tmp_path, "--epochs=2", "--experiment=b", f"--hub-repo={REPO}", status=1)
+    assert f"{REPO} holds a run already: go on with it by --resume hf-hub:{REPO}@last, or choose another" in said
+    train(tmp_path, "--epochs=2", "--experiment=c", "--seed=5", "--checkpoint-steps=1")
+    (tmp_path / "c/summary.csv").unlink()
+    [checkpoint] = (tmp_path / "c/checkpoints").glob("00002*")
+    checkpoint.unlink()
+    other = ["--experiment=c", "--seed=5", "--resume=auto", f"--hub-repo={REPO}"]
+    assert f"{REPO} holds another run, with another seed: choose" in train(tmp_path, "--epochs=2", *other, status=1)
+    assert hub.refs(REPO) == before
+    # The same once more, on another machine: it goes on being uploaded.
+    train(tmp_path / "new", "--epochs=2", f"--resume=hf-hub:{REPO}@last", f"--hub-repo={REPO}")
     assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
-    weights = load(hub.files(REPO)["model.safetensors"])
-    own = timm.create_model(f"local-dir:{tmp_path / 'b/best'}", pretrained=True).state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in own.items())
+
+
+def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Path) -> None:
+    flags = ["--epochs=1", "--experiment=it", f"--hub-repo={REPO}"]
+    hub.fail("POST .*/commit/", "status:500", times=1)
+    assert "warning: the snapshot after epoch 1 was not uploaded" in train(tmp_path / "a", *flags)
+    assert hub.refs(REPO)["last"] == events(tmp_path / "a/it", "hub_upload")[-1]["commit"]  # at the second attempt
+    hub.fail("POST .*/commit/", "status:500")
+    flags[-1] = "--hub-repo=org/other"
+    said = train(tmp_path / "b", *flags)
+    assert "org/other lacks the end of the run: the same command with --resume auto uploads it" in said
+    hub.heal()
+    for _ in range(2):
+        assert "is finished: 1 epochs are done" in train(tmp_path / "b", *flags, "--resume=auto")
+        assert hub.files("org/other")["model.safetensors"] == (tmp_path / "b/it/best/model.safetensors").read_bytes()
+    assert len(hub.history("org/other")) == 2
 
 
 @pytest.mark.long

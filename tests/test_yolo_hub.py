@@ -18,7 +18,7 @@ from ultralytics.utils import ASSETS
 
 from stvit import PretrainedDownloadError, PretrainedError
 from stvit.adapters.yolo import YOLO
-from stvit.adapters.yolo.hub import open_safely
+from stvit.adapters.yolo.hub import _without_paths, open_safely
 from stvit.tools import push_to_hub
 from stvit.tools import yolo as yolo_command
 
@@ -103,6 +103,8 @@ def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Pa
         str(Path(place)).encode() in hub.files(REPO)["model.pt"]
         for place in (photos.parent, run, Path.home(), Path.cwd())
     )
+    for place in ({"data": [r"C:\\Users\\bob\\a.yaml", "../bob/b.yaml"]}, {"cfg": Path("/home/bob/c.yaml")}):
+        assert "bob" not in str(_without_paths(place)) and ".yaml" in str(_without_paths(place))
     published = torch.load(YOLO(f"hf-hub:{REPO}").ckpt_path, weights_only=False)
     assert published["optimizer"] is None and published["train_args"]["data"] == "photos.yaml"
 
@@ -189,6 +191,47 @@ def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None
             open_safely(evil)
     finally:
         del sys.modules["timm.models.evil"]
+
+
+def test_no_code_is_run_when_a_detector_is_built_anew(
+    hub: Hub, run: Path, push: Push, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training builds it from its configuration, of which Ultralytics evaluates a part."""
+    harm, evil = tmp_path / "harm", tmp_path / "evil.pt"
+    hub.create_repo("org/evil")
+    code = f"__import__('os').mkdir({str(harm)!r}) or nn.SiLU()"
+    for key, value, said in (
+        ("activation", code, r"wants to run .__import__.* as its activation"),
+        ("activation", "nn.init.zeros_()", "as its activation"),
+        ("head", [[-1, 1, "torch_safe_load", ["evil.pt"]]], "wants to run 'torch_safe_load' as a layer"),
+        ("backbone", [[-1, 1, "nn.modules", []]], "wants to run 'nn.modules' as a layer"),
+        ("head", "x", "wants to run 'x' as a layer"),
+    ):
+        checkpoint = torch.load(run / "best.pt", weights_only=False)
+        checkpoint["model"].yaml = {**checkpoint["model"].yaml, key: value}
+        torch.save(checkpoint, evil)
+        hub.commit("org/evil", {"model.pt": evil.read_bytes()})
+        with pytest.raises(PretrainedError, match=said):
+            YOLO("hf-hub:org/evil")
+        assert "wants to run" in push(evil, fails=True)
+    checkpoint = torch.load(run / "best.pt", weights_only=False)
+    checkpoint["model"].yaml["activation"] = "torch.nn.LeakyReLU(0.1)"
+    # A data file may hold a script to download with: the publisher's is not taken.
+    (tmp_path / "evil.yaml").write_text(
+        f"train: none\nval: none\nnames: [a]\ndownload: import os; os.mkdir({str(harm)!r})\n"
+    )
+    checkpoint["train_args"] |= {"data": str(tmp_path / "evil.yaml")}
+    torch.save(checkpoint | {"epoch": 0, "optimizer": {}}, evil)
+    hub.commit("org/evil", {"model.pt": evil.read_bytes()})
+    detector = YOLO("hf-hub:org/evil")
+    assert detector.overrides["data"] == "evil.yaml"
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises(FileNotFoundError, match=r"evil\.yaml"):
+        detector.val(plots=False)
+    with pytest.raises(ValueError, match="holds nothing to resume from"):
+        detector.train(resume=True)
+    detector.train(data=str(photos), epochs=1, project=str(tmp_path), name="again", **QUICK)  # and trains on one's own
+    assert (tmp_path / "again/weights/best.pt").exists() and not harm.exists()
 
 
 def test_what_is_no_detector(hub: Hub, run: Path) -> None:

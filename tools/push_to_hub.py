@@ -31,7 +31,8 @@ from stvit.tools.common.release import (
     describe_files,
     fresh_folder,
     open_release,
-    write_detector_card,
+    refuse_flags,
+    write_detector,
     write_release,
 )
 
@@ -83,10 +84,11 @@ def push(args: argparse.Namespace) -> None:
     """
     try:
         hub.check_repo_id(args.repo_id)
+        hub.check_options(args.revision, args.tag, args.create_pr, args.license)
         if not args.dry_run:
             hub.check_token()
         output = args.output or (f"hub/{args.repo_id}" if args.dry_run else None)
-        with fresh_folder(output) as folder:
+        with fresh_folder(output, replace=True) as folder:
             name = _write_detector(args, folder) if args.yolo else _write_classifier(args, folder)
             if args.dry_run:
                 print(f"{name}: {folder} would be pushed to {args.repo_id}; nothing was sent")
@@ -112,8 +114,7 @@ def _write_classifier(args: argparse.Namespace, folder: Path) -> str:
     if args.example:
         raise CommandError("--example is for a detector: leave it out, or give --yolo")
     release = open_release(args, args.weights)
-    write_release(release, folder)
-    if not hub.write_card(folder, f"hf-hub:{args.repo_id}", license=args.license):
+    if not write_release(release, folder, f"hf-hub:{args.repo_id}", args.license):
         print(f"the card {hub.CARD} of the folder was changed by hand, and goes as it is")
     elif args.license is None and not release.details.get("license"):
         print("the card states no license: --license NAME does")
@@ -122,24 +123,10 @@ def _write_classifier(args: argparse.Namespace, folder: Path) -> str:
 
 
 def _write_detector(args: argparse.Namespace, folder: Path) -> str:
-    refused = [
-        f"--{key.replace('_', '-')}"
-        for key in ("use_ema", "model", "in_chans", "img_size", "mean", "std", "interpolation", "crop_pct", "results")
-        if getattr(args, key) is not None
-    ] + (["--model-kwargs"] if args.model_kwargs else [])
-    if refused:
-        raise CommandError(f"a detector's checkpoint says itself what it holds: leave {', '.join(refused)} out")
-    try:
-        from stvit.adapters.yolo.hub import prepare_checkpoint
-    except ImportError as error:
-        raise CommandError(str(error)) from error
-    try:
-        image = Path(args.example).expanduser() if args.example else None
-        facts = prepare_checkpoint(Path(args.source).expanduser(), folder, image)
-        write_detector_card(folder, args.repo_id, facts, license=args.license)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
-    return Path(str(facts["model"])).stem
+    refuse_flags(args, "a detector's checkpoint", "results")
+    image = Path(args.example).expanduser() if args.example else None
+    source = Path(args.source).expanduser()
+    return write_detector(source, folder, args.repo_id, license=args.license, example=image)
 
 
 def _say(pushed: hub.Pushed, args: argparse.Namespace, folder: Path) -> None:
@@ -148,7 +135,8 @@ def _say(pushed: hub.Pushed, args: argparse.Namespace, folder: Path) -> None:
     if pushed.changed:
         print(f"pushed {pushed.files} files: {pushed.url}")
     else:
-        print(f"nothing to push, {args.repo_id} has all of it already: {pushed.url}")
+        no_pr = "; no pull request was made" if args.create_pr else ""
+        print(f"nothing to push, {pushed.repo_id} has all of it already{no_pr}: {pushed.url}")
     if args.yolo:
         equal = compare_detector_with_hub(folder, pushed)
         line = f"from stvit.adapters.yolo import YOLO; model = YOLO({_source(pushed, args)!r})"

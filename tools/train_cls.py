@@ -26,15 +26,17 @@ import signal
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
@@ -84,7 +86,7 @@ from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.logs import RunLog, require_loggers
 from stvit.tools.common.model import create_model, read_weights
 from stvit.tools.common.processes import DTYPES, StopRequest, World, add_device_arguments, autocast, join_world
-from stvit.tools.common.snapshots import Snapshots, fetch_run
+from stvit.tools.common.snapshots import Snapshots, fetch_run, read_remote_recipe
 
 # Flags that a resumed run may change: they say where and how fast, not what.
 FREE_FLAGS = {
@@ -116,7 +118,10 @@ FREE_FLAGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     # Errors are ours to word, once; timm's log of ordinary steps is not for this program's users.
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     return run(train, parse_args(argv))
 
 
@@ -298,7 +303,7 @@ class _Training:
     def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest) -> None:
         self.args, self.world, self.stop = args, world, stop
         _check_args(args, world)
-        _check_hub(args, world)
+        _check_together(_check_hub, args, world)
         random_seed(args.seed)
         images = open_images(args, world)
         self.train_set, self.val_set, self.class_names = images.train, images.val, images.class_names
@@ -343,6 +348,7 @@ class _Training:
             self.task.prepare_distributed(device_ids=[world.device] if world.device.type == "cuda" else None)
 
         self.folder, resumed = _find_run_together(args, world, self.data_config["input_size"])
+        _check_together(partial(_check_remote_run, is_resumed=resumed is not None), args, world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.progress = Progress()
         random_seed(args.seed, world.rank)
@@ -357,13 +363,14 @@ class _Training:
         args, world, progress = self.args, self.world, self.progress
         if progress.epoch >= args.epochs:
             world.say(f"{self.folder} is finished: {args.epochs} epochs are done")
+            if world.is_first and args.hub_repo:
+                log = self._open_log()
+                self._snapshots(log).finish(progress.epoch)  # which sends nothing if it is there
+                log.close()
             self._say_result()
             return
         log = self._open_log() if world.is_first else None
-        snapshots = None
-        if log is not None and args.hub_repo:
-            options = (args.hub_repo, args.hub_every, self.folder, args.hub_private)
-            snapshots = Snapshots(*options, event=log.event, is_stopped=lambda: bool(self.stop))
+        snapshots = self._snapshots(log) if log is not None and args.hub_repo else None
         world.say(
             f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "
@@ -404,6 +411,11 @@ class _Training:
             if bad:
                 print(f"{bad} images could not be read and were skipped: {self.bad_images.log}")
         self._say_result()
+
+    def _snapshots(self, log: RunLog) -> Snapshots:
+        args = self.args
+        options = (args.hub_repo, args.hub_every, self.folder, args.hub_private)
+        return Snapshots(*options, event=log.event, is_stopped=lambda: bool(self.stop))
 
     def _open_log(self) -> RunLog:
         args, progress = self.args, self.progress
@@ -753,20 +765,47 @@ def _check_args(args: argparse.Namespace, world: World) -> None:
         raise CommandError("--aug-repeats needs images that can be read in any order, which wds/ shards cannot")
 
 
-def _check_hub(args: argparse.Namespace, world: World) -> None:
-    """Refuses what can never be uploaded before the training begins; the first process, which uploads, decides."""
-    if not args.hub_repo:
-        return
+def _check_together(check: Callable[[argparse.Namespace], None], args: argparse.Namespace, world: World) -> None:
+    """What the first process finds, which is the one that uploads, is everybody's error."""
     found = None
     if world.is_first:
         try:
-            hub.check_repo_id(args.hub_repo)
-            hub.check_token()
-        except hub.HubError as error:
-            found = f"--hub-repo: {error}"
+            check(args)
+        except CommandError as error:
+            found = error
     found = world.from_first(found)
     if found is not None:
-        raise CommandError(found)
+        raise found
+
+
+def _check_hub(args: argparse.Namespace) -> None:
+    """Refuses what can never be uploaded, before anything is trained."""
+    if not args.hub_repo:
+        return
+    try:
+        hub.check_repo_id(args.hub_repo)
+        hub.check_token()
+    except hub.HubError as error:
+        raise CommandError(f"--hub-repo: {error}") from error
+
+
+def _check_remote_run(args: argparse.Namespace, is_resumed: bool) -> None:
+    """Refuses to upload over the snapshots of another run, if the Hub can be asked."""
+    remote = read_remote_recipe(args.hub_repo) if args.hub_repo else None
+    if remote is None:
+        return
+    if not is_resumed:
+        raise CommandError(
+            f"--hub-repo: {args.hub_repo} holds a run already: go on with it by --resume hf-hub:{args.hub_repo}@last, "
+            "or choose another repository"
+        )
+    own = _recipe_key(args)
+    changed = [key for key in own if key in remote and remote[key] != yaml.safe_load(yaml.safe_dump(own[key]))]
+    if changed:
+        raise CommandError(
+            f"--hub-repo: {args.hub_repo} holds another run, with another {', '.join(changed)}: choose another "
+            "repository"
+        )
 
 
 def _drop_path_at(args: argparse.Namespace, epoch: int) -> float:
@@ -841,15 +880,9 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
     """The folder of this run, and the checkpoint to go on from (None to begin)."""
     output = Path(args.output).expanduser()
     if args.resume and args.resume.startswith(("hf-hub:", "hf_hub:")):
-        folder = fetch_run(args.resume, output, args.experiment)
-        found = Checkpoints(folder / "checkpoints").load()
-        assert found is not None
-        try:
-            _check_same_recipe(args, found[0], folder)
-        except CommandError:
-            shutil.rmtree(folder)  # it is on the Hub, and the right command downloads it to the same place
-            raise
-        return folder, found[1]
+        return fetch_run(
+            args.resume, output, args.experiment, lambda state, name: _check_same_recipe(args, state, name)
+        )
     if args.resume and args.resume != "auto":
         path = Path(args.resume).expanduser()
         if path.is_dir():
@@ -925,7 +958,7 @@ def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: Path) -> None:
+def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: Path | str) -> None:
     then, now = state["recipe"], _recipe_key(args)
     changed = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
     if changed:

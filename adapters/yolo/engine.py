@@ -118,6 +118,8 @@ class YOLO(ultralytics.YOLO):
     # Of a model from a model file the tensors that were loaded: training draws the others again, under its seed. None
     # where all count, as those of a checkpoint.
     loaded_keys: list[str] | None = None
+    # From the Hub, by somebody else's hand.
+    is_published = False
 
     def __init__(
         self,
@@ -144,11 +146,14 @@ class YOLO(ultralytics.YOLO):
             ValueError: If the model file, the backbone or an option is not as described.
             RuntimeError: If weights cannot be read or do not fit; from the Hub `stvit.PretrainedError`, which is one.
         """
+        is_published = isinstance(model, str) and model.strip().startswith(PREFIXES)
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
             model = _find_model_file(_local(str(model).strip()))
         super().__init__(model=model, task=task, verbose=verbose)
+        if is_published:
+            self._forget_data()
         self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
 
     def _new(self, cfg: str, task: str | None = None, verbose: bool = False) -> None:
@@ -157,6 +162,13 @@ class YOLO(ultralytics.YOLO):
         super()._new(cfg, task=task, verbose=verbose)
         if find_backbone(self.model) is not None or "stock_layers" in config:
             self.loaded_keys = []
+
+    def _forget_data(self) -> None:
+        """Leaves of the publisher's data the name: a data file of theirs may say what to download, and to run."""
+        self.ckpt.pop("train_args", None)
+        if self.overrides.get("data"):
+            self.overrides["data"] = Path(str(self.overrides["data"])).name
+        self.is_published = True
 
     def _load(self, weights: str, task: str | None = None) -> None:
         if SAFE_LOAD and Path(weights).is_file():
@@ -215,6 +227,8 @@ class YOLO(ultralytics.YOLO):
         }
         if given and kwargs.get("resume"):
             raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
+        if self.is_published and kwargs.get("resume"):
+            raise ValueError("a detector on the Hub holds nothing to resume from: train without resume")
         self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
         loaded_keys = self.loaded_keys
         pretrained = kwargs.get("pretrained", True)

@@ -1,14 +1,17 @@
 """Detectors on the Hugging Face Hub: their checkpoint, made fit to be seen, and opened safely from there."""
 
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torchvision
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
+from ultralytics.nn import tasks
 from ultralytics.nn.tasks import torch_safe_load
 from ultralytics.utils import ASSETS
 
@@ -44,8 +47,7 @@ def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
     except PretrainedError as error:
         raise PretrainedError(f"{what}: {error}") from error
     except Exception as error:  # of the libraries below
-        why, next_step = hub_reason(error, repo_id, revision)
-        raise PretrainedDownloadError(f"{what}: {why}. {next_step}") from error
+        raise PretrainedDownloadError(f"{what}: {hub_reason(error, repo_id, revision)}") from error
     try:
         open_safely(path)
     except PretrainedError as error:
@@ -72,7 +74,8 @@ def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) 
 def open_safely(path: Path) -> dict[str, Any]:
     """What a checkpoint of Ultralytics holds, none of whose code is run.
 
-    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored.
+    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored. What passes here Ultralytics
+    may open in its ordinary way: that does the same with it, and builds the model of layers alone.
 
     Raises:
         PretrainedError: If it is damaged, or holds anything else; names what.
@@ -93,15 +96,49 @@ def open_safely(path: Path) -> dict[str, Any]:
                 f"{path} wants to run {', '.join(names[:10])}, which is no module of a detector; none of it was run"
             ) from error
         raise PretrainedError(f"{path} is no checkpoint of Ultralytics ({type(error).__name__})") from error
-    if not isinstance(checkpoint.get("ema") or checkpoint.get("model"), nn.Module):
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, nn.Module):
         raise PretrainedError(f"{path} is no checkpoint of Ultralytics: it holds no model")
+    for module in model.modules():
+        if "yaml" in vars(module):
+            _check_config(path, module.yaml)
     return checkpoint
+
+
+def _check_config(path: Path, config: Any) -> None:
+    """Refuses a configuration that is more than layers: training builds the model from it, and evaluates parts of it.
+
+    Raises:
+        PretrainedError: If its activation is more than a module of PyTorch's with numbers, or a layer is no module.
+    """
+    if not isinstance(config, dict):
+        raise PretrainedError(f"{path}: its configuration is no mapping but a {type(config).__name__}")
+    activation = config.get("activation")
+    if activation is not None:
+        call = re.fullmatch(r"(?:torch\.)?nn\.(\w+)\([\w\s=.,+-]*\)", str(activation))
+        if call is None or not _is_module(getattr(nn, call[1], None)):
+            raise PretrainedError(f"{path} wants to run {activation!r} as its activation; none of it was run")
+    for row in [*config.get("backbone", []), *config.get("head", [])]:
+        name = str(row[2]) if isinstance(row, list | tuple) and len(row) > 2 else str(row)
+        if name.startswith("nn."):
+            layer = getattr(nn, name[3:], None)
+        elif name.startswith("torchvision.ops."):
+            layer = getattr(torchvision.ops, name[16:], None)
+        else:
+            layer = getattr(tasks, name, None)
+        if not _is_module(layer):
+            raise PretrainedError(f"{path} wants to run {name!r} as a layer, which is none; none of it was run")
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) -> dict[str, Any]:
     """Writes model.pt and example.jpg: a checkpoint for others, and what it sees.
 
-    What is for going on with training is left out, and what tells of the machine: of paths the names alone stay.
+    As Ultralytics publishes them: half precision, without what is for going on with training. What tells of the machine
+    is left out too: of the paths among the training's arguments the last parts alone stay.
 
     Args:
         source: Checkpoint of Ultralytics, best.pt.
@@ -124,8 +161,8 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
     model: Any = (checkpoint.get("ema") or checkpoint["model"]).half()
     model.criterion = None
     model.__dict__.pop("pt_path", None)
-    if isinstance(getattr(model, "yaml", None), dict):
-        model.yaml = _without_paths(model.yaml)
+    if "yaml_file" in (getattr(model, "yaml", None) or {}):
+        model.yaml["yaml_file"] = _without_paths(model.yaml["yaml_file"])
     if getattr(model, "args", None) is not None:
         model.args = _without_paths(dict(model.args if isinstance(model.args, dict) else vars(model.args)))
     arguments = _without_paths(dict(checkpoint.get("train_args") or {}))
@@ -182,9 +219,12 @@ class _OrderedPickler(_PythonPickler):
 _ORDERED_PICKLE = SimpleNamespace(__name__="pickle", Pickler=_OrderedPickler)
 
 
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with the names of files and folders instead of their paths."""
-    return {
-        key: Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else value
-        for key, value in values.items()
-    }
+def _without_paths(value: Any) -> Any:
+    """The same with the last part of each path, of whatever system, in place of it."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_paths(item) for item in value)
+    if isinstance(value, Path):
+        value = str(value)
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if isinstance(value, str) else value

@@ -4,7 +4,9 @@ import argparse
 import difflib
 import pickle
 import pickletools
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +20,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg_value
 from torch import nn
 
 import stvit
+from stvit.pretrained import damage
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, reason
 
@@ -115,10 +118,22 @@ def open_file(path: Path) -> Mapping[str, Any]:
                 f"cannot read weights from {path}: it wants to run {', '.join(wanted)}, and no code of a checkpoint is "
                 "run here: ask its owner for the tensors alone, or safetensors"
             ) from error
-        raise CommandError(f"cannot read weights from {path}: {reason(error)[:300]}") from error
-    if not isinstance(content, Mapping):
+        why = reason(error) if isinstance(error, OSError) else _shape_of(path)
+        raise CommandError(f"cannot read weights from {path}: {why}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise CommandError(f"cannot read weights from {path}: it holds a {type(content).__name__}, not weights by name")
     return content
+
+
+def _shape_of(path: Path) -> str:
+    """What a file is that is none of weights; what the libraries advise at length is not for it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                return "it is a TorchScript program, give the checkpoint that it was made from"
+    except (OSError, zipfile.BadZipFile):
+        pass
+    return damage(path) or "it is no file of weights, or a damaged one"
 
 
 def _wanted_code(path: Path, error: Exception) -> list[str]:
@@ -130,6 +145,12 @@ def _wanted_code(path: Path, error: Exception) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not of PyTorch's present format
         return _named_code(path)
+
+
+# What PyTorch itself restores.
+_ALLOWED = re.compile(
+    r"collections\.OrderedDict|argparse\.Namespace|torch\.\w*(Storage|Size|device)|torch\._utils\._rebuild\w+"
+)
 
 
 def _named_code(path: Path) -> list[str]:
@@ -147,7 +168,7 @@ def _named_code(path: Path) -> list[str]:
                     strings.append(value)
     except ValueError:  # where it stops being one
         pass
-    return sorted(names)
+    return sorted(name for name in names if not _ALLOWED.fullmatch(name))
 
 
 def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any], bool]:
@@ -167,7 +188,10 @@ def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = 
     if use_ema is False and ema is not None and plain is None:
         raise CommandError(f"{path} holds a moving average of the weights alone: leave --no-use-ema out")
     key = plain if ema is None or use_ema is False else ema
-    return clean_state_dict(dict(content if key is None else content[key])), key is not None and key == ema
+    weights = content if key is None else content[key]
+    if not all(isinstance(name, str) for name in weights):
+        raise CommandError(f"cannot read weights from {path}: what it holds has no names")
+    return clean_state_dict(dict(weights)), key is not None and key == ema
 
 
 def weights_in(content: Mapping[str, Any]) -> tuple[str | None, str | None]:

@@ -21,7 +21,7 @@ from stvit.pretrained import verify
 from stvit.stvit import find_variant
 from stvit.tools.common.checkpoint import load_checkpoint, replace_files
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.tools.common.data import add_image_arguments
+from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments
 from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, weights_in
 
 # Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
@@ -33,6 +33,7 @@ PAPER_TOP1 = {
     "stvit_large.in1k": 85.3,
     "stvit_large.in1k_384": 86.4,
 }
+_WRITTEN = {"model.safetensors", "config.json", "model.pt", "example.jpg", hub.CARD}
 _FIRST_CONV = ("stem.0.weight", "patch_embed.proj.0.weight")
 
 
@@ -52,6 +53,19 @@ def add_source_arguments(parser: Any) -> None:
     group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
     add_image_arguments(group)
     group.add_argument("--results", metavar="FILE", help="results.json of tools/validate_cls.py, for the card")
+
+
+def refuse_flags(args: argparse.Namespace, source: str, *more: str) -> None:
+    """Refuses the flags of `add_source_arguments` that a source answers itself.
+
+    Raises:
+        CommandError: If one is given.
+    """
+    names = ("use_ema", "model", "in_chans", "img_size", "mean", "std", "interpolation", "crop_pct", *more)
+    refused = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    refused += ["--model-kwargs"] if args.model_kwargs else []
+    if refused:
+        raise CommandError(f"{source} says itself what it holds: leave {', '.join(refused)} out")
 
 
 @dataclass
@@ -103,8 +117,17 @@ def open_release(args: argparse.Namespace, part: str = "best") -> Release:
     return release
 
 
-def write_release(release: Release, folder: Path) -> None:
-    """Writes model.safetensors and config.json, and checks that they load to the same results.
+def write_release(release: Release, folder: Path, name: str, license: str | None = None) -> bool:
+    """Writes model.safetensors, config.json and the card, and checks that they load to the same results.
+
+    Args:
+        release: What to write.
+        folder: Where to.
+        name: By which timm will load it, for the card.
+        license: Of the weights; None for what is known of them.
+
+    Returns:
+        Whether the card was written: False if a person has changed the one that was there.
 
     Raises:
         CommandError: If they cannot be written, or load to other results.
@@ -123,9 +146,9 @@ def write_release(release: Release, folder: Path) -> None:
                 )
             else:
                 fresh.mkdir()
-                for name in ("model.safetensors", "config.json", hub.CARD):
-                    if (release.files / name).is_file():
-                        shutil.copy2(release.files / name, fresh / name)
+                for file in ("model.safetensors", "config.json", hub.CARD):
+                    if (release.files / file).is_file():
+                        shutil.copy2(release.files / file, fresh / file)
                 config = json.loads((fresh / "config.json").read_text())
                 if release.details != config.get("stvit", {}):
                     (fresh / "config.json").write_text(json.dumps({**config, "stvit": release.details}, indent=2))
@@ -135,14 +158,22 @@ def write_release(release: Release, folder: Path) -> None:
                 same = torch.equal(again.eval()(image), release.model(image))
             if not same:
                 raise CommandError(f"{release.name} gives other results when it is loaded from its folder")
+            is_card_ours = hub.write_card(fresh, name, license=license)
             replace_files(fresh, folder)
+            return is_card_ours
+    except hub.HubError as error:
+        raise CommandError(str(error)) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise CommandError(f"cannot write {folder}: {reason(error)}") from error
 
 
 @contextmanager
-def fresh_folder(path: str | None) -> Iterator[Path]:
-    """A folder to write to that holds nothing: of that name, or one that is gone afterwards.
+def fresh_folder(path: str | None, replace: bool = False) -> Iterator[Path]:
+    """A folder to write to: of that name, which holds nothing yet, or one that is gone afterwards.
+
+    Args:
+        path: Its name; None for one that is gone afterwards.
+        replace: Whether it may hold what these commands have written, and nothing else.
 
     Raises:
         CommandError: If something is in it.
@@ -152,7 +183,10 @@ def fresh_folder(path: str | None) -> Iterator[Path]:
             yield Path(temporary) / "model"
         return
     folder = Path(path).expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    card = folder / hub.CARD
+    is_ours = names <= _WRITTEN and card.is_file() and hub.CARD_MARK in card.read_text(encoding="utf-8")
+    if folder.is_file() or (names and not (replace and is_ours)):
         raise CommandError(f"--output {folder} is there already: choose another, or move it away")
     yield folder
 
@@ -179,15 +213,39 @@ _PIPELINES = {
 }
 
 
-def write_detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], *, license: str | None = None) -> None:
-    """Writes the card of a detector.
+def write_detector(
+    source: Path, folder: Path, repo_id: str, *, license: str | None = None, example: Path | None = None
+) -> str:
+    """Writes a detector's checkpoint, an example picture and the card.
 
     Args:
-        folder: With model.pt and example.jpg.
+        source: Checkpoint of Ultralytics.
+        folder: Where to.
         repo_id: 'org/name'.
-        facts: As `stvit.adapters.yolo.hub.prepare_checkpoint` gives them.
         license: Of the weights; None for what the checkpoint says.
+        example: Picture to show its results on; None for Ultralytics' own.
+
+    Returns:
+        Name of the model.
+
+    Raises:
+        CommandError: If Ultralytics is missing, the checkpoint cannot be opened safely, or nothing can be written.
     """
+    try:
+        from stvit.adapters.yolo.hub import prepare_checkpoint
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            fresh = Path(temporary) / "fresh"
+            facts = prepare_checkpoint(source, fresh, example)
+            (fresh / hub.CARD).write_text(_detector_card(fresh, repo_id, facts, license), encoding="utf-8")
+            replace_files(fresh, folder)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    return Path(str(facts["model"])).stem
+
+
+def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license: str | None) -> str:
     title, license = repo_id.rsplit("/", 1)[-1], license or facts["license"]
     pipeline = _PIPELINES.get(facts["task"], "object-detection")
     data = ModelCardData(
@@ -208,7 +266,7 @@ def write_detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], *,
 
 # {title}
 
-A model of Ultralytics, made from `{facts["model"]}`, for the task `{facts["task"]}`.
+A model of Ultralytics in half precision, made from `{facts["model"]}`, for the task `{facts["task"]}`.
 
 ```python
 import stvit  # its modules, and the loader
@@ -234,8 +292,7 @@ results = model.predict("photos")
 {hub.CITATION}
 ```
 """
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-    (folder / hub.CARD).write_text(str(card), encoding="utf-8")
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 
 def compare_detector_with_hub(folder: Path, pushed: hub.Pushed) -> int:
@@ -273,13 +330,7 @@ def _open_folder(path: Path, args: argparse.Namespace, part: str) -> Release:
         raise CommandError(f"{path}: neither it nor its folder {part}/ holds a config.json")
     if not (folder / "model.safetensors").is_file():
         raise CommandError(f"{folder} holds no model.safetensors: convert the file of weights instead")
-    refused = [
-        f"--{name.replace('_', '-')}"
-        for name in ("use_ema", "model", "in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
-        if getattr(args, name) is not None
-    ] + (["--model-kwargs"] if args.model_kwargs else [])
-    if refused:
-        raise CommandError(f"{folder} says itself what it holds: leave {', '.join(refused)} out")
+    refuse_flags(args, str(folder))
     model: Any = create_model(f"local-dir:{folder}", pretrained=True)
     try:
         config = hub.read_config(folder)
@@ -305,14 +356,7 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     weights, is_ema = pick_weights(content, path, args.use_ema)
     recipe = _recipe(content, is_run)
     name = args.model or _find_model(path, weights, content, recipe)
-    is_official = _FIRST_CONV[1] in weights
     size = args.img_size or recipe.get("img_size")
-    tag = None
-    if is_official and f"{name}.in1k" in PAPER_TOP1:
-        tag = "in1k_384" if size == 384 else "in1k"
-        name = f"{name}.{tag}"
-    elif is_official and name in PAPER_TOP1:
-        tag = name.partition(".")[2]
     first = next((weights[key] for key in _FIRST_CONV if key in weights), None)
     in_chans = args.in_chans or recipe.get("in_chans") or (None if first is None else first.shape[1])
     model: Any = create_model(
@@ -323,7 +367,8 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
         model_kwargs={**(recipe.get("model_kwargs") or {}), **args.model_kwargs},
     ).eval()
     images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
-    data_config = resolve_data_config({**images, "img_size": size, "in_chans": in_chans}, model=model)
+    images |= {"in_chans": in_chans, "img_size": size if name not in PAPER_TOP1 else args.img_size}
+    data_config = resolve_data_config(images, model=model)
     if data_config["input_size"][0] == 1 and images["mean"] is None:
         data_config |= {key: (sum(data_config[key]) / len(data_config[key]),) for key in ("mean", "std")}
     details: dict[str, Any] = {
@@ -332,9 +377,10 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     }
     if is_run:
         details["weights"] += f", after epoch {content['progress']['epoch']}"
-    if tag is not None:
+    if name in PAPER_TOP1:
+        _check_published(path, name, model, data_config)
         details |= {
-            "tag": tag,
+            "tag": name.partition(".")[2],
             "license": "mit",
             "datasets": ["imagenet-1k"],
             "metrics": [
@@ -350,6 +396,17 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     return Release(model, data_config, _label_names(path) if is_run else None, details)
 
 
+def _check_published(path: Path, name: str, model: Any, data_config: Mapping[str, Any]) -> None:
+    """Refuses to call weights published that cannot be."""
+    size = 384 if name.endswith("384") else 224
+    found = (model.num_classes, tuple(data_config["input_size"]))
+    if found != (1000, (3, size, size)):
+        raise CommandError(
+            f"{path} cannot be the published {name}, of 1000 classes and images of 3x{size}x{size}: it has {found[0]} "
+            f"classes and {'x'.join(map(str, found[1]))}; give --model {name.partition('.')[0]} for weights of your own"
+        )
+
+
 def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
     """What a checkpoint tells of its model and its images: our recipe, or the flags of the authors' or timm's runs."""
     if is_run:
@@ -357,14 +414,24 @@ def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
     flags = content.get("args")
     if not isinstance(flags, argparse.Namespace):
         return {}
-    size = getattr(flags, "img_size", None) or getattr(flags, "input_size", None)
-    if isinstance(size, list | tuple):
-        size = size[-1] if size else None
-    in_chans = getattr(flags, "in_chans", None)
+
+    def numbers(name: str) -> list[float] | None:
+        value = getattr(flags, name, None)
+        value = [value] if isinstance(value, int | float) else value
+        if not isinstance(value, list | tuple) or not all(isinstance(number, int | float) for number in value):
+            return None
+        return [float(number) for number in value] or None
+
+    size, channels = (numbers(name) for name in ("img_size", "in_chans"))
+    size, crop = size or numbers("input_size"), numbers("crop_pct")
+    interpolation = getattr(flags, "interpolation", None)
     return {
-        "img_size": size if isinstance(size, int) else None,
-        "in_chans": in_chans if isinstance(in_chans, int) else None,
-        **{key: getattr(flags, key, None) for key in ("mean", "std", "interpolation", "crop_pct")},
+        "img_size": int(size[-1]) if size else None,
+        "in_chans": int(channels[0]) if channels else None,
+        "crop_pct": crop[0] if crop else None,
+        "interpolation": interpolation if interpolation in INTERPOLATIONS else None,
+        "mean": numbers("mean"),
+        "std": numbers("std"),
     }
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
 from stvit import hub
-from stvit.tools.common.checkpoint import Checkpoints
+from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError, reason
 
 # Branch of what a run is gone on from; main holds the best weights.
@@ -23,8 +23,9 @@ _RECORDS = ("config.yaml", "summary.csv", "log.jsonl", "curve.png", "bad_images.
 _WEIGHTS = ("best", "last", "last_ema")
 # A scheduler that ends a job does not wait long.
 PATIENCE_S = 10.0
-# The client's uploads know no timeout: one that lasts so long is given up.
-STALLED_S = 2 * 3600.0
+# The client's uploads know no timeout: one that lasts so long is given up. Should it still come to its commit, the Hub
+# refuses that once the branch has moved on.
+STALLED_S = 1800.0
 
 
 class Snapshots:
@@ -54,6 +55,7 @@ class Snapshots:
         self.repo_id, self.every, self.folder, self.private = repo_id, every, folder, private
         self._event, self._is_stopped = event, is_stopped
         self._upload: _Upload | None = None
+        self._uploaded: int | None = None
         self._is_due = False
         # Their lines would tear that of the training.
         disable_progress_bars()
@@ -75,12 +77,17 @@ class Snapshots:
             self._begin(epoch)
 
     def finish(self, epoch: int) -> None:
-        """Uploads the end of the run, and waits for it, unless somebody wants the program to end."""
+        """Uploads the end of the run, if need be twice, and waits for it, unless somebody wants the program to end."""
         self._wait()
-        if (self._is_due or epoch % self.every != 0) and self._upload is None and not self._is_stopped():
-            self._begin(epoch)
-            self._wait()
+        for _ in range(2):
+            if self._uploaded != epoch and not self._is_stopped():
+                self._begin(epoch)
+                self._wait()
         self._leave()
+        if self._uploaded != epoch:
+            print(
+                f"{self.repo_id} lacks the end of the run: the same command with --resume auto uploads it", flush=True
+            )
 
     def abandon(self) -> None:
         """Gives an upload that is under way a moment to end; if it does not, the Hub keeps the snapshot before it."""
@@ -117,6 +124,7 @@ class Snapshots:
             self._report("hub_failed", {"epoch": upload.epoch, "error": upload.error})
         else:
             seconds = upload.until - upload.since
+            self._uploaded = upload.epoch
             self._report("hub_upload", {"epoch": upload.epoch, "commit": upload.commit, "seconds": seconds})
         self._upload = None
         return True
@@ -199,16 +207,30 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def fetch_run(source: str, output: Path, experiment: str | None) -> Path:
+def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
+    """The recipe of the run whose snapshots a repository holds; None if it holds none, or cannot be asked."""
+    text = hub.read_file(repo_id, "config.yaml", BRANCH)
+    try:
+        recipe = None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def fetch_run(
+    source: str, output: Path, experiment: str | None, check: Callable[[dict[str, Any], str], None]
+) -> tuple[Path, Path]:
     """Downloads a run's snapshot, to go on from.
 
     Args:
         source: 'hf-hub:org/name@last'.
         output: Folder of all runs.
         experiment: Name of the run's folder; None for the one it had.
+        check: Refuses, by raising, a checkpoint that this command cannot go on from; takes what it holds, and the name
+            of the source.
 
     Returns:
-        The run's folder, with its newest checkpoint below checkpoints/.
+        The run's folder, and its newest checkpoint.
 
     Raises:
         CommandError: If it cannot be had, holds no run, or would overwrite one.
@@ -220,9 +242,11 @@ def fetch_run(source: str, output: Path, experiment: str | None) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         patterns = [*_RECORDS, "checkpoints/*.pt", *(f"{name}/*" for name in _WEIGHTS)]
         hub.fetch(repo_id, revision or None, fresh, patterns)
-        if not Checkpoints(fresh / "checkpoints").paths():
+        paths = Checkpoints(fresh / "checkpoints").paths()
+        if not paths:
             hint = "" if revision == BRANCH else f"; its branch is {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
             raise CommandError(f"--resume {source}: no checkpoint there, as --hub-repo uploads it{hint}")
+        check(load_checkpoint(paths[-1]), source)
         folder = output / (experiment or _experiment(fresh) or repo_id.rsplit("/", 1)[-1])
         if folder.exists():
             raise CommandError(
@@ -230,7 +254,7 @@ def fetch_run(source: str, output: Path, experiment: str | None) -> Path:
                 "another --experiment for what is on the Hub"
             )
         os.replace(fresh, folder)
-        return folder
+        return folder, folder / "checkpoints" / paths[-1].name
     except hub.HubError as error:
         raise CommandError(f"--resume {source}: {error}") from error
     except OSError as error:
