@@ -484,9 +484,12 @@ def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[s
 
 def read_file(repo_id: str, name: str, revision: str | None = None) -> bytes | None:
     """What a file of a repository holds; None if there is no such repository, revision or file, or no way to ask."""
+    api = HfApi(library_name="stvit")
     with TemporaryDirectory() as cache:
         try:
-            path = HfApi(library_name="stvit").hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
+            # Asked first, for a download tries a Hub that is down again and again.
+            api.model_info(repo_id, revision=revision, timeout=10)
+            path = api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
         except Exception:  # of any of the libraries below; who needs the file asks again
             return None
         return Path(path).read_bytes()

@@ -386,3 +386,12 @@ def test_killed_while_it_uploads_and_given_again(hub: Hub, folder: Path, push: P
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "pushed 2 files" in said.stdout and "are equal" in said.stdout and OWNER not in said.stdout + said.stderr
     assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_every_tensor_is_compared(hub: Hub, folder: Path, push: Push) -> None:
+    push(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["stages.0.blocks.0.mlp.fc1.bias"][0] += 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(hub_module.HubError, match=r"1 tensors of hf-hub:.* otherwise: stages.0.blocks.0.mlp.fc1.bias"):
+        hub_module.compare_with_hub(folder, REPO, hub.refs(REPO)["main"])
