@@ -163,6 +163,7 @@ def test_batch_norm_over_processes_needs_gpus(digits_folder: Path, tmp_path: Pat
     assert "--sync-bn needs several processes (torchrun), each with a GPU" in result.stderr
 
 
+@pytest.mark.long
 def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: Path) -> None:
     flags = ["--bn-eval", "--model-dtype=float64", "--checkpoint-steps=4", "--workers=0", "--resume=auto", "--epochs=2"]
     whole = train(2, tmp_path / "whole", digits_folder, *flags, "--batch-size=16")

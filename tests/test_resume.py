@@ -109,12 +109,13 @@ def killed(halfway: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(halfway, tmp_path / "runs"))
 
 
-def test_killed_ten_times_at_random_is_the_same_run(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("random moments of seed", seed)
     moments = random.Random(seed)
     resumed = set()
-    for _ in range(10):
+    for _ in range(times):
         process = start(tmp_path)
         wait_for_updates(process, tmp_path, moments.randint(1, 9))
         time.sleep(moments.uniform(0.0, 0.05))
@@ -130,7 +131,11 @@ def test_killed_ten_times_at_random_is_the_same_run(reference: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("signum", "status", "word"),
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long),  # tests/test_train_cls.py has it too
+    ],
 )
 def test_signal_saves_and_says_how_to_go_on(
     signum: int, status: int, word: str, reference: Path, tmp_path: Path

@@ -371,7 +371,7 @@ def test_onnx_of_super_token_attention(tmp_path: Path) -> None:
     assert (raw(reloaded, pixels) - expected).abs().max() > 1e-2  # it does
 
 
-@pytest.mark.parametrize("format", ["torchscript", "openvino"])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("openvino", marks=pytest.mark.long)])
 def test_other_exports(format: str, detector: YOLO, best: Path, images: torch.Tensor, tmp_path: Path) -> None:
     if format == "openvino":
         pytest.importorskip("openvino")
