@@ -315,6 +315,17 @@ def test_what_somebody_else_pushes_meanwhile_stays(
         assert f"cannot push to {REPO}: " in said
         assert hub.files(REPO, branch)["theirs.txt"] == b"theirs" and "theirs.txt" not in str(said)
         assert b"license: mit" not in hub.files(REPO, branch)["README.md"]
+    # Onto a branch that this push has made itself.
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", prepare)
+    create = HfApi.create_branch
+
+    def create_branch(*args: Any, **kwargs: Any) -> None:
+        create(*args, **kwargs)
+        hub.commit(REPO, {"theirs.txt": b"theirs"}, revision="new")
+
+    monkeypatch.setattr(HfApi, "create_branch", create_branch)
+    push(folder, "--license=mit", "--revision=new", fails=True)
+    assert hub.files(REPO, "new")["theirs.txt"] == b"theirs"
     meanwhile("main")
     assert "somebody else has pushed there meanwhile" in push(folder, "--license=mit", fails=True)
 
