@@ -1,6 +1,8 @@
 """Detectors on a Hub over a socket: published by the command, and opened from there without running code."""
 
+import io
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -18,7 +20,7 @@ from ultralytics.utils import ASSETS
 
 from stvit import PretrainedDownloadError, PretrainedError
 from stvit.adapters.yolo import YOLO
-from stvit.adapters.yolo.hub import _without_paths, open_safely
+from stvit.adapters.yolo.hub import _OrderedPickler, _without_paths, open_safely
 from stvit.tools import push_to_hub
 from stvit.tools import yolo as yolo_command
 
@@ -78,6 +80,20 @@ def test_publish_and_load(hub: Hub, run: Path, push: Push, tmp_path: Path) -> No
         assert example.size == size
     before = hub.history(REPO)
     assert "nothing to push" in push(run / "best.pt") and hub.history(REPO) == before
+
+
+def test_the_same_checkpoint_is_the_same_file_in_every_process() -> None:
+    """Sets have an order of their own in each: 0 and 8 that of their coming, for they share a place."""
+
+    def pickled(value: Any, pickler: Any) -> bytes:
+        file = io.BytesIO()
+        pickler(file, 2).dump(value)
+        return file.getvalue()
+
+    a, b = set([0, 8]), set([8, 0])
+    assert pickled(a, pickle.Pickler) != pickled(b, pickle.Pickler)
+    assert pickled(a, _OrderedPickler) == pickled(b, _OrderedPickler)
+    assert pickle.loads(pickled(b, _OrderedPickler)) == a
 
 
 def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Path) -> None:
