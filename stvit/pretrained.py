@@ -378,6 +378,6 @@ def damage(path: Path) -> str | None:
             file.seek(8)
             header = json.loads(file.read(length) if length < size else b"")
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return f"is truncated or no safetensors at all ({size} bytes)"
     return f"is truncated: it has {size} bytes of {end}" if size < end else None

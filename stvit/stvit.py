@@ -561,6 +561,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     classifier: tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
     pretrained_cfg: Any = getattr(model, "pretrained_cfg", {})
+    if pretrained_cfg.get("classifier") not in (None, "head.fc"):
+        # timm leaves at random what this names
+        raise RuntimeError(f"The classifier is head.fc, and not {pretrained_cfg['classifier']} as config.json says")
     if model.num_classes > 0 and model.num_classes == pretrained_cfg.get("num_classes"):
         classifier = ()  # it is loaded as it is, and so checked like the rest
     out_dict, problems = {}, []

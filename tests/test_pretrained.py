@@ -352,6 +352,9 @@ def test_a_classifier_is_random_only_where_it_was_asked_for(hub: Hub, weights: d
     hub.commit(REPO, {"model.safetensors": save(left)})
     assert "missing key head.fc.weight" in fails(kind=PretrainedError)
     assert as_is(timm.create_model("test_stvit", pretrained=True, num_classes=9), weights, ("head.",))
+    with pytest.raises(PretrainedError, match=r"The classifier is head.fc, and not \['head.fc', 'final_conv'\]"):
+        overlay = {"classifier": ["head.fc", "final_conv"]}
+        timm.create_model("test_stvit", pretrained=True, num_classes=9, pretrained_cfg_overlay=overlay)
     # Channels that timm cannot make of these it would leave at random: it has no rule from 2 that the file declares 3.
     odd = {**weights, "stem.0.weight": weights["stem.0.weight"][:, :2].contiguous()}
     hub.commit(REPO, {"model.safetensors": save(odd)})

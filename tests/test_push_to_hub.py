@@ -242,6 +242,7 @@ def test_tokens(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPa
     assert len(hub.requests) == count and hub.history(REPO) == before
     for flags in (["--token", "hf_wrong"], ["--token=hf_wrong"], ["--hf-token=hf_wrong"]):
         assert "a token is no option" in push(folder, *flags, fails=True)
+    assert "unrecognized arguments: --hub-token hf_…" in push(folder, "--hub-token", "hf_wrong", fails=True)
 
 
 def test_ones_own_namespace(hub: Hub, folder: Path, push: Push) -> None:

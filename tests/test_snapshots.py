@@ -240,9 +240,11 @@ def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Pa
     said = train(tmp_path / "b", *flags)
     assert "org/other lacks the end of the run: the same command with --resume auto uploads it" in said
     hub.heal()
-    for _ in range(2):
+    for attempt in range(2):
+        heads = hub.refs("org/other")
         assert "is finished: 1 epochs are done" in train(tmp_path / "b", *flags, "--resume=auto")
         assert hub.files("org/other")["model.safetensors"] == (tmp_path / "b/it/best/model.safetensors").read_bytes()
+        assert (hub.refs("org/other") == heads) == (attempt == 1)  # once more is nothing
     assert len(hub.history("org/other")) == 2
 
 

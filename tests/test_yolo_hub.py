@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,35 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
         with pytest.raises(PretrainedError, match=said):
             YOLO("hf-hub:org/evil")
         assert "wants to run" in push(evil, fails=True)
+
+    def spoiled(spoil: Callable[[dict[str, Any]], Any]) -> None:
+        checkpoint = torch.load(run / "best.pt", weights_only=False)
+        spoil(checkpoint)
+        torch.save(checkpoint, evil)
+        with pytest.raises(PretrainedError):
+            open_safely(evil)
+
+    def hide(checkpoint: dict[str, Any]) -> None:
+        """Where `vars` does not see it, and the module's own look-up does."""
+        own = vars(checkpoint["model"])
+        own["_buffers"]["yaml"] = {**own.pop("yaml"), "activation": code}
+
+    def disguise(checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"].yaml = OrderedDict(checkpoint["model"].yaml)
+
+    def nest(checkpoint: dict[str, Any]) -> None:
+        """A layer that is a whole model, and builds itself of what it is told."""
+        checkpoint["model"].yaml["head"] = [
+            [-1, 1, "DetectionModel", [{"activation": code, "backbone": [], "head": []}]]
+        ]
+
+    spoiled(hide)
+    spoiled(disguise)
+    spoiled(nest)
+    spoiled(lambda checkpoint: checkpoint.update(modelopt={"state": 1}))
+    spoiled(lambda checkpoint: vars(checkpoint["model"]).update(forward=torch.nn.Linear))
+    spoiled(lambda checkpoint: vars(checkpoint["model"])["_forward_hooks"].update({0: torch.nn.Linear}))
+    spoiled(lambda checkpoint: vars(checkpoint["model"]).update(_modules=torch.nn.ParameterDict()))
     checkpoint = torch.load(run / "best.pt", weights_only=False)
     checkpoint["model"].yaml["activation"] = "torch.nn.LeakyReLU(0.1)"
     # A data file may hold a script to download with: the publisher's is not taken.
@@ -239,6 +269,7 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
     checkpoint["train_args"] |= {"data": str(tmp_path / "evil.yaml")}
     torch.save(checkpoint | {"epoch": 0, "optimizer": {}}, evil)
     hub.commit("org/evil", {"model.pt": evil.read_bytes()})
+    assert YOLO(Path("hf-hub:org/evil")).overrides["data"] == "evil.yaml"
     detector = YOLO("hf-hub:org/evil")
     assert detector.overrides["data"] == "evil.yaml"
     monkeypatch.chdir(photos.parent)

@@ -364,13 +364,12 @@ class _Training:
         if progress.epoch >= args.epochs:
             world.say(f"{self.folder} is finished: {args.epochs} epochs are done")
             if world.is_first and args.hub_repo:
-                log = self._open_log()
-                self._snapshots(log).finish(progress.epoch)  # which sends nothing if it is there
-                log.close()
+                # Its records stay as they are: what the Hub has already is not sent again.
+                self._snapshots(lambda *_: None).finish(progress.epoch)
             self._say_result()
             return
         log = self._open_log() if world.is_first else None
-        snapshots = self._snapshots(log) if log is not None and args.hub_repo else None
+        snapshots = self._snapshots(log.event) if log is not None and args.hub_repo else None
         world.say(
             f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "
@@ -412,10 +411,10 @@ class _Training:
                 print(f"{bad} images could not be read and were skipped: {self.bad_images.log}")
         self._say_result()
 
-    def _snapshots(self, log: RunLog) -> Snapshots:
+    def _snapshots(self, event: Callable[[str, dict[str, Any]], None]) -> Snapshots:
         args = self.args
         options = (args.hub_repo, args.hub_every, self.folder, args.hub_private)
-        return Snapshots(*options, event=log.event, is_stopped=lambda: bool(self.stop))
+        return Snapshots(*options, event=event, is_stopped=lambda: bool(self.stop))
 
     def _open_log(self) -> RunLog:
         args, progress = self.args, self.progress

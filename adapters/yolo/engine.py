@@ -146,7 +146,7 @@ class YOLO(ultralytics.YOLO):
             ValueError: If the model file, the backbone or an option is not as described.
             RuntimeError: If weights cannot be read or do not fit; from the Hub `stvit.PretrainedError`, which is one.
         """
-        is_published = isinstance(model, str) and model.strip().startswith(PREFIXES)
+        is_published = isinstance(model, (str, Path)) and str(model).strip().startswith(PREFIXES)
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
@@ -227,7 +227,7 @@ class YOLO(ultralytics.YOLO):
         }
         if given and kwargs.get("resume"):
             raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
-        if self.is_published and kwargs.get("resume"):
+        if self.is_published and kwargs.get("resume") is True:
             raise ValueError("a detector on the Hub holds nothing to resume from: train without resume")
         self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
         loaded_keys = self.loaded_keys
@@ -247,6 +247,7 @@ class YOLO(ultralytics.YOLO):
         try:
             return super().train(trainer=trainer, **kwargs)
         finally:
+            self.is_published = self.is_published and model is self.model
             model.__dict__.pop("loaded_keys", None)
             if model is not self.model:
                 self.loaded_keys = None

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,8 +75,9 @@ def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) 
 def open_safely(path: Path) -> dict[str, Any]:
     """What a checkpoint of Ultralytics holds, none of whose code is run.
 
-    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored. What passes here Ultralytics
-    may open in its ordinary way: that does the same with it, and builds the model of layers alone.
+    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored, with plain containers and a
+    plain configuration, and without hooks: Ultralytics opens the file once more in its ordinary way, and training
+    builds the model anew.
 
     Raises:
         PretrainedError: If it is damaged, or holds anything else; names what.
@@ -96,13 +98,57 @@ def open_safely(path: Path) -> dict[str, Any]:
                 f"{path} wants to run {', '.join(names[:10])}, which is no module of a detector; none of it was run"
             ) from error
         raise PretrainedError(f"{path} is no checkpoint of Ultralytics ({type(error).__name__})") from error
-    model = checkpoint.get("ema") or checkpoint.get("model")
-    if not isinstance(model, nn.Module):
+    if type(checkpoint) is not dict or not any(isinstance(checkpoint.get(key), nn.Module) for key in ("ema", "model")):
         raise PretrainedError(f"{path} is no checkpoint of Ultralytics: it holds no model")
-    for module in model.modules():
-        if "yaml" in vars(module):
-            _check_config(path, module.yaml)
+    if checkpoint.get("modelopt") is not None:
+        raise PretrainedError(f"{path} is of quantized training, which needs code of its own to be restored")
+    for key in ("ema", "model"):
+        if isinstance(checkpoint.get(key), nn.Module):
+            _check_module(path, checkpoint[key])
     return checkpoint
+
+
+def _check_module(path: Path, module: nn.Module) -> None:
+    """Refuses a module that is more than its class, its tensors and plain data.
+
+    Restoring sets a module's attributes as the file says: containers and hooks of another kind would answer for it.
+
+    Raises:
+        PretrainedError: If it is.
+    """
+    own = vars(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        if type(own.get(name)) not in (dict, OrderedDict) or _attributes(own[name]):
+            raise PretrainedError(f"{path}: {name} of a {type(module).__name__} are no plain mapping")
+    hooks = [name for name, value in own.items() if "_hooks" in name and value]
+    replaced = [name for name, value in own.items() if callable(value)]
+    if hooks or replaced:
+        raise PretrainedError(
+            f"{path}: {', '.join([*hooks, *replaced])} of a {type(module).__name__} wants to run in place of what its "
+            "class does; none of it was run"
+        )
+    config = getattr(module, "yaml", None)
+    if config is not None:
+        _check_config(path, config)
+    for child in own["_modules"].values():
+        if child is not None:
+            if not isinstance(child, nn.Module):
+                raise PretrainedError(f"{path}: a {type(module).__name__} holds a {type(child).__name__} as a module")
+            _check_module(path, child)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object; none where it can have none."""
+    return getattr(value, "__dict__", {})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is of Python's own types alone, whose subclasses may answer otherwise."""
+    if type(value) is dict:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _check_config(path: Path, config: Any) -> None:
@@ -111,8 +157,8 @@ def _check_config(path: Path, config: Any) -> None:
     Raises:
         PretrainedError: If its activation is more than a module of PyTorch's with numbers, or a layer is no module.
     """
-    if not isinstance(config, dict):
-        raise PretrainedError(f"{path}: its configuration is no mapping but a {type(config).__name__}")
+    if type(config) is not dict or not _is_plain(config):
+        raise PretrainedError(f"{path}: its configuration is more than plain data")
     activation = config.get("activation")
     if activation is not None:
         call = re.fullmatch(r"(?:torch\.)?nn\.(\w+)\([\w\s=.,+-]*\)", str(activation))
@@ -126,7 +172,7 @@ def _check_config(path: Path, config: Any) -> None:
             layer = getattr(torchvision.ops, name[16:], None)
         else:
             layer = getattr(tasks, name, None)
-        if not _is_module(layer):
+        if not _is_module(layer) or not f"{layer.__module__}.".startswith(_LAYERS):
             raise PretrainedError(f"{path} wants to run {name!r} as a layer, which is none; none of it was run")
 
 
@@ -201,6 +247,8 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
     }
 
 
+# Where layers are defined; whole models, which build themselves from a configuration of their own, are elsewhere.
+_LAYERS = ("torch.nn.", "torchvision.ops.", "ultralytics.nn.modules.", "stvit.adapters.yolo.")
 _PythonPickler: Any = pickle._Pickler
 
 

@@ -85,7 +85,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"checksum error in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"progress", "recipe", "model"} <= state.keys():
+        if (
+            not isinstance(state, dict)
+            or not {"progress", "recipe", "model"} <= state.keys()
+            or not isinstance(state["recipe"], dict)
+        ):
             raise ValueError("it is not a checkpoint of this program")
     except Exception as error:  # damage has many faces
         raise CommandError(f"checkpoint {path} is damaged ({reason(error)})") from error

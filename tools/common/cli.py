@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -119,6 +120,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> Any:
+        message = re.sub(r"\bhf_\w+", "hf_…", message)  # a token of the Hub is not shown again
         self.exit(2, f"error: {message} (see {self.prog} --help)\n" if _rank() == 0 else None)
 
 

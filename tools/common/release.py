@@ -159,7 +159,7 @@ def write_release(release: Release, folder: Path, name: str, license: str | None
             if not same:
                 raise CommandError(f"{release.name} gives other results when it is loaded from its folder")
             is_card_ours = hub.write_card(fresh, name, license=license)
-            replace_files(fresh, folder)
+            _put_in_place(fresh, folder)
             return is_card_ours
     except hub.HubError as error:
         raise CommandError(str(error)) from error
@@ -189,6 +189,14 @@ def fresh_folder(path: str | None, replace: bool = False) -> Iterator[Path]:
     if folder.is_file() or (names and not (replace and is_ours)):
         raise CommandError(f"--output {folder} is there already: choose another, or move it away")
     yield folder
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Moves the files of a folder into another, which then holds no older ones of ours beside them."""
+    stale = _WRITTEN - {file.name for file in fresh.iterdir()}
+    replace_files(fresh, folder)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
 
 
 def describe_files(folder: Path) -> str:
@@ -239,7 +247,7 @@ def write_detector(
             fresh = Path(temporary) / "fresh"
             facts = prepare_checkpoint(source, fresh, example)
             (fresh / hub.CARD).write_text(_detector_card(fresh, repo_id, facts, license), encoding="utf-8")
-            replace_files(fresh, folder)
+            _put_in_place(fresh, folder)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     return Path(str(facts["model"])).stem
@@ -346,8 +354,10 @@ def _open_folder(path: Path, args: argparse.Namespace, part: str) -> Release:
 
 
 def _open_file(path: Path, args: argparse.Namespace) -> Release:
-    is_run = path.suffix == ".pt" and path.parent.name == "checkpoints"
-    content = load_checkpoint(path) if is_run else open_file(path)
+    content = open_file(path)
+    is_run = {"progress", "recipe", "model"} <= content.keys()
+    if is_run:
+        content = load_checkpoint(path)  # which looks at its checksums
     plain, ema = weights_in(content)
     if plain is not None and ema is not None and args.use_ema is None:
         raise CommandError(
@@ -498,8 +508,13 @@ def _image(release: Release) -> torch.Tensor:
 
 
 def _check_forward(release: Release) -> None:
-    with torch.inference_mode():
-        output = release.model(_image(release))
+    try:
+        with torch.inference_mode():
+            output = release.model(_image(release))
+    except Exception as error:  # a foreign model may refuse the size
+        raise CommandError(
+            f"{release.name} cannot take {release.data_config['input_size']}: {reason(error)}"
+        ) from error
     broken = [key for key, value in release.model.state_dict().items() if not torch.isfinite(value.float()).all()]
     if broken or not torch.isfinite(output).all():
         what = f"{', '.join(broken[:5])} hold NaN or infinity" if broken else "the output holds NaN or infinity"

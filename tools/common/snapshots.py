@@ -212,7 +212,7 @@ def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
     text = hub.read_file(repo_id, "config.yaml", BRANCH)
     try:
         recipe = None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -267,6 +267,6 @@ def _experiment(folder: Path) -> str | None:
     """The name that the run had; a name alone, whatever the file says."""
     try:
         name = yaml.safe_load((folder / "config.yaml").read_text()).get("experiment")
-    except (OSError, yaml.YAMLError, AttributeError):
+    except (OSError, yaml.YAMLError, AttributeError, ValueError):
         return None
     return Path(str(name)).name or None if name else None
