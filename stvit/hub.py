@@ -371,8 +371,8 @@ def push(
     """Pushes the files of a folder in one commit, unless they are there already.
 
     The token is that of the environment (HF_TOKEN) or of the login. Files travel first, the branch is made next, and
-    the commit comes last: until it stands, nothing of the repository is changed (a new repository is there, empty), and
-    a push that was cut off can be repeated.
+    the commit comes last: until it stands, no file of the repository is changed, and a push that was cut off can be
+    repeated. What may be left of it is a new repository, empty, or a new branch, as its beginning.
 
     Args:
         folder: What to push.
@@ -383,7 +383,7 @@ def push(
         create_pr: Whether to open a pull request instead of committing.
         message: Of the commit.
         pickles: Whether files of Python's pickle format are meant to be there.
-        delete: Patterns of files to delete there, as for `fnmatch`, that are not in the folder.
+        delete: Patterns of files to delete there, as for `Path.match`, that are not in the folder.
 
     Raises:
         HubError: If it cannot be done.

@@ -139,7 +139,9 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
             for frame, _ in traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__", "").startswith("timm.models.")
         }
-        if not frames & _LOADERS:
+        # Of a name that was given, an architecture that nobody knows is the name's mistake, of a source config.json's.
+        loaders = _LOADERS | ({"_resolve_model_source"} if cfg.get("source") else set())
+        if not frames & loaders:
             raise
         kind, message = _explain(error, cfg, cache_dir, is_of_config="load_pretrained" not in frames)
         raise kind(f"{model}: {message}") from error
@@ -200,7 +202,7 @@ def _explain(
             "safetensors, or convert a checkpoint with python -m stvit.tools.convert_checkpoint"
         )
     if is_of_config:
-        lack = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({_one_line(error)})"
+        lack = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used ({_one_line(error)})"
         return PretrainedError, f"{what}: its config.json {lack}; it must be made or pushed again"
     if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
         at = f"{path.resolve()} " if path is not None else "the file "
@@ -294,7 +296,8 @@ def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, 
             + ("; HF_HUB_OFFLINE=1 uses the cache alone" if from_cache else "")
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full. Make room there, or set HF_HOME to a disk that has it: {constants.HF_HUB_CACHE}"
+        place = f", or set HF_HOME to a disk that has it: {constants.HF_HUB_CACHE}" if from_cache else ""
+        return f"the disk is full. Make room there{place}"
     if "Consistency check failed" in str(error):
         return "the file came truncated. Give the same command again"
     return _one_line(error)

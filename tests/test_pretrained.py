@@ -383,7 +383,9 @@ def test_code_in_a_pickle_is_not_run(published: Hub, folder: Path, tmp_path: Pat
 
 def test_config_that_cannot_be_read(published: Hub) -> None:
     published.commit(REPO, {"config.json": b"{"})
-    assert "its config.json cannot be read (Expecting" in fails(f"hf-hub:{REPO}", PretrainedError)
+    assert "its config.json cannot be used (Expecting" in fails(f"hf-hub:{REPO}", PretrainedError)
+    published.commit(REPO, {"config.json": b'{"architecture": "foo", "pretrained_cfg": {}}'})
+    assert "its config.json cannot be used (Unknown model (foo))" in fails(f"hf-hub:{REPO}", PretrainedError)
     published.commit(REPO, {"config.json": b'{"pretrained_cfg": {}}'})
     assert "its config.json lacks 'architecture'" in fails(f"hf-hub:{REPO}", PretrainedError)
 
