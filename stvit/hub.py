@@ -43,7 +43,7 @@ __all__ = [
     "check_repo_id",
     "check_token",
     "compare_with_hub",
-    "equal",
+    "differing",
     "fetch",
     "file_sha256",
     "list_files",
@@ -135,14 +135,10 @@ def save(
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -445,7 +441,7 @@ def compare_with_hub(folder: Path, repo_id: str, commit: str) -> int:
         except (OSError, RuntimeError, ValueError) as error:
             raise HubError(f"pushed, but it does not load back: {error}") from error
         here, there = load_file(folder / "model.safetensors"), model.state_dict()
-        wrong = [key for key in here.keys() | there.keys() if not equal(here.get(key), there.get(key))]
+        wrong = differing(here, there)
     if wrong:
         raise HubError(f"pushed, but {len(wrong)} tensors of {name} read back otherwise: {', '.join(wrong[:5])}")
     return len(here)
@@ -495,9 +491,16 @@ def read_file(repo_id: str, name: str, revision: str | None = None) -> bytes | N
         return Path(path).read_bytes()
 
 
-def equal(here: torch.Tensor | None, there: torch.Tensor | None) -> bool:
-    """Whether both are there and the same, dtype and every element."""
-    return here is not None and there is not None and here.dtype == there.dtype and torch.equal(here, there)
+def differing(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not on both sides the same, dtype and every element."""
+    return [
+        key
+        for key in here.keys() | there.keys()
+        if key not in here
+        or key not in there
+        or here[key].dtype != there[key].dtype
+        or not torch.equal(here[key], there[key])
+    ]
 
 
 def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> str:

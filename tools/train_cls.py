@@ -80,6 +80,7 @@ from stvit.tools.common.data import (
     add_image_arguments,
     check_targets,
     create_val_loader,
+    gray_statistics,
     open_images,
 )
 from stvit.tools.common.evaluation import evaluate
@@ -303,7 +304,7 @@ class _Training:
     def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest) -> None:
         self.args, self.world, self.stop = args, world, stop
         _check_args(args, world)
-        _check_together(_check_hub, args, world)
+        world.by_first(partial(_check_hub, args))
         random_seed(args.seed)
         images = open_images(args, world)
         self.train_set, self.val_set, self.class_names = images.train, images.val, images.class_names
@@ -320,9 +321,7 @@ class _Training:
             self.model = convert_sync_batchnorm(self.model)
         self.data_config = resolve_data_config(vars(args), model=self.model)
         if args.in_chans == 1 and args.mean is None:
-            self.data_config |= {
-                name: (sum(self.data_config[name]) / len(self.data_config[name]),) for name in ("mean", "std")
-            }
+            self.data_config |= gray_statistics(self.data_config)
         dtype = DTYPES[args.model_dtype]
         self.loader = TrainLoader(args, self.train_set, self.data_config, world, dtype)
         self.val_loader = create_val_loader(args, self.val_set, self.data_config, world, dtype)
@@ -347,8 +346,8 @@ class _Training:
         if world.size > 1:
             self.task.prepare_distributed(device_ids=[world.device] if world.device.type == "cuda" else None)
 
-        self.folder, resumed = _find_run_together(args, world, self.data_config["input_size"])
-        _check_together(partial(_check_remote_run, is_resumed=resumed is not None), args, world)
+        self.folder, resumed = world.by_first(partial(find_run, args, self.data_config["input_size"]))
+        world.by_first(partial(_check_remote_run, args, is_resumed=resumed is not None))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.progress = Progress()
         random_seed(args.seed, world.rank)
@@ -764,19 +763,6 @@ def _check_args(args: argparse.Namespace, world: World) -> None:
         raise CommandError("--aug-repeats needs images that can be read in any order, which wds/ shards cannot")
 
 
-def _check_together(check: Callable[[argparse.Namespace], None], args: argparse.Namespace, world: World) -> None:
-    """What the first process finds, which is the one that uploads, is everybody's error."""
-    found = None
-    if world.is_first:
-        try:
-            check(args)
-        except CommandError as error:
-            found = error
-    found = world.from_first(found)
-    if found is not None:
-        raise found
-
-
 def _check_hub(args: argparse.Namespace) -> None:
     """Refuses what can never be uploaded, before anything is trained."""
     if not args.hub_repo:
@@ -924,20 +910,6 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
     except OSError as error:
         raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
     return folder, None
-
-
-def _find_run_together(args: argparse.Namespace, world: World, input_size: Sequence[int]) -> tuple[Path, Path | None]:
-    """`find_run` by the first process, whose error is everybody's."""
-    found: Any = None
-    if world.is_first:
-        try:
-            found = find_run(args, input_size)
-        except CommandError as error:
-            found = error
-    found = world.from_first(found)
-    if isinstance(found, CommandError):
-        raise found
-    return found
 
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:

@@ -56,6 +56,11 @@ def add_image_arguments(group: Any) -> None:
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
 
 
+def gray_statistics(data_config: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation for gray images: the means of those of the channels."""
+    return {name: (sum(data_config[name]) / len(data_config[name]),) for name in ("mean", "std")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
 

@@ -5,17 +5,19 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import distributed
 
 from stvit.tools.common.cli import CommandError, Switch, reason
+
+T = TypeVar("T")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +82,19 @@ class World:
         if self.size > 1:
             distributed.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def by_first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, on every process; its CommandError is everybody's."""
+        found: Any = None
+        if self.is_first:
+            try:
+                found = find()
+            except CommandError as error:
+                found = error
+        found = self.from_first(found)
+        if isinstance(found, CommandError):
+            raise found
+        return found
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
