@@ -3,6 +3,7 @@
 Importing this package registers the models in timm: `import stvit; timm.create_model("stvit_small")`.
 """
 
+from stvit.inference import optimize_for_inference
 from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens
 from stvit.pretrained import PretrainedDownloadError, PretrainedError, create_model
 from stvit.stvit import STViT
@@ -13,6 +14,7 @@ __all__ = [
     "STViT",
     "SuperTokenAttention",
     "create_model",
+    "optimize_for_inference",
     "sample_super_tokens",
     "upsample_super_tokens",
 ]

@@ -56,6 +56,19 @@ __all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
 Device = torch.device | str | None
 
 
+class StemConv(nn.Conv2d):
+    """The first convolution, whose output is channels_last: what follows keeps that, whatever the weights' own format.
+
+    It is the format that normalization over channels, attention and super tokens work in, and the one that convolutions
+    are fastest in.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Not super().forward, which TorchScript does not know.
+        x = self._conv_forward(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return x.contiguous(memory_format=torch.channels_last)  # images of one channel cannot show their format
+
+
 class ResidualDepthwiseConv(nn.Module):
     """x + depthwise 3x3 convolution of x, (B, C, H, W) to the same: a block's position information (section 3.1)."""
 
@@ -265,7 +278,8 @@ class STViT(nn.Module):
         prev_chs = in_chans
         for i, chs in enumerate(stem_chs):
             stride = 2 if i % 2 == 0 else 1
-            stem += [nn.Conv2d(prev_chs, chs, 3, stride=stride, padding=1, **dd), act(), norm(chs, **dd)]
+            conv = StemConv if i == 0 else nn.Conv2d
+            stem += [conv(prev_chs, chs, 3, stride=stride, padding=1, **dd), act(), norm(chs, **dd)]
             prev_chs = chs
         self.stem = nn.Sequential(*stem)
 

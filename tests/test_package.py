@@ -100,6 +100,7 @@ def test_import_is_the_public_names() -> None:
         "STViT",
         "SuperTokenAttention",
         "create_model",
+        "optimize_for_inference",
         "sample_super_tokens",
         "upsample_super_tokens",
     }

@@ -20,7 +20,7 @@ from ultralytics.nn.modules import C2PSA, RepVGGDW
 from ultralytics.utils import LOGGER
 
 import stvit
-from stvit.fold import fold_batch_norms
+from stvit.inference import fold_constants
 
 __all__ = ["C2STA", "BackboneBatchNorm2d", "StokenAttention", "TimmBackbone"]
 
@@ -141,9 +141,9 @@ class TimmBackbone(RepVGGDW):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Folds batch normalizations into convolutions, in place; `BaseModel.fuse()` calls it."""
+        """Folds what is constant in inference, in place; `BaseModel.fuse()` calls it."""
         try:
-            fold_batch_norms(self.net)
+            fold_constants(self.net)
         except ValueError as error:
             LOGGER.warning(f"The backbone {self.name} stays unfused: {error}")
 

@@ -144,7 +144,8 @@ class SuperTokenAttention(nn.Module):
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same."""
         B, C, Hs, Ws = tokens.shape
-        qkv = self.qkv(tokens).flatten(2).transpose(1, 2)  # (B, Hs * Ws, 3 * C)
+        # A copy of channel-first maps alone; without it PyTorch's CPU would hold their attention matrix.
+        qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * C)
         qkv = qkv.unflatten(2, (self.num_heads, 3, self.dim // self.num_heads))
         q, k, v = qkv.transpose(1, 2).unbind(3)  # each (B, heads, Hs * Ws, C / heads)
         tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)

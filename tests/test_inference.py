@@ -1,0 +1,331 @@
+"""stvit.optimize_for_inference: the same outputs, from less; and what the plain model does without being asked."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import fill
+import pytest
+import timm
+import torch
+from timm.layers import DropPath, LayerScale2d
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stvit
+from stvit import inference
+from stvit.stvit import ResidualDepthwiseConv, STViTBlock
+
+SIZES = [(2, 64, 96), (1, 75, 50), (3, 33, 130)]
+
+
+def create(name: str = "test_stvit", **kwargs: Any) -> nn.Module:
+    """In evaluation mode, with nothing at its initial value that folding could not be told from."""
+    model = timm.create_model(name, **kwargs).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.3, 2.0, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+        elif isinstance(module, LayerScale2d):
+            module.gamma.data.uniform_(0.1, 1.0, generator=generator)
+    return model
+
+
+def images(batch: int, *size: int, in_chans: int = 3) -> torch.Tensor:
+    return torch.from_numpy(fill.image(0, batch, in_chans, *size))
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Within a part of the standard deviation, tensor by tensor."""
+    actual, expected = ([x] if isinstance(x, torch.Tensor) else x for x in (actual, expected))
+    assert len(actual) == len(expected)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.shape == y.shape
+        error = ((x - y).abs().max() / y.std()).item()
+        assert error <= tolerance, f"{error:.1e} standard deviations"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small that the maps of the tests' images take several."""
+    monkeypatch.setattr(inference, "TILE_BYTES", 2**13)
+    monkeypatch.setattr(inference, "MIN_TILE_ROWS", 2)
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("test_stvit", {}),
+    ("stvit_pico", {"ls_init_values": (None, None, 0.1, 0.1), "drop_path_rate": 0.1, "proj_drop_rate": 0.1}),
+    ("test_stvit", {"in_chans": 1, "act_layer": "silu", "num_classes": 0}),
+    ("test_stvit", {"norm_layer": "layernorm2d", "n_iter": 2, "stoken_size": (8, (4, 2), 2, 1)}),
+    ("test_stvit", {"features_only": True, "out_indices": (0, 2, 3), "ls_init_values": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS)
+@pytest.mark.parametrize("tiles", ["whole", "tiles"])
+def test_the_same_outputs(name: str, kwargs: dict[str, Any], tiles: str, request: pytest.FixtureRequest) -> None:
+    if tiles == "tiles":
+        request.getfixturevalue("small_tiles")
+    model = create(name, **kwargs)
+    optimized = stvit.optimize_for_inference(model)
+    assert type(optimized) is type(model)
+    with torch.inference_mode():
+        for batch, *size in SIZES:
+            x = images(batch, *size, in_chans=kwargs.get("in_chans", 3))
+            assert_same(optimized(x), model(x))
+
+
+def test_the_same_to_rounding() -> None:
+    model = create("stvit_pico", ls_init_values=0.1).double()
+    optimized = stvit.optimize_for_inference(model)
+    with torch.inference_mode():
+        x = images(2, 64, 96).double()
+        assert_same(optimized(x), model(x), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision(dtype: torch.dtype) -> None:
+    """As near to the exact outputs as the plain model is at this precision."""
+    model = create()
+    x = images(2, 64, 64)
+    with torch.inference_mode():
+        exact = model.forward_features(x)
+        plain = model.to(dtype).forward_features(x.to(dtype))
+        optimized = stvit.optimize_for_inference(model).forward_features(x.to(dtype))
+    assert optimized.dtype == dtype
+    errors = [(y.float() - exact).square().mean().sqrt() / exact.std() for y in (plain, optimized)]
+    assert errors[1] < 1.5 * errors[0] < 0.1
+
+
+def test_what_is_folded() -> None:
+    model = create("stvit_pico", ls_init_values=0.1, drop_path_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1)
+    optimized = stvit.optimize_for_inference(model)
+    left = [name for name, module in optimized.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert left == ["stem.2", "stem.5", "stem.8", "stem.11"]  # after an activation, before a padded convolution
+    gone = (LayerScale2d, ResidualDepthwiseConv, nn.Dropout, DropPath)
+    for module in optimized.modules():
+        assert not isinstance(module, gone) or module is optimized.head.drop, module
+    assert not any(p.requires_grad for p in optimized.parameters())
+    for module in optimized.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_original_is_left_as_it_is() -> None:
+    model = create("stvit_pico", ls_init_values=0.1)
+    before = copy.deepcopy(model)
+    stvit.optimize_for_inference(model)
+    assert str(model) == str(before)
+    for (name, value), expected in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(value, expected) and value.stride() == expected.stride(), name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_twice_is_once() -> None:
+    once = stvit.optimize_for_inference(create(ls_init_values=0.1))
+    twice = stvit.optimize_for_inference(once)
+    for name, value in twice.state_dict().items():
+        assert torch.equal(value, once.state_dict()[name]), name
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(
+        ValueError, match=r"call model.eval\(\) before; in training mode: the model itself, stem, stem.0, …"
+    ):
+        stvit.optimize_for_inference(create().train())
+    model = create()
+    model.stages[1].train()
+    with pytest.raises(ValueError, match=r"in training mode: stages.1, stages.1.downsample"):
+        stvit.optimize_for_inference(model)
+    with pytest.raises(TypeError, match=r"not compiled yet, got OptimizedModule: optimize first"):
+        stvit.optimize_for_inference(torch.compile(create()))
+    with pytest.raises(TypeError, match=r"not compiled yet, got RecursiveScriptModule"):
+        stvit.optimize_for_inference(torch.jit.script(create()))
+
+
+def test_a_model_of_timm() -> None:
+    model = create("resnet18", num_classes=5)
+    optimized = stvit.optimize_for_inference(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in optimized.modules())
+    with torch.inference_mode():
+        assert_same(optimized(images(2, 64, 64)), model(images(2, 64, 64)))
+
+
+def _pickled(model: nn.Module) -> Callable[..., Any]:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _scripted(model: nn.Module) -> Callable[..., Any]:
+    return torch.jit.script(model)
+
+
+def _exported(model: nn.Module) -> Callable[..., Any]:
+    dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    return torch.export.export(model, (images(2, 96, 80),), dynamic_shapes=(dims,)).module()
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+
+
+@pytest.mark.parametrize("through", [_pickled, _scripted, _exported, pytest.param(_compiled, marks=pytest.mark.long)])
+def test_the_result_goes_where_a_model_goes(
+    through: Callable[[nn.Module], Callable[..., Any]], small_tiles: None
+) -> None:
+    model = stvit.optimize_for_inference(create(ls_init_values=0.1))
+    other = through(model)
+    with torch.no_grad():
+        for batch, *size in SIZES:
+            assert_same(other(images(batch, *size)), model(images(batch, *size)))
+
+
+def test_the_result_gives_features_and_gradients(small_tiles: None) -> None:
+    model = create()
+    optimized = stvit.optimize_for_inference(model)
+    x = images(2, 64, 64)
+    with torch.no_grad():
+        final, maps = optimized.forward_intermediates(x)
+        assert_same([final, *maps], [model.forward_features(x), *model.forward_intermediates(x)[1]])
+    gradients = []
+    for net in (optimized, model):  # of the image, as saliency maps want them
+        x = images(2, 64, 64).requires_grad_()
+        net(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert_same(*gradients)
+
+
+# What the plain model does without being asked
+
+
+class Allocations(TorchDispatchMode):
+    """Sees every tensor that is computed, in the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.copied: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // max(x.element_size(), 1))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            self.copied.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+def test_channels_last_between_all_layers(in_chans: int, given: torch.memory_format) -> None:
+    model = create(in_chans=in_chans)
+    seen = []
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.append(module)
+        for x in (*inputs, output):
+            assert x.is_contiguous(memory_format=torch.channels_last), module
+
+    for module in model.modules():
+        if isinstance(module, (STViTBlock, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)) and module not in list(model.stem):
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        model(images(2, 96, 64, in_chans=in_chans).to(memory_format=given))
+    assert sum(isinstance(module, STViTBlock) for module in seen) == 4
+
+
+def test_no_layout_copy() -> None:
+    """Where every pixel is its own token, a block copies nothing at all."""
+    block = create().stages[3].blocks[0]
+    x = torch.randn(2, 64, 12, 12).to(memory_format=torch.channels_last)
+    with torch.no_grad(), Allocations() as seen:
+        block(x)
+    assert seen.copied == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+def test_nothing_of_quadratic_size(training: bool, given: torch.memory_format) -> None:
+    attention = stvit.SuperTokenAttention(64, stoken_size=1, num_heads=2).train(training)
+    x = torch.randn(1, 64, 48, 48).to(memory_format=given).requires_grad_(training)
+    with Allocations() as seen:
+        out = attention(x)
+        if training:
+            out.sum().backward()
+    tokens = 48 * 48
+    assert seen.largest <= 4 * 64 * tokens < 2 * tokens**2
+
+
+def test_no_hidden_map_is_held_whole(small_tiles: None) -> None:
+    model = create()
+    x = torch.randn(1, 32, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        with Allocations() as plain:
+            model.stages[0].blocks[0](x)
+        block = stvit.optimize_for_inference(model).stages[0].blocks[0]
+        with Allocations() as tiled:
+            block(x)
+    assert plain.largest >= 4 * x.numel()
+    assert tiled.largest <= 2 * x.numel()
+
+
+# Compilation: graphs are counted, not seconds
+
+
+class Graphs:
+    """A backend of torch.compile that counts what it is asked to compile, forward and backward."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.backend = "aot_eager"
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+
+@pytest.fixture
+def graphs() -> Graphs:
+    torch._dynamo.reset()
+    return Graphs()
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_one_graph_serves_batch_sizes(optimized: bool, graphs: Graphs) -> None:
+    model = stvit.optimize_for_inference(create()) if optimized else create()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 8):
+            x = images(batch, 64, 64)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert_same(compiled(x), model(x))
+    assert graphs.count == 1
+
+
+def test_batch_sizes_unannounced_take_two_graphs(graphs: Graphs) -> None:
+    """One for the first size, and when there is another one for all."""
+    model = stvit.optimize_for_inference(create())
+    graphs.backend = "eager"
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 8):
+            compiled(images(batch, 64, 64))
+    assert graphs.count == 2
+
+
+@pytest.mark.parametrize("optimized", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
+    """If the first is no square: of that torch.compile assumes that they all are, and makes a second graph else."""
+    model = stvit.optimize_for_inference(create()) if optimized else create()
+    graphs.backend = "eager"  # what follows is the same for one size or all
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch, *size in ((2, 96, 64), (3, 64, 64), (2, 75, 130)):
+            x = images(batch, *size)
+            assert_same(compiled(x), model(x))
+    assert graphs.count == 1
