@@ -1,0 +1,1 @@
+"""The subjects of tools/benchmark.py, and how they are measured."""

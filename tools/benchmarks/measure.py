@@ -1,0 +1,213 @@
+"""How everything is measured: in turns, beside the device's own matrix rate, with the circumstances written down."""
+
+import csv
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+import stvit
+from stvit.tools.common.cli import CommandError, progress_bar, reason
+
+__all__ = [
+    "append",
+    "circumstances",
+    "matrix_peak",
+    "peak_memory",
+    "percentile",
+    "print_table",
+    "synchronize",
+    "take_turns",
+]
+
+MIB = 2**20
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, min_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds that each step takes.
+
+    In each round all have their turn, so that whatever else the machine does meets all alike. Nothing is measured in
+    the first round, which compiles and fills caches.
+
+    Args:
+        steps: By name.
+        repeats: Rounds that are measured.
+        device: On which the steps run, waited for.
+        min_seconds: Steps shorter than this are repeated within their turn until it is over.
+
+    Returns:
+        For each name the seconds of each single step.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with progress_bar((repeats + 1) * len(steps), "turn", True) as bar:
+        for repeat in range(repeats + 1):
+            for name, step in steps.items():
+                turn = time.perf_counter()
+                while True:
+                    synchronize(device)
+                    start = time.perf_counter()
+                    step()
+                    synchronize(device)
+                    end = time.perf_counter()
+                    if repeat > 0:
+                        times[name].append(end - start)
+                    if repeat == 0 or end - turn >= min_seconds:
+                        break
+                bar.update()
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work that the device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
+    """A product of two square matrices, which runs near the device's highest rate, and its floating-point operations.
+
+    Measured in turn with everything else, its rate is what those could reach at the best.
+    """
+    size = 8192 if device.type == "cuda" else 2048 if dtype in (torch.float32, torch.float64) else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out), 2.0 * size**3
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """The value that `percent` % of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device) -> tuple[float, float]:
+    """Memory of one step, in a process of its own.
+
+    Args:
+        prepare: Makes the step from `args`; a function of a module, for the other process imports it.
+        args: What it takes; they are pickled.
+        device: On which the step runs.
+
+    Returns:
+        The peak in MiB (on the CPU of the whole process, on a GPU of the allocator), and how much of that was not there
+        before the step.
+
+    Raises:
+        CommandError: If the process ends, as it does where there is not enough memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure_memory, prepare, args, device.type, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise CommandError(f"the process that measures memory was ended, too little memory? {args}") from error
+
+
+def _measure_memory(
+    prepare: Callable[..., Callable[[], Any]], args: Any, device: str, threads: int
+) -> tuple[float, float]:
+    torch.set_num_threads(threads)
+    step = prepare(*args)
+    if device == "cuda":
+        step()  # libraries take their work space at first
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        return peak / MIB, (peak - before) / MIB
+    if any("compiled" in str(arg) for arg in args):
+        step()  # what the compiler takes is not what the model takes
+    before = _forget_peak()
+    step()
+    peak = _process_memory("VmHWM")
+    return peak / MIB, (peak - before) / MIB
+
+
+def _forget_peak() -> int:
+    """Bytes that the process holds, from now on its peak (on Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    return _process_memory("VmRSS")
+
+
+def _process_memory(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+    except (OSError, StopIteration):  # macOS knows the peak alone, and in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What produced a row."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "stvit": stvit.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints rows under the names of their columns."""
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        cells = [
+            str(row[key]).ljust(width) if isinstance(rows[0][key], str) else str(row[key]).rjust(width)
+            for key, width in widths.items()
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Appends rows to a table, which must have their columns.
+
+    Raises:
+        CommandError: If it has others, or cannot be written.
+    """
+    columns = list(rows[0])
+    try:
+        exists = path.exists() and path.stat().st_size > 0
+        if exists:
+            with path.open(newline="") as file:
+                header = next(csv.reader(file))
+            if header != columns:
+                raise CommandError(f"--csv {path} has other columns ({', '.join(header)}): choose another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if not exists:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise CommandError(f"cannot write --csv {path}: {reason(error)}") from error

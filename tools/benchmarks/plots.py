@@ -1,0 +1,126 @@
+"""Pictures of what tools/benchmark.py measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stvit.tools.common.cli import CommandError, reason
+
+__all__ = ["PLOTS", "check"]
+
+Rows = list[dict[str, Any]]
+
+
+def check(path: Path) -> None:
+    """Sees that a picture can be drawn.
+
+    Raises:
+        CommandError: If matplotlib or the folder is missing, or the name says no kind of picture.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError("--plot wants matplotlib: pip install matplotlib") from error
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise CommandError(f"--plot {path} must end in .png, .pdf or .svg")
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"--plot {path}: there is no such folder")
+
+
+def draw_models(rows: Rows, path: Path) -> None:
+    """Published accuracy against images/s, where it is known of all; else bars of images/s."""
+    if len({row["model"] for row in rows}) > 1 and all(row["top1"] for row in rows):
+        _draw_accuracy(rows, path)
+    else:
+        draw_bars(rows, path)
+
+
+def _draw_accuracy(rows: Rows, path: Path) -> None:
+    figure, axes = _figure(8.0, 5.5)
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    markers = dict(zip(ways, "osD^v", strict=False))
+    for way in ways:
+        drawn = [row for row in rows if row["way"] == way]
+        for is_ours, color in ((False, "tab:gray"), (True, "tab:red")):
+            points = [row for row in drawn if row["model"].startswith("stvit") == is_ours]
+            axes.scatter(
+                [row["images_per_second"] for row in points],
+                [row["top1"] for row in points],
+                marker=markers[way],
+                facecolors=color if way != "published" else "none",
+                edgecolors=color,
+                zorder=3 if is_ours else 2,
+            )
+        axes.scatter([], [], marker=markers[way], color="black", label=way)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = sorted((row for row in rows if row["model"] == model), key=lambda row: row["images_per_second"])
+        axes.plot(
+            [row["images_per_second"] for row in points], [row["top1"] for row in points], lw=0.8, color="lightgray"
+        )
+        axes.annotate(
+            model, (points[-1]["images_per_second"], points[-1]["top1"]), (5, 4), textcoords="offset points", size=8
+        )
+    axes.set(xlabel=f"images/s ({_shape(rows[0])})", ylabel="published top-1 on ImageNet-1k (%)")
+    axes.margins(x=0.15)
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_bars(rows: Rows, path: Path) -> None:
+    """Ratios to the first row, one bar each."""
+    figure, axes = _figure(8.0, 0.35 * len(rows) + 1.2)
+    names = [
+        " ".join(str(row[key]) for key in ("model", "stage", "way", "step", "img_size") if key in row) for row in rows
+    ]
+    axes.barh(names, [row["ratio"] for row in rows], color="tab:blue")
+    axes.axvline(1.0, color="black", lw=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"times as fast as the first of its size ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
+    _save(figure, path)
+
+
+def draw_resolution(rows: Rows, path: Path) -> None:
+    """Seconds and memory against pixels, on logarithmic axes, beside lines that grow as the pixels do."""
+    from matplotlib.figure import Figure
+
+    quantities = [("ms_p50", 1e-3, "seconds")] + ([("step_mib", 1.0, "MiB of a step")] if rows[0]["step_mib"] else [])
+    figure = Figure(figsize=(5.5 * len(quantities), 4.5), layout="constrained")
+    for i, (key, factor, label) in enumerate(quantities):
+        axes = figure.add_subplot(1, len(quantities), i + 1)
+        for name in dict.fromkeys((row["model"], row["way"]) for row in rows):
+            points = [row for row in rows if (row["model"], row["way"]) == name]
+            pixels = [row["img_size"] ** 2 / 1e6 for row in points]
+            (line,) = axes.plot(pixels, [factor * row[key] for row in points], "o-", ms=4, label=", ".join(name))
+            linear = [factor * points[0][key] * p / pixels[0] for p in pixels]
+            axes.plot(pixels, linear, ":", lw=0.8, color=line.get_color())
+        axes.set(xscale="log", yscale="log", xlabel=f"megapixels ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
+        axes.set(ylabel=label)
+        axes.grid(which="both", lw=0.3)
+    figure.axes[0].legend(fontsize=8, title="dotted: as the pixels")
+    _save(figure, path)
+
+
+PLOTS: dict[str, Callable[[Rows, Path], None]] = {
+    "op": draw_bars,
+    "model": draw_models,
+    "train": draw_bars,
+    "resolution": draw_resolution,
+}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['dtype']}, batch {row['batch_size']}, {row['img_size']}x{row['img_size']}"
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise CommandError(f"cannot write --plot {path}: {reason(error)}") from error

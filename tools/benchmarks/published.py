@@ -1,0 +1,128 @@
+"""The model as it was published, transcribed from its definition: the baseline of every benchmark.
+
+Neighbors are gathered and summed by convolutions with one-hot kernels, attention matrices are held whole, and all is
+channel-first. It computes what `stvit` computes, from the same weights; nothing but the benchmarks uses it.
+
+Shapes: as in stvit/ops/reference.py, and
+    N        tokens, Hs * Ws
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import nn
+
+import stvit
+from stvit.stvit import StemConv
+
+__all__ = ["PublishedAttention", "published"]
+
+
+class PublishedAttention(nn.Module):
+    """Super token attention (section 3), (B, C, H, W) to the same."""
+
+    kernels: torch.Tensor
+
+    def __init__(self, attention: stvit.SuperTokenAttention) -> None:
+        """
+        Args:
+            attention: Whose parameters and sizes it takes over.
+        """
+        super().__init__()
+        self.stoken_size = attention.stoken_size
+        self.n_iter = attention.n_iter
+        self.num_heads = attention.num_heads
+        self.qkv = attention.qkv
+        self.attn_drop = nn.Dropout(attention.attn_drop)
+        self.proj = attention.proj
+        self.proj_drop = attention.proj_drop
+        # Kernel k picks neighbor k, row by row.
+        self.register_buffer("kernels", torch.eye(9).to(attention.qkv.weight).reshape(9, 1, 3, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stoken_size == (1, 1):
+            return self.attend(x)
+        h, w = self.stoken_size
+        B, C, height, width = x.shape
+        x = F.pad(x, (0, -width % w, 0, -height % h))
+        H, W = x.shape[2:]
+        Hs, Ws = H // h, W // w
+
+        tokens = F.adaptive_avg_pool2d(x, (Hs, Ws))
+        pixels = x.reshape(B, C, Hs, h, Ws, w).permute(0, 2, 4, 3, 5, 1).reshape(B, Hs * Ws, h * w, C)
+        with torch.no_grad():
+            for i in range(self.n_iter):
+                neighbors = self.unfold(tokens).transpose(1, 2).reshape(B, Hs * Ws, C, 9)
+                association = (pixels @ neighbors * C**-0.5).softmax(dim=-1)  # (B, Hs * Ws, h * w, 9)
+                weight = self.fold(association.sum(dim=2).transpose(1, 2).reshape(B, 9, Hs, Ws))
+                if i < self.n_iter - 1:
+                    tokens = self.average(pixels, association, weight)
+        tokens = self.average(pixels, association, weight)
+
+        tokens = self.attend(tokens)
+        neighbors = self.unfold(tokens).transpose(1, 2).reshape(B, Hs * Ws, C, 9)
+        out = neighbors @ association.transpose(2, 3)  # (B, Hs * Ws, C, h * w)
+        out = out.reshape(B, Hs, Ws, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        return out[:, :, :height, :width].contiguous()
+
+    def unfold(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, Hs, Ws) to (B, C * 9, Hs * Ws)."""
+        B, C, Hs, Ws = x.shape
+        return F.conv2d(x.reshape(B * C, 1, Hs, Ws), self.kernels, padding=1).reshape(B, C * 9, Hs * Ws)
+
+    def fold(self, parts: torch.Tensor) -> torch.Tensor:
+        """(B, 9, Hs, Ws), what the cells give to their neighbors, to (B, 1, Hs, Ws), what the tokens are given."""
+        return F.conv_transpose2d(parts, self.kernels, padding=1)
+
+    def average(self, pixels: torch.Tensor, association: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The association-weighted means of the pixels, (B, C, Hs, Ws)."""
+        B, _, Hs, Ws = weight.shape
+        C = pixels.shape[3]
+        parts = pixels.transpose(2, 3) @ association  # (B, Hs * Ws, C, 9)
+        parts = parts.permute(0, 2, 3, 1).reshape(B * C, 9, Hs, Ws)
+        return self.fold(parts).reshape(B, C, Hs, Ws) / (weight + 1e-12)
+
+    def attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Multi-head self-attention over all positions, (B, C, Hs, Ws) to the same; softmax over the keys' axis."""
+        B, C, Hs, Ws = tokens.shape
+        qkv = self.qkv(tokens).reshape(B, self.num_heads, 3 * C // self.num_heads, Hs * Ws)
+        q, k, v = qkv.chunk(3, dim=2)  # each (B, heads, C / heads, N)
+        attention = (k.transpose(2, 3) @ q * (C // self.num_heads) ** -0.5).softmax(dim=2)  # (B, heads, N, N)
+        tokens = (v @ self.attn_drop(attention)).reshape(B, C, Hs, Ws)
+        return self.proj_drop(self.proj(tokens))
+
+
+class PublishedLayerNorm(nn.Module):
+    """Normalization over the channels, (B, C, H, W) to the same; channel-first before and after."""
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+        self.norm.weight, self.norm.bias = norm.weight, norm.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
+
+
+def published(model: nn.Module) -> nn.Module:
+    """A copy of a model, or of a module of it, in the published formulation.
+
+    Args:
+        model: An `stvit.STViT`, or what holds `stvit.SuperTokenAttention`.
+
+    Returns:
+        A module of the same outputs (and training behavior) from weights of its own.
+    """
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    if isinstance(model, stvit.SuperTokenAttention):
+        return PublishedAttention(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, stvit.SuperTokenAttention):
+            model.set_submodule(name, PublishedAttention(module))
+        elif isinstance(module, LayerNorm2d):
+            model.set_submodule(name, PublishedLayerNorm(module))
+        elif isinstance(module, StemConv):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # which leaves the memory format as it is
+    return model

@@ -1,0 +1,95 @@
+"""Size and latency of YOLO26 detectors, on STViT beside the stock ones."""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason
+
+__all__ = ["add_flags", "benchmark"]
+
+
+def add_flags(parser: Parser) -> None:
+    pairs = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
+    parser.add_argument("--models", nargs="+", default=pairs, metavar="NAME", help="model files, ours or Ultralytics'")
+    parser.add_argument("--img-size", type=positive, default=640, metavar="N", help="height and width in pixels")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
+    try:
+        import ultralytics
+
+        from stvit.adapters.yolo import YOLO
+
+        models: dict[str, Any] = {name: YOLO(name) for name in args.models}
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise CommandError(reason(error)) from error
+    if args.img_size % 32:
+        raise CommandError(f"--img-size must be a multiple of 32, got {args.img_size}")
+    image = torch.rand(1, 3, args.img_size, args.img_size)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, yolo in models.items():
+        detector = yolo.model.eval()
+        depth = len(detector.yaml["backbone"])
+        parameters = [sum(p.numel() for p in layer.parameters()) for layer in detector.model]  # as trained, unfused
+        yolo.fuse(verbose=False)
+        flops = _count_flops(detector, image, len(detector.model))
+        rows[name] = {
+            "model": Path(name).stem,
+            "backbone": getattr(detector.model[0], "name", "stock"),
+            "img_size": args.img_size,
+            "params_m": round(sum(parameters) / 1e6, 2),
+            "params_backbone": round(sum(parameters[:depth]) / sum(parameters), 3),
+            "gflops": round(flops / 1e9, 1),
+            "gflops_backbone": round(_count_flops(detector, image, depth) / flops, 3),
+        }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    with progress_bar((args.repeats + 1) * len(models), "model", True) as bar, torch.inference_mode():
+        for repeat in range(args.repeats + 1):
+            for name, yolo in models.items():
+                measured = _time_layers(yolo.model, image, len(yolo.model.yaml["backbone"]))
+                if repeat > 0:  # the first fills caches
+                    times[name].append(measured)
+                bar.update()
+    for name, pairs in times.items():
+        totals = [total for total, _ in pairs]
+        rows[name] |= {
+            "ms": round(1e3 * statistics.median(totals), 1),
+            "ms_min": round(1e3 * min(totals), 1),
+            "ms_max": round(1e3 * max(totals), 1),
+            "ms_backbone": round(statistics.median(backbone / total for total, backbone in pairs), 3),
+            "repeats": args.repeats,
+            "ultralytics": ultralytics.__version__,
+        }
+    return list(rows.values())
+
+
+def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
+    """Floating-point operations of the detector's first layers."""
+    counter = FlopCounterMode(display=False)
+    hook = detector.model[depth - 1].register_forward_hook(lambda *_: counter.__exit__(None, None, None))
+    # Attention by its formula: the fused one of the CPU is unknown to the counter.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        counter.__enter__()
+        detector(image)
+    hook.remove()
+    return int(counter.get_total_flops())
+
+
+def _time_layers(detector: Any, image: torch.Tensor, depth: int) -> tuple[float, float]:
+    """Seconds of the detector, and of its first layers."""
+    ends = []
+    hook = detector.model[depth - 1].register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+    start = time.perf_counter()
+    detector(image)
+    total = time.perf_counter() - start
+    hook.remove()
+    return total, ends[0] - start
