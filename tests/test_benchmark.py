@@ -1,14 +1,31 @@
 """tools/benchmark.py: that it measures what it says, not how fast that is."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fill
 import pytest
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
 
+import stvit
 from stvit.tools import benchmark
+from stvit.tools.benchmarks import models
+from stvit.tools.benchmarks.measure import peak_memory, take_turns
+from stvit.tools.benchmarks.published import PublishedAttention, published
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 SMALL = ["--img-size=32", "--batch-size=8", "--images=20", "--repeats=2"]
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,8 +34,7 @@ def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     flags = ["data", f"--data-dir={digits_folder}", *SMALL, f"--csv={table}", f"--config={recipe}"]
     assert benchmark.main([*flags, "--workers", "0", "1"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(table)
     names = ["torchvision", "train_cls", "train_cls, stvit_small_in1k"]
     assert [row["loader"] for row in rows] == names * 2
     assert [row["workers"] for row in rows] == ["0"] * 3 + ["1"] * 3
@@ -39,8 +55,7 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["yolo26n.yaml", "yolo26n-stvit.yaml", "yolo26n-resnet18.yaml"]
     table = tmp_path / "yolo.csv"
     assert benchmark.main(["yolo", "--models", *names, "--img-size=64", "--repeats=2", f"--csv={table}"]) == 0
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(table)
     assert [row["backbone"] for row in rows] == ["stock", "stvit_pico", "resnet18"]
     assert [float(row["params_m"]) for row in rows[:2]] == [2.57, 3.09]
     for row in rows:
@@ -83,3 +98,190 @@ def test_trouble_is_one_clear_line(digits_folder: Path, capsys: pytest.CaptureFi
     for argv in ([], ["dat"], ["data"]):
         with pytest.raises(SystemExit):
             benchmark.main(argv)
+
+
+# The baseline
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_iter": 3, "stoken_size": (8, (4, 2), 2, 1), "ls_init_values": 0.1}])
+@pytest.mark.parametrize("size", [(64, 96), (75, 50)])
+def test_published_formulation_is_the_same_model(kwargs: dict[str, Any], size: tuple[int, int]) -> None:
+    model = timm.create_model("test_stvit", **kwargs).double()
+    baseline = published(model)
+    x = torch.from_numpy(fill.image(0, 2, 3, *size)).double()
+    outputs = [net(x) for net in (model, baseline)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-12)
+    for output in outputs:
+        output.square().sum().backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in baseline.named_parameters():
+        gradient = expected[name.replace(".norm.", ".")].grad
+        assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+        assert parameter is not expected[name.replace(".norm.", ".")]
+
+
+def test_published_formulation_is_channel_first_and_holds_its_matrices() -> None:
+    baseline = published(timm.create_model("test_stvit").eval())
+    kinds = [type(module) for module in baseline.modules()]
+    assert kinds.count(PublishedAttention) == 4
+    assert stvit.SuperTokenAttention not in kinds and LayerNorm2d not in kinds
+    formats = []
+    for module in baseline.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, PublishedAttention)):
+            module.register_forward_hook(lambda module, args, out: formats.append(out.is_contiguous()))
+    with torch.no_grad():
+        baseline(torch.randn(2, 3, 64, 96))
+    assert formats and all(formats)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        baseline.stages[3].blocks[0].attn(torch.randn(1, 64, 16, 16))
+    assert max(saved) == 2 * 256**2  # two heads
+
+
+# How it is measured
+
+
+def test_turns_are_taken() -> None:
+    order: list[str] = []
+    steps: dict[str, Callable[[], Any]] = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = take_turns(steps, 3, CPU)
+    assert order == ["a", "b"] * 4
+    assert all(len(times[name]) == 3 and min(times[name]) > 0 for name in "ab")
+    times = take_turns(steps, 1, CPU, min_seconds=0.05)
+    assert len(times["a"]) > 10
+
+
+def fill_memory(mebibytes: int) -> Callable[[], Any]:
+    kept = torch.ones(10 * 2**18)
+    return lambda: kept.sum() + torch.ones(mebibytes * 2**18).sum()
+
+
+def test_memory_is_that_of_the_step_in_a_process_of_its_own() -> None:
+    total, step = peak_memory(fill_memory, 300, device=CPU)
+    assert 290 < step < 330
+    assert total > step + 100  # Python and torch
+
+
+# Subjects
+
+
+def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, plot = tmp_path / "models.csv", tmp_path / "models.png"
+    names = ["test_stvit", "test_stvit(stoken_size=(8, 4, 2, 1))", "resnet18"]
+    flags = [
+        "--ways",
+        "published",
+        "eager",
+        "optimized",
+        "--img-size=64",
+        "--batch-size=2",
+        "--repeats=2",
+        "--no-memory",
+    ]
+    assert benchmark.main(["model", "--models", *names, *flags, f"--csv={table}", f"--plot={plot}"]) == 0
+    rows = read(table)
+    ways = ["published", "eager", "optimized"]
+    assert [(row["model"], row["way"]) for row in rows] == [
+        *((name, way) for name in names[:2] for way in ways),
+        *(("resnet18", way) for way in ways[1:]),
+    ]
+    assert float(rows[0]["ratio"]) == 1.0
+    for row in rows:
+        assert all(
+            row[name] for name in ("date", "device", "threads", "torch", "timm", "dtype", "batch_size", "img_size")
+        )
+        assert 0 < float(row["slowest"]) <= float(row["images_per_second"]) <= float(row["fastest"])
+        assert float(row["ms_p50"]) <= float(row["ms_p90"]) <= float(row["ms_p99"])
+        assert float(row["images_per_second"]) == pytest.approx(2000 / float(row["ms_p50"]), rel=0.01)
+        # What it computes, against what the matrix product reached.
+        gflops = 2 * float(row["gmac"]) * float(row["images_per_second"])
+        assert float(row["matrix"]) == pytest.approx(gflops / float(row["matrix_gflops"]), abs=1e-3)
+        assert int(row["steps"]) >= 2
+    # ResNet-18 has 1.82 GMAC at 224 pixels (its paper: 1.8), of which all but the classifier go with the pixels.
+    assert float(rows[-1]["gmac"]) == pytest.approx(1.814 * (64 / 224) ** 2, rel=0.01)
+    assert plot.read_bytes().startswith(b"\x89PNG") and "drawn as" in capsys.readouterr().out
+
+
+def test_op_and_train(tmp_path: Path) -> None:
+    flags = [
+        "--models=test_stvit",
+        "--img-size=64",
+        "--batch-size=2",
+        "--repeats=1",
+        "--min-seconds=0.01",
+    ]
+    table = tmp_path / "op.csv"
+    assert benchmark.main(["op", *flags, "--no-memory", "--ways", "published", "eager", f"--csv={table}"]) == 0
+    rows = read(table)
+    assert [(row["stage"], row["step"], row["way"]) for row in rows] == [
+        (stage, step, way) for stage in "12" for step in ("inference", "training") for way in ("published", "eager")
+    ]
+    table = tmp_path / "train.csv"
+    assert benchmark.main(["train", *flags, "--ways", "eager", "--dtype=bfloat16", f"--csv={table}"]) == 0
+    (row,) = read(table)
+    assert (row["step"], row["dtype"], row["memory_ratio"]) == ("training", "bfloat16", "1.0")
+    assert int(row["memory_mib"]) > int(row["step_mib"]) > 1
+
+
+def test_a_training_step_trains() -> None:
+    case = models.Case("test_stvit", "eager", 2, 32, "float32", "cpu", is_training=True)
+    net: list[nn.Module] = []
+    made = models._module
+    try:
+        models._module = lambda *args: net.append(made(*args)) or net[-1]
+        step = models.prepare(case)
+    finally:
+        models._module = made
+    before = {name: value.clone() for name, value in net[0].named_parameters()}
+    step()
+    assert all(not torch.equal(value, before[name]) for name, value in net[0].named_parameters())
+
+
+def test_resolution(tmp_path: Path) -> None:
+    table, plot = tmp_path / "sizes.csv", tmp_path / "sizes.svg"
+    flags = [
+        "--models=test_stvit",
+        "--ways",
+        "published",
+        "optimized",
+        "--repeats=1",
+        "--min-seconds=0.01",
+        "--no-memory",
+    ]
+    sizes = ["--img-size", "32", "64", "--published-up-to=32"]
+    assert benchmark.main(["resolution", *flags, *sizes, f"--csv={table}", f"--plot={plot}"]) == 0
+    rows = read(table)
+    assert [(row["img_size"], row["way"]) for row in rows] == [
+        ("32", "published"),
+        ("32", "optimized"),
+        ("64", "optimized"),
+    ]
+    assert {row["memory_mib"] for row in rows} == {""}
+    assert b"<svg" in plot.read_bytes()
+
+
+@pytest.mark.long
+def test_compiled_and_onnxruntime(tmp_path: Path) -> None:
+    table = tmp_path / "models.csv"
+    flags = ["--models=test_stvit", "--img-size=64", "--batch-size=2", "--repeats=2", "--no-memory", f"--csv={table}"]
+    assert benchmark.main(["model", *flags, "--ways", "eager", "compiled", "onnxruntime"]) == 0
+    assert [row["way"] for row in read(table)] == ["eager", "compiled", "onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["model", "--models=stvit_smal"], "unknown model 'stvit_smal', did you mean"),
+        (["model", "--models=stvit_small(8)"], "must be a name, or 'NAME(key=value)' with plain values"),
+        (["model", "--models=test_stvit(stoken=8)"], "cannot create model test_stvit"),
+        (["train", "--models=test_stvit", "--dtype=float16"], "take bfloat16"),
+        (["model", "--models=resnet18", "--ways=published"], "none of --models can be run so: --ways published"),
+        (["model", "--plot=nowhere/plot.png"], "there is no such folder"),
+        (["model", "--plot=plot.bmp"], "must end in .png, .pdf or .svg"),
+        (["model", "--models=test_stvit", "--device=gpu"], "--device gpu is not at hand"),
+        (["model", "--models=test_stvit", "--device=cuda"], "--device cuda is not at hand"),
+    ],
+)
+def test_wrong_flags_of_models(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main([*flags, "--no-memory", "--repeats=1"]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]

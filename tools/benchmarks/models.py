@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stvit
 from stvit.tools.benchmarks.measure import matrix_peak, peak_memory, percentile, take_turns
 from stvit.tools.benchmarks.published import published
-from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive
+from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive, reason
 from stvit.tools.common.model import create_model
 
 __all__ = [
@@ -173,7 +173,11 @@ def _cases(args: argparse.Namespace, img_size: int, ways: Iterable[str], is_trai
 
 def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One table: all cases in turns, and memory after that; ratios are to the first."""
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {args.device} is not at hand: {reason(error)}") from error
     peak_step, peak_flops = matrix_peak(device, DTYPES[args.dtype])
     steps: dict[str, Callable[[], Any]] = {"matrix": peak_step}
     for i, case in enumerate(cases):
@@ -236,8 +240,6 @@ def prepare(case: Case) -> Callable[[], Any]:
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: no GPU is at hand")
     module = _module(case, case.device).train(case.is_training)
     shape = _input_shape(case)
     image = torch.randn(shape, device=device)
