@@ -18,9 +18,9 @@ from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
 
 __all__ = ["TiledConvMlp", "fold_constants", "optimize_for_inference"]
 
-# Bytes of an MLP's hidden map computed at a time: four such maps follow each other, and fit a core's share of the
+# Bytes of an MLP's hidden map computed at a time: of so much, the few maps that follow each other stay in the
 # last-level cache. docs/speed.md has the sizes that were tried.
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 8 * 2**20
 # A tile's first and last row are computed once more for its neighbors.
 MIN_TILE_ROWS = 8
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -69,6 +70,23 @@ class StemConv(nn.Conv2d):
         return x.contiguous(memory_format=torch.channels_last)  # images of one channel cannot show their format
 
 
+class PixelAct(nn.Module):
+    """An activation of each number by itself, (B, C, H, W) to the same.
+
+    Of a map that is channels_last it is given the view (B, H, W, C): for tensors that are contiguous as they stand
+    PyTorch has a faster GELU on CPUs, forward and backward.
+    """
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # which fuse it with what is before
+            return self.act(x)
+        return self.act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ResidualDepthwiseConv(nn.Module):
     """x + depthwise 3x3 convolution of x, (B, C, H, W) to the same: a block's position information (section 3.1)."""
 
@@ -77,7 +95,16 @@ class ResidualDepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(x)
+        if (
+            torch.jit.is_scripting()
+            or x.dtype != self.conv.weight.dtype
+            or x.dtype not in (torch.float32, torch.float64)
+        ):
+            return x + self.conv(x)
+        # One pass over the map, with a 1 more at the kernel's center; at a lower precision that would cost the center
+        # three of its bits.
+        kernel = self.conv.weight + F.pad(x.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return F.conv2d(x, kernel, self.conv.bias, padding=1, groups=self.conv.groups)
 
 
 class ConvMlp(nn.Module):
@@ -94,7 +121,7 @@ class ConvMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, device=device, dtype=dtype)
-        self.act = act_layer()
+        self.act = PixelAct(act_layer())
         self.drop1 = nn.Dropout(drop)
         self.conv = ResidualDepthwiseConv(hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1, device=device, dtype=dtype)
@@ -279,7 +306,7 @@ class STViT(nn.Module):
         for i, chs in enumerate(stem_chs):
             stride = 2 if i % 2 == 0 else 1
             conv = StemConv if i == 0 else nn.Conv2d
-            stem += [conv(prev_chs, chs, 3, stride=stride, padding=1, **dd), act(), norm(chs, **dd)]
+            stem += [conv(prev_chs, chs, 3, stride=stride, padding=1, **dd), PixelAct(act()), norm(chs, **dd)]
             prev_chs = chs
         self.stem = nn.Sequential(*stem)
 

@@ -73,6 +73,7 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "model.safetensors")
 
 
+@pytest.mark.long
 def test_result_does_not_depend_on_how_the_batch_is_split(digits_folder: Path, tmp_path: Path) -> None:
     """One process with 2n images, two with n, and two steps of n: BatchNorm frozen, in float64."""
     frozen = [

@@ -173,7 +173,9 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
 
 
-@pytest.mark.parametrize("through", [_pickled, _scripted, _exported, pytest.param(_compiled, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "through", [_pickled, _scripted, *(pytest.param(way, marks=pytest.mark.long) for way in (_exported, _compiled))]
+)
 def test_the_result_goes_where_a_model_goes(
     through: Callable[[nn.Module], Callable[..., Any]], small_tiles: None
 ) -> None:
@@ -295,7 +297,7 @@ def graphs() -> Graphs:
     return Graphs()
 
 
-@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("optimized", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_one_graph_serves_batch_sizes(optimized: bool, graphs: Graphs) -> None:
     model = stvit.optimize_for_inference(create()) if optimized else create()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)

@@ -497,7 +497,13 @@ def test_export(stoken_size: int | tuple[int, int], named: bool) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("stoken_size", "dynamo"),
-    [(1, True), (4, True), pytest.param((3, 5), True, marks=pytest.mark.long), (1, False), (4, False), ((3, 5), False)],
+    [
+        (1, True),
+        *(pytest.param(size, True, marks=pytest.mark.long) for size in (4, (3, 5))),
+        (1, False),
+        (4, False),
+        ((3, 5), False),
+    ],
 )
 def test_onnx(stoken_size: int | tuple[int, int], dynamo: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

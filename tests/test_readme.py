@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hub_server import Hub
 from torch.utils.flop_counter import FlopCounterMode
 
 from stvit.hub import save
-from stvit.tools import benchmark, convert_checkpoint, push_to_hub, train_cls, validate_cls
+from stvit.tools import benchmark, convert_checkpoint, export, push_to_hub, train_cls, validate_cls
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     yolo = [block for block in blocks if "adapters.yolo" in block]
     blocks = [block for block in blocks if block not in yolo]
-    assert (len(blocks), len(yolo)) == (4, 1)
+    assert (len(blocks), len(yolo)) == (5, 1)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
@@ -49,6 +50,7 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert scope["tokens"].shape == (1, 64, 7, 7) and scope["association"].shape == (1, 9, 56, 56)
     assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
     assert (scope["published"].num_classes, scope["flowers"].num_classes) == (1000, 4)
+    assert scope["scores"].shape == (8, 10)
     assert torch.equal(scope["model"].head.fc.weight, weights["head.weight"])
 
 
@@ -106,11 +108,12 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         "validate_cls": validate_cls.parse_args,
         "benchmark": benchmark.create_parser().parse_args,
         "convert_checkpoint": convert_checkpoint.create_parser().parse_args,
+        "export": export.create_parser().parse_args,
         "push_to_hub": push_to_hub.create_parser().parse_args,
     }
     assert {name for name, _ in commands} == set(parsers)
     for name, flags in commands:
-        parsers[name](flags.split())
+        parsers[name](shlex.split(flags))
 
 
 def test_links_lead_somewhere() -> None:

@@ -695,7 +695,7 @@ def make_exportable() -> tuple[STViT, torch.Tensor]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("named", [True, False], ids=["Dim", "Dim.AUTO"])
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.long)], ids=["Dim", "Dim.AUTO"])
 def test_export(named: bool) -> None:
     model, x = make_exportable()
     dims = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
@@ -708,6 +708,7 @@ def test_export(named: bool) -> None:
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

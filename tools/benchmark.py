@@ -31,6 +31,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,12 +77,14 @@ def benchmark(args: argparse.Namespace) -> None:
     plot = getattr(args, "plot", None)
     if plot:
         plots.check(Path(plot))  # before anything has been measured in vain
-    rows = SUBJECTS[args.subject][2](args)
-    print_table(rows)
-    if args.csv:
-        device = torch.device(getattr(args, "device", "cpu"))
-        append(Path(args.csv), [{**circumstances(device), **row} for row in rows])
-        print(f"appended to {args.csv}")
+    rows: list[dict[str, Any]] = []
+    for table in SUBJECTS[args.subject][2](args):  # each is kept, whatever becomes of the next
+        print_table(table)
+        if args.csv:
+            device = torch.device(getattr(args, "device", "cpu"))
+            append(Path(args.csv), [{**circumstances(device), **row} for row in table])
+            print(f"appended to {args.csv}", flush=True)
+        rows += table
     if plot:
         plots.PLOTS[args.subject](rows, Path(plot))
         print(f"drawn as {plot}")

@@ -4,7 +4,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
 
 
-def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Images/s of the loaders of training images, every batch read to its end."""
     rows = []
     for workers in args.workers:
@@ -71,7 +71,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "repeats": len(values),
                 }
             )
-    return rows
+    yield rows
 
 
 def _drawn(length: int, args: argparse.Namespace) -> list[int]:

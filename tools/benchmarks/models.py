@@ -4,7 +4,8 @@ import argparse
 import ast
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,8 @@ def _add_common_flags(parser: Parser, models: list[str], ways: list[str], sizes:
 # Subjects
 
 
-def benchmark_op(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark_op(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The attention of each stage that has super tokens, forward alone and with backward."""
-    rows = []
     for img_size in args.img_size:
         for model in args.models:
             net: Any = _create(model, "meta")
@@ -130,33 +130,26 @@ def benchmark_op(args: argparse.Namespace) -> list[dict[str, Any]]:
                         for way in WAYS
                         if way in args.ways and way in ("published", "eager", "compiled")
                     ]
-                    rows += _measure(cases, args)
-    return rows
+                    yield _measure(cases, args)
 
 
-def benchmark_model(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Inference, all models and ways in turn."""
-    rows = []
     for img_size in args.img_size:
-        rows += _measure(_cases(args, img_size, WAYS), args)
-    return rows
+        yield _measure(_cases(args, img_size, WAYS), args)
 
 
-def benchmark_train(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark_train(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Training steps: forward, backward, AdamW."""
-    rows = []
     for img_size in args.img_size:
-        rows += _measure(_cases(args, img_size, ("published", "eager", "compiled"), is_training=True), args)
-    return rows
+        yield _measure(_cases(args, img_size, ("published", "eager", "compiled"), is_training=True), args)
 
 
-def benchmark_resolution(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark_resolution(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Inference of one size after the other."""
-    rows = []
     for img_size in args.img_size:
         ways = WAYS if img_size <= args.published_up_to else WAYS[1:]
-        rows += _measure(_cases(args, img_size, ways), args)
-    return rows
+        yield _measure(_cases(args, img_size, ways), args)
 
 
 def _cases(args: argparse.Namespace, img_size: int, ways: Iterable[str], is_training: bool = False) -> list[Case]:
@@ -178,6 +171,7 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {args.device} is not at hand: {reason(error)}") from error
+    torch._dynamo.reset()  # each table is compiled for its own sizes
     peak_step, peak_flops = matrix_peak(device, DTYPES[args.dtype])
     steps: dict[str, Callable[[], Any]] = {"matrix": peak_step}
     for i, case in enumerate(cases):
@@ -241,8 +235,7 @@ def prepare(case: Case) -> Callable[[], Any]:
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
     module = _module(case, case.device).train(case.is_training)
-    shape = _input_shape(case)
-    image = torch.randn(shape, device=device)
+    image = torch.randn(_input_shape(case), device=device)
     if case.stage is not None and case.way != "published":
         image = image.to(memory_format=torch.channels_last)  # as the model's other layers give it
     if case.is_training:
@@ -255,7 +248,7 @@ def prepare(case: Case) -> Callable[[], Any]:
         module = _optimized(module)
         image = image.to(memory_format=torch.channels_last)
     if case.way == "compiled":
-        module = torch.compile(module, options={"freezing": True})  # type: ignore[assignment]
+        module = torch.compile(module, dynamic=False, options={"freezing": True})  # type: ignore[assignment]
 
     def step() -> None:
         with torch.no_grad():
@@ -265,7 +258,7 @@ def prepare(case: Case) -> Callable[[], Any]:
 
 
 def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
-    run = torch.compile(module) if case.way == "compiled" else module
+    run = torch.compile(module, dynamic=False) if case.way == "compiled" else module
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     target = torch.zeros(case.batch_size, dtype=torch.long, device=image.device)
     if case.stage is not None:
@@ -289,13 +282,14 @@ def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: to
 def _onnxruntime_step(module: nn.Module, image: torch.Tensor) -> Callable[[], Any]:
     try:
         import onnxruntime
+        import onnxscript  # noqa: F401
     except ImportError as error:
-        raise CommandError("--ways onnxruntime wants its package: pip install 'stvit[export]'") from error
-    from stvit.tools.export import write_onnx
-
+        raise CommandError("--ways onnxruntime wants its packages: pip install 'stvit[export]'") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_onnx(_optimized(module), image[:1], path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(_optimized(module), (image,), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
 
 
-def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
     try:
         import ultralytics
@@ -69,7 +70,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
             "repeats": args.repeats,
             "ultralytics": ultralytics.__version__,
         }
-    return list(rows.values())
+    yield list(rows.values())
 
 
 def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
