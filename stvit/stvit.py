@@ -95,16 +95,18 @@ class ResidualDepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            torch.jit.is_scripting()
-            or x.dtype != self.conv.weight.dtype
-            or x.dtype not in (torch.float32, torch.float64)
-        ):
-            return x + self.conv(x)
-        # One pass over the map, with a 1 more at the kernel's center; at a lower precision that would cost the center
-        # three of its bits.
-        kernel = self.conv.weight + F.pad(x.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        return F.conv2d(x, kernel, self.conv.bias, padding=1, groups=self.conv.groups)
+        if not torch.jit.is_scripting():
+            if not isinstance(x, torch.fx.Proxy) and self._is_precise():
+                # One pass over the map, with a 1 more at the kernel's center.
+                kernel = self.conv.weight + F.pad(self.conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+                return F.conv2d(x, kernel, self.conv.bias, padding=1, groups=self.conv.groups)
+        return x + self.conv(x)
+
+    @torch.jit.unused
+    def _is_precise(self) -> bool:
+        """Whether the kernel keeps its bits beside a 1: at lower precisions the center would lose three of eight."""
+        weight = self.conv.weight
+        return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
 
 
 class ConvMlp(nn.Module):
