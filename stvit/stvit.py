@@ -106,7 +106,10 @@ class ResidualDepthwiseConv(nn.Module):
     def _is_precise(self) -> bool:
         """Whether the kernel keeps its bits beside a 1: at lower precisions the center would lose three of eight."""
         weight = self.conv.weight
-        return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+        device = weight.device.type
+        if device not in ("cpu", "cuda"):  # of which autocast may know nothing
+            return False
+        return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
 
 
 class ConvMlp(nn.Module):
