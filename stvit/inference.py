@@ -13,7 +13,6 @@ from timm.layers import DropPath, LayerScale2d
 from torch import nn
 
 from stvit.fold import fold_batch_norms
-from stvit.ops import SuperTokenAttention
 from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
 
 __all__ = ["TiledConvMlp", "fold_constants", "optimize_for_inference"]
@@ -81,12 +80,11 @@ def fold_constants(model: nn.Module) -> int:
             block.mlp = TiledConvMlp(block.mlp)
         if isinstance(block.cpe, ResidualDepthwiseConv):
             block.cpe = _fold_residual(block.cpe)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, (nn.Dropout, DropPath)):
-                setattr(module, name, nn.Identity())
-        if isinstance(module, SuperTokenAttention):
-            module.attn_drop = 0.0
+        for module in (block, block.attn):  # others' may ask their dropout for its rate
+            for name, child in module.named_children():
+                if isinstance(child, (nn.Dropout, DropPath)):
+                    setattr(module, name, nn.Identity())
+        block.attn.attn_drop = 0.0
     return folded
 
 

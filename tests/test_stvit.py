@@ -474,7 +474,8 @@ def test_rates() -> None:
 def test_layers() -> None:
     model = create(act_layer="relu", norm_layer="layernorm2d", attn_norm_layer="batchnorm2d")
     types = {name: type(m).__name__ for name, m in model.named_modules()}
-    assert {t for name, t in types.items() if name.endswith(".act") or name in ("stem.1", "stem.7")} == {"ReLU"}
+    acts = {t for name, t in types.items() if name.endswith(".act.act") or name in ("stem.1.act", "stem.7.act")}
+    assert acts == {"ReLU"}
     assert types["final_act"] == "SiLU" and "GELU" not in types.values()
     norms = {name: t for name, t in types.items() if "Norm" in t}
     assert {t for name, t in norms.items() if name.endswith("norm1")} == {"BatchNorm2d"}
