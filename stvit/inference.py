@@ -110,6 +110,9 @@ class TiledConvMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and _may_tile(x):
             return self._in_tiles(x)
+        return self._whole(x)
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.conv(self.act(self.fc1(x))))
 
     @torch.jit.unused
@@ -117,7 +120,7 @@ class TiledConvMlp(nn.Module):
         B, _, H, W = x.shape
         row_bytes = W * self.fc1.out_channels * x.element_size()
         if B * H * row_bytes <= TILE_BYTES:
-            return self.fc2(self.conv(self.act(self.fc1(x))))
+            return self._whole(x)
         out = x.new_empty((B, self.fc2.out_channels, H, W)).to(memory_format=torch.channels_last)
         for images in _parts(B, max(1, TILE_BYTES // (H * row_bytes))):
             for rows in _parts(H, max(MIN_TILE_ROWS, TILE_BYTES // (len(images) * row_bytes))):

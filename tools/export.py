@@ -46,7 +46,7 @@ from torch import nn
 
 import stvit
 from stvit.tools.common.checkpoint import replace_whole
-from stvit.tools.common.cli import CommandError, KeyValues, Parser, positive, progress_bar, reason, run
+from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason, run
 from stvit.tools.common.data import (
     BadImages,
     Images,
@@ -56,7 +56,7 @@ from stvit.tools.common.data import (
     create_val_loader,
     open_images,
 )
-from stvit.tools.common.model import RECIPE_KEYS, Weights, create_model, find_weights, read_weights
+from stvit.tools.common.model import add_model_arguments, choose_weights, create_model, read_weights
 from stvit.tools.common.processes import World
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".torchscript"}
@@ -82,26 +82,13 @@ def create_parser() -> Parser:
     parser = Parser(prog="export.py", description="Exports a model to ONNX, torch.export or TorchScript.")
 
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint",
-        metavar="PATH|hf-hub:ORG/NAME",
-        help="run, folder or file of weights (default: those of --model)",
-    )
-    group.add_argument("--model", metavar="NAME", help="model, any of timm's; for a file that does not say it")
+    add_model_arguments(group)
     group.add_argument(
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="load the published weights of --model; without them they are random, to try things out",
     )
-    group.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the moving average of a file that holds both (default: if there is one)",
-    )
-    group.add_argument("--num-classes", type=positive, metavar="N", help="(default: those of the weights)")
-    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
 
     group = parser.add_argument_group("result")
     group.add_argument("--format", nargs="+", default=["onnx"], choices=list(SUFFIXES), help="one or several")
@@ -226,12 +213,7 @@ def _path(args: argparse.Namespace, kind: str, name: str) -> Path:
 
 def _create_model(args: argparse.Namespace) -> tuple[Any, str]:
     """The model on the CPU, for evaluation, and timm's name of its architecture."""
-    weights = find_weights(args.checkpoint, args.model, args.use_ema) if args.checkpoint else Weights(args.model)
-    if args.use_ema is not None and weights.file is None:
-        raise CommandError("--use-ema chooses between the weights in one file, and here there is no such file")
-    for key in RECIPE_KEYS:
-        if getattr(args, key) is None:
-            setattr(args, key, weights.recipe.get(key))
+    weights = choose_weights(args)
     content = read_weights(weights.file, weights.use_ema)[0] if weights.file is not None else None
     model: Any = create_model(
         weights.model,

@@ -37,7 +37,6 @@ import stvit
 from stvit.tools.common.checkpoint import replace_whole
 from stvit.tools.common.cli import (
     CommandError,
-    KeyValues,
     Parser,
     parse_with_recipe,
     positive,
@@ -53,7 +52,7 @@ from stvit.tools.common.data import (
     open_images,
 )
 from stvit.tools.common.evaluation import confidence_interval, evaluate
-from stvit.tools.common.model import RECIPE_KEYS, Weights, create_model, find_weights, read_weights
+from stvit.tools.common.model import Weights, add_model_arguments, choose_weights, create_model, read_weights
 from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, join_world
 
 MOST_CLASSES_OF_A_PICTURE = 100
@@ -80,20 +79,7 @@ def create_parser() -> Parser:
     parser.add_argument("--config", "-c", metavar="FILE", help="YAML whose keys are flags of this program")
 
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint",
-        metavar="PATH|hf-hub:ORG/NAME",
-        help="run, folder or file of weights (default: those of --model)",
-    )
-    group.add_argument("--model", metavar="NAME", help="model, any of timm's; for a file that does not say it")
-    group.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the moving average of a file that holds both (default: if there is one)",
-    )
-    group.add_argument("--num-classes", type=positive, metavar="N", help="(default: those of the weights)")
-    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
+    add_model_arguments(group)
 
     group = parser.add_argument_group("data")
     add_data_arguments(group)
@@ -200,12 +186,7 @@ def validate(args: argparse.Namespace) -> None:
 
 def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights, bool]:
     """The model on the device, where it is from, and whether its weights are a moving average."""
-    weights = find_weights(args.checkpoint, args.model, args.use_ema) if args.checkpoint else Weights(args.model)
-    if args.use_ema is not None and weights.file is None:
-        raise CommandError("--use-ema chooses between the weights in one file, and here there is no such file")
-    for key in RECIPE_KEYS:
-        if getattr(args, key) is None:
-            setattr(args, key, weights.recipe.get(key))
+    weights = choose_weights(args)
     content, is_ema = read_weights(weights.file, weights.use_ema) if weights.file is not None else (None, False)
     with world.first_goes_first():
         model: Any = create_model(

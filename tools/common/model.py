@@ -22,7 +22,7 @@ from torch import nn
 import stvit
 from stvit.pretrained import damage
 from stvit.tools.common.checkpoint import load_checkpoint
-from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
 
 # What a run's checkpoint tells of its model and of the images that it was made for.
 RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
@@ -43,6 +43,39 @@ class Weights:
     file: Path | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     use_ema: bool | None = None
+
+
+def add_model_arguments(group: Any) -> None:
+    """The flags that say which weights and which model to take, alike in every command that only uses them."""
+    group.add_argument(
+        "--checkpoint",
+        metavar="PATH|hf-hub:ORG/NAME",
+        help="run, folder or file of weights (default: those of --model)",
+    )
+    group.add_argument("--model", metavar="NAME", help="model, any of timm's; for a file that does not say it")
+    group.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving average of a file that holds both (default: if there is one)",
+    )
+    group.add_argument("--num-classes", type=positive, metavar="N", help="(default: those of the weights)")
+    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
+
+
+def choose_weights(args: argparse.Namespace) -> Weights:
+    """Finds the weights of the flags of `add_model_arguments`, and sets the flags that those ask for, if unset.
+
+    Raises:
+        CommandError: If there are none such, or there is nothing that --use-ema could choose between.
+    """
+    weights = find_weights(args.checkpoint, args.model, args.use_ema) if args.checkpoint else Weights(args.model)
+    if args.use_ema is not None and weights.file is None:
+        raise CommandError("--use-ema chooses between the weights in one file, and here there is no such file")
+    for key in RECIPE_KEYS:
+        if getattr(args, key) is None:
+            setattr(args, key, weights.recipe.get(key))
+    return weights
 
 
 def find_weights(source: str, model: str | None, use_ema: bool | None = None) -> Weights:
