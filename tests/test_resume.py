@@ -115,16 +115,17 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
     print("random moments of seed", seed)
     moments = random.Random(seed)
     resumed = set()
-    for _ in range(times):
+    for i in range(times):
         process = start(tmp_path)
-        wait_for_updates(process, tmp_path, moments.randint(1, 9))
+        # At first not before there is something to go on from: a checkpoint after four updates.
+        wait_for_updates(process, tmp_path, moments.randint(1 if i else 5, 9))
         time.sleep(moments.uniform(0.0, 0.05))
         process.kill()
         out, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, out
         resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
     out = finish(tmp_path)
-    assert "resuming" in out
+    resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
     # From the middle of epochs, not their ends alone.
     assert any(" and 0 updates" not in line for line in resumed), resumed
     assert_same_run(tmp_path, reference)
