@@ -304,7 +304,7 @@ def test_trouble_is_one_clear_line(
     ):
         assert said in refused(capsys, *flags), flags
     (tmp_path / "names.txt").write_text("a\nb\n")
-    assert "2 class names were given for a model of 4" in refused(
+    assert "has 2 class names, and the model 4 classes" in refused(
         capsys, data, last, f"--class-map={tmp_path / 'names.txt'}"
     )
 

@@ -56,6 +56,7 @@ from stvit.tools.common.data import (
     create_val_loader,
     open_images,
 )
+from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
 from stvit.tools.common.model import add_model_arguments, choose_weights, create_model, read_weights
 from stvit.tools.common.processes import World
 
@@ -110,6 +111,7 @@ def create_parser() -> Parser:
     group.add_argument("--seed", "-s", type=int, default=42, metavar="N", help="of the run that held out the digits")
     group.add_argument("--batch-size", "-b", type=positive, default=16, metavar="N", help="images of a step")
     add_image_arguments(group)
+    add_class_map_argument(group)
     return parser
 
 
@@ -127,7 +129,9 @@ def export(args: argparse.Namespace) -> None:
     with TemporaryDirectory() as temporary:
         bad_images = BadImages(args.max_bad_images, Path(temporary) / "bad_images.jsonl")
         images = _open_images(args, data_config, bad_images)
-        numbers = None if images is None or args.features else _class_numbers(model, images)
+        class_map = None
+        if images is not None and not args.features:
+            class_map = map_classes(class_names(args, model), images.class_names, model.num_classes, _WORLD)
         shape = "x".join(map(str, data_config["input_size"]))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.checkpoint or args.model}: {name}, {parameters:.1f} M parameters, images of {shape}", flush=True)
@@ -136,11 +140,11 @@ def export(args: argparse.Namespace) -> None:
         if images is not None:
             loader = create_val_loader(args, images.val, data_config, _WORLD, torch.float32)
             with progress_bar(len(loader), "batch", True) as bar:
-                batches = _readable(loader, bar)
+                batches = _readable(mapped(loader, class_map), bar)
                 lines = (
                     _compare_features(source, files, batches)
                     if args.features
-                    else _compare_accuracy(source, files, batches, numbers)
+                    else _compare_accuracy(source, files, batches)
                 )
             print("\n".join(lines), flush=True)
         for image in sorted(bad_images.names()):
@@ -250,9 +254,9 @@ def _metadata(args: argparse.Namespace, model: Any, name: str, data_config: dict
         metadata |= {"strides": model.feature_info.reduction(), "channels": model.feature_info.channels()}
     else:
         metadata["num_classes"] = model.num_classes
-        names = model.pretrained_cfg.get("label_names")
-        if names is not None and len(names) == model.num_classes:
-            metadata["class_names"] = list(names)
+        names = class_names(args, model)
+        if names is not None:
+            metadata["class_names"] = names
     for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
         metadata[key] = list(data_config[key]) if isinstance(data_config[key], tuple) else data_config[key]
     return metadata | {"stvit": stvit.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
@@ -753,7 +757,9 @@ def _samples(args: argparse.Namespace, images: Images, data_config: dict[str, An
     return batch[0]
 
 
-def _readable(loader: Iterable[Any], bar: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _readable(
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]], bar: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches without the images that cannot be read."""
     for image, target in loader:
         if bool((target >= 0).any()):
@@ -764,14 +770,11 @@ def _readable(loader: Iterable[Any], bar: Any) -> Iterator[tuple[torch.Tensor, t
 def _compare_accuracy(
     source: _Source,
     files: Mapping[str, Runtime],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    numbers: torch.Tensor | None,
+    batches: Batches,
 ) -> list[str]:
-    """Accuracies of the model and the files, and how many predictions differ; `numbers` as of `_class_numbers`."""
+    """Accuracies of the model and the files, and how many predictions differ."""
     seen, right, different = 0, dict.fromkeys(["", *files], 0), dict.fromkeys(files, 0)
     for image, target in batches:
-        if numbers is not None:
-            target = numbers[target]
         check_targets(target, source.model.num_classes, "validation")
         predicted = source(image)[0].argmax(dim=1)
         seen += len(target)
@@ -790,22 +793,7 @@ def _compare_accuracy(
     return lines
 
 
-def _class_numbers(model: Any, images: Images) -> torch.Tensor | None:
-    """The model's number of each of the images' classes, None if they are the same."""
-    mine, theirs = model.pretrained_cfg.get("label_names"), images.class_names
-    if mine and theirs and mine != theirs and set(theirs) <= set(mine):
-        return torch.tensor([list(mine).index(name) for name in theirs])
-    if theirs is not None and len(theirs) != model.num_classes:
-        raise CommandError(
-            f"the images have {len(theirs)} classes, the model {model.num_classes}, and their names are not the same: "
-            "rename the folders"
-        )
-    return None
-
-
-def _compare_features(
-    source: _Source, files: Mapping[str, Runtime], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> list[str]:
+def _compare_features(source: _Source, files: Mapping[str, Runtime], batches: Batches) -> list[str]:
     """By how much the maps of the files differ from the model's."""
     seen = 0
     sums = {name: torch.zeros(len(source.names), dtype=torch.float64) for name in ["", *files]}

@@ -22,7 +22,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +51,14 @@ from stvit.tools.common.data import (
     create_val_loader,
     open_images,
 )
-from stvit.tools.common.evaluation import confidence_interval, evaluate
+from stvit.tools.common.evaluation import (
+    add_class_map_argument,
+    class_names,
+    confidence_interval,
+    evaluate,
+    map_classes,
+    mapped,
+)
 from stvit.tools.common.model import Weights, add_model_arguments, choose_weights, create_model, read_weights
 from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, join_world
 
@@ -91,7 +98,7 @@ def create_parser() -> Parser:
         action="store_true",
         help="the paper's evaluation: short side to 256 pixels for 224, to 384 for 384, bicubic, center crop",
     )
-    group.add_argument("--class-map", metavar="FILE", help="the model's class names, one a line, in order")
+    add_class_map_argument(group)
     group.add_argument(
         "--real-labels",
         nargs="?",
@@ -132,9 +139,9 @@ def validate(args: argparse.Namespace) -> None:
         loader = create_val_loader(args, images.val, data_config, world, DTYPES[args.model_dtype])
         bad_images = BadImages(args.max_bad_images, Path(world.from_first(temporary)) / "bad_images.jsonl")
         images.val.bad_images = bad_images
-        names = _read_names(args.class_map) or model.pretrained_cfg.get("label_names")
         num_classes = model.num_classes
-        class_map = _map_classes(names, images.class_names, num_classes, world)
+        names = class_names(args, model)
+        class_map = map_classes(names, images.class_names, num_classes, world)
         real_labels = None if args.real_labels is None else _open_real_labels(images.val, args.real_labels)
         source = f"{args.checkpoint or args.model}{' (EMA)' if is_ema else ''}"
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -151,7 +158,7 @@ def validate(args: argparse.Namespace) -> None:
                 counts.update(logits, target)
                 bar.update()
 
-            batches = _mapped(loader, class_map)
+            batches = mapped(loader, class_map)
             metrics = evaluate(model, batches, world, autocast(args, world), args.channels_last, on_batch)
         counts.sum_up()
         results = _results(counts, metrics["loss"])
@@ -216,47 +223,6 @@ def _data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         crop_pct = 1.0 if data_config["input_size"][-1] >= 384 else 224 / 256
         data_config |= {"crop_pct": crop_pct, "interpolation": "bicubic", "crop_mode": "center"}
     return data_config
-
-
-def _read_names(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"cannot read --class-map {path}: {reason(error)}") from error
-
-
-def _map_classes(
-    model_names: list[str] | None, data_names: list[str] | None, num_classes: int, world: World
-) -> torch.Tensor | None:
-    """The model's number of each of the images' classes; None if they are the same."""
-    if model_names is not None and len(model_names) != num_classes:
-        raise CommandError(f"{len(model_names)} class names were given for a model of {num_classes} classes")
-    if data_names is None or data_names == model_names:
-        return None
-    if model_names is not None:
-        numbers = {name: number for number, name in enumerate(model_names)}
-        unknown = [name for name in data_names if name not in numbers]
-        if not unknown:
-            return torch.tensor([numbers[name] for name in data_names], device=world.device)
-        if len(unknown) < len(data_names) or len(data_names) != num_classes:
-            raise CommandError(
-                f"the model does not know the class {unknown[0]!r} of the images, its classes are "
-                f"{', '.join(model_names[:3])}, …: rename the folders, or give --class-map"
-            )
-        world.say("none of the classes' names are the model's: they are taken to be in the model's order")
-    if len(data_names) != num_classes:
-        raise CommandError(
-            f"the images have {len(data_names)} classes, the model {num_classes}: give its class names, in order, as "
-            "--class-map FILE"
-        )
-    return None
-
-
-def _mapped(loader: Any, class_map: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for image, target in loader:
-        yield image, target if class_map is None else torch.where(target < 0, target, class_map[target.clamp(min=0)])
 
 
 def _open_real_labels(images: Any, path: str) -> list[list[int]]:
