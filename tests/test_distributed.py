@@ -104,6 +104,7 @@ def test_result_does_not_depend_on_how_the_batch_is_split(digits_folder: Path, t
     assert "on cpu" in said[0].splitlines()[0] and "on 2 x cpu" in said[1].splitlines()[0]
 
 
+@pytest.mark.long
 def test_evaluation_counts_each_image_once(digits_folder: Path, tmp_path: Path) -> None:
     """With a learning rate of zero all evaluate the same weights; 101 images are no multiple of anything."""
     still = ["--lr=0", "--min-lr=0", "--bn-eval", "--batch-size=8", "--epochs=1", "--weight-decay=0"]

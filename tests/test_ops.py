@@ -421,7 +421,7 @@ def test_compile_has_no_chain_of_additions_in_place(monkeypatch: pytest.MonkeyPa
     """Inductor turns such a chain into nested masks, and compiles for over ten minutes."""
     module = SuperTokenAttention(16, (4, 3), 2, num_heads=2)
     x = torch.randn(2, 16, 9, 14)
-    assert longest_chain_of_scatters(module, x) <= 3  # the gradient of one selection and two slices
+    assert longest_chain_of_scatters(module, x) <= 4  # the gradient of a selection and a slice on each axis
     parts = torch.randn(2, 3, 4, 9, 5)
     torch.testing.assert_close(add_to_slices(parts), reference._sum_neighbors(parts))
     monkeypatch.setattr(reference, "_sum_neighbors", add_to_slices)

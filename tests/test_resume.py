@@ -216,6 +216,7 @@ def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> No
     assert_same_run(killed, reference)
 
 
+@pytest.mark.long
 def test_torn_files_beside_the_checkpoints_do_no_harm(killed: Path, reference: Path) -> None:
     """What a kill in the middle of a write leaves: half a temporary file, half a line."""
     checkpoints = killed / "it/checkpoints"
@@ -252,6 +253,7 @@ def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
     assert_same_run(killed, reference)
 
 
+@pytest.mark.long
 def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> None:
     """The weights of an epoch are written whole or not at all, and the run goes on from the checkpoint before."""
     before = results(killed)
@@ -287,6 +289,7 @@ def test_resume_by_path(killed: Path, reference: Path, tmp_path: Path) -> None:
     assert_same_run(killed, reference)
 
 
+@pytest.mark.long
 def test_auto_finds_the_run_without_its_name(killed: Path, reference: Path) -> None:
     # The recipe that the run wrote, without the name of the run.
     recipe = yaml.safe_load((killed / "it/config.yaml").read_text())

@@ -321,7 +321,7 @@ def same_detections(found: np.ndarray, expected: torch.Tensor) -> None:
     np.testing.assert_allclose(found[:, 4:], expected[:, 4:].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True])
 def test_onnx(dynamic: bool, detector: YOLO, best: Path, tmp_path: Path) -> None:
     copied = tmp_path / "best.pt"
     copied.write_bytes(best.read_bytes())

@@ -75,6 +75,7 @@ def test_pretrained_backbone_reaches_the_trained_model(
     assert f"Transferred {len(arrived)}/{len(arrived)} tensors of the backbone stvit_pico" in ultralytics_log.text
 
 
+@pytest.mark.long
 def test_what_was_not_loaded_follows_the_seed(pico: Path, photos: Path, tmp_path: Path) -> None:
     begun = []
     for seed in (3, 3, 4):

@@ -136,8 +136,10 @@ def _is_exporting() -> bool:
 def _gather_neighbors(tokens: torch.Tensor) -> torch.Tensor:
     """(B, Hs, Ws, C) to (B, Hs, Ws, 9, C), zeros outside the grid."""
     Hs, Ws = tokens.shape[1], tokens.shape[2]
+    # One axis after the other: six slices, and not nine in both axes, to trace and to compile.
     padded = F.pad(tokens, (0, 0, 1, 1, 1, 1))
-    return torch.stack([padded[:, k // 3 : k // 3 + Hs, k % 3 : k % 3 + Ws] for k in range(9)], dim=3)
+    rows = torch.stack([padded[:, i : i + Hs] for i in range(3)], dim=3)  # (B, Hs, Ws + 2, 3, C)
+    return torch.stack([rows[:, :, j : j + Ws] for j in range(3)], dim=4).flatten(3, 4)
 
 
 def _sum_neighbors(parts: torch.Tensor) -> torch.Tensor:
@@ -147,9 +149,6 @@ def _sum_neighbors(parts: torch.Tensor) -> torch.Tensor:
     torch.compile nest masks for minutes.
     """
     Hs, Ws = parts.shape[1], parts.shape[2]
-    padded = F.pad(parts, (0, 0, 0, 0, 1, 1, 1, 1))
-    total = padded[:, 2 : 2 + Hs, 2 : 2 + Ws, 0]
-    for k in range(1, 9):
-        i, j = 2 - k // 3, 2 - k % 3
-        total = total + padded[:, i : i + Hs, j : j + Ws, k]
-    return total
+    padded = F.pad(parts, (0, 0, 0, 0, 1, 1, 1, 1)).unflatten(3, (3, 3))
+    rows = padded[:, 2 : 2 + Hs, :, 0] + padded[:, 1 : 1 + Hs, :, 1] + padded[:, :Hs, :, 2]  # (B, Hs, Ws + 2, 3, C)
+    return rows[:, :, 2 : 2 + Ws, 0] + rows[:, :, 1 : 1 + Ws, 1] + rows[:, :, :Ws, 2]
