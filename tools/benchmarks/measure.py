@@ -93,13 +93,16 @@ def percentile(values: list[float], percent: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device) -> tuple[float, float]:
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device, is_compiled: bool = False
+) -> tuple[float, float]:
     """Memory of one step, in a process of its own.
 
     Args:
         prepare: Makes the step from `args`; a function of a module, for the other process imports it.
         args: What it takes; they are pickled.
         device: On which the step runs.
+        is_compiled: Whether the first step compiles, which takes memory of its own and is not measured.
 
     Returns:
         The peak in MiB (on the CPU of the whole process, on a GPU of the allocator), and how much of that was not there
@@ -111,13 +114,15 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: t
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure_memory, prepare, args, device.type, torch.get_num_threads()).result()
+            return pool.submit(
+                _measure_memory, prepare, args, device.type, is_compiled, torch.get_num_threads()
+            ).result()
         except BrokenProcessPool as error:
             raise CommandError(f"the process that measures memory was ended, too little memory? {args}") from error
 
 
 def _measure_memory(
-    prepare: Callable[..., Callable[[], Any]], args: Any, device: str, threads: int
+    prepare: Callable[..., Callable[[], Any]], args: Any, device: str, is_compiled: bool, threads: int
 ) -> tuple[float, float]:
     torch.set_num_threads(threads)
     step = prepare(*args)
@@ -130,8 +135,8 @@ def _measure_memory(
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
         return peak / MIB, (peak - before) / MIB
-    if any("compiled" in str(arg) for arg in args):
-        step()  # what the compiler takes is not what the model takes
+    if is_compiled:
+        step()
     before = _forget_peak()
     step()
     peak = _process_memory("VmHWM")

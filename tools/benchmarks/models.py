@@ -185,7 +185,7 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
         seconds = times[str(i)]
         median = statistics.median(seconds)
         gmac = _gmac(case)
-        memory = peak_memory(prepare, case, device=device) if args.memory else None
+        memory = peak_memory(prepare, case, device=device, is_compiled=case.way == "compiled") if args.memory else None
         row = {
             "model": case.model,
             **({"stage": case.stage + 1} if case.stage is not None else {}),
