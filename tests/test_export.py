@@ -374,7 +374,8 @@ def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.Ca
             "is not a folder: create it first",
         ),
         ([checkpoint, f"--output={tmp_path / 'a_file/it.onnx'}"], "create it first"),
-        ([checkpoint, "--dataset=sklearn/digits"], "the images have 10 classes, the model 4"),
+        ([checkpoint, "--dataset=sklearn/digits"], "the model does not know the class '0' of the images"),
+        ([checkpoint, "--dataset=sklearn/digits", "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
     ):
         output = [] if any(flag.startswith("--output") for flag in flags) else [f"--output={tmp_path / 'it'}"]
         if "--dataset=sklearn/digits" in flags:
@@ -413,3 +414,20 @@ def test_unreadable_images(
     captured = capsys.readouterr()
     assert "% of 19 images, 0 predicted otherwise" in captured.out
     assert f"warning: {bad} could not be read and was skipped" in captured.err
+
+
+def test_class_map(best: Path, own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders of other names, in another order, are counted under the model's numbers."""
+    line = [f"--checkpoint={best}", "--format=torchscript", f"--output={tmp_path / 'it'}", "--workers=0", "--no-check"]
+    line += [f"--data-dir={own_digits_folder}"]
+    assert export.main(line) == 0
+    before = capsys.readouterr().out.splitlines()[-2:]
+    names = ["zero", "one", "two", "three"]
+    for number, name in enumerate(names):
+        for split in ("train", "val"):
+            (own_digits_folder / split / f"digit_{number}").rename(own_digits_folder / split / name)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert export.main([*line, f"--class-map={tmp_path / 'names.txt'}"]) == 0
+    after = capsys.readouterr().out.splitlines()[-2:]
+    assert after == before and "top-1 of PyTorch" in before[0]
+    assert open_file(tmp_path / "it")[1]["class_names"] == names
