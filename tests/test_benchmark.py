@@ -276,6 +276,7 @@ def test_compiled_and_onnxruntime(tmp_path: Path) -> None:
         (["model", "--models=test_stvit(stoken=8)"], "cannot create model test_stvit"),
         (["train", "--models=test_stvit", "--dtype=float16"], "take bfloat16"),
         (["model", "--models=resnet18", "--ways=published"], "none of --models can be run so: --ways published"),
+        (["op", "--models=resnet18"], "resnet18 has no super token attention"),
         (["model", "--plot=nowhere/plot.png"], "there is no such folder"),
         (["model", "--plot=plot.bmp"], "must end in .png, .pdf or .svg"),
         (["model", "--models=test_stvit", "--device=gpu"], "--device gpu is not at hand"),

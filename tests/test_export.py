@@ -431,3 +431,13 @@ def test_class_map(best: Path, own_digits_folder: Path, tmp_path: Path, capsys: 
     after = capsys.readouterr().out.splitlines()[-2:]
     assert after == before and "top-1 of PyTorch" in before[0]
     assert open_file(tmp_path / "it")[1]["class_names"] == names
+
+
+def test_other_channels_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "it.torchscript"
+    line = ["--model=test_stvit", "--no-pretrained", "--in-chans=1", "--num-classes=10", "--format=torchscript"]
+    assert export.main([*line, f"--output={path}"]) == 0
+    assert "images of 1x160x160" in capsys.readouterr().out
+    run, metadata = open_file(path)
+    assert run(torch.zeros(1, 1, 32, 32))[0].shape == (1, 10)
+    assert metadata["input_size"] == [1, 160, 160] and len(metadata["mean"]) == 1

@@ -41,7 +41,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_data_config
 from torch import nn
 
 import stvit
@@ -55,6 +54,7 @@ from stvit.tools.common.data import (
     check_targets,
     create_val_loader,
     open_images,
+    resolve_images,
 )
 from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
 from stvit.tools.common.model import add_model_arguments, choose_weights, create_model, read_weights
@@ -125,7 +125,7 @@ def export(args: argparse.Namespace) -> None:
     _check_output(args)
     _check_packages(args)
     model, name = _create_model(args)
-    data_config = _data_config(args, model)
+    data_config = resolve_images(vars(args), model, use_test_size=True)
     with TemporaryDirectory() as temporary:
         bad_images = BadImages(args.max_bad_images, Path(temporary) / "bad_images.jsonl")
         images = _open_images(args, data_config, bad_images)
@@ -238,12 +238,6 @@ def _create_model(args: argparse.Namespace) -> tuple[Any, str]:
             "classifier of another size would be random"
         )
     return model.eval().requires_grad_(False), str(model.pretrained_cfg.get("architecture") or weights.model)
-
-
-def _data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    if args.in_chans is None:
-        args.in_chans = model.pretrained_cfg["input_size"][0]
-    return resolve_data_config(vars(args), model=model, use_test_size=True)
 
 
 def _metadata(args: argparse.Namespace, model: Any, name: str, data_config: dict[str, Any]) -> dict[str, Any]:

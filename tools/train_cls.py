@@ -38,7 +38,7 @@ import torch
 import yaml
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -80,8 +80,8 @@ from stvit.tools.common.data import (
     add_image_arguments,
     check_targets,
     create_val_loader,
-    gray_statistics,
     open_images,
+    resolve_images,
 )
 from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.logs import RunLog, require_loggers
@@ -319,9 +319,7 @@ class _Training:
             self.model = self.model.to(memory_format=torch.channels_last)
         if args.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
-        self.data_config = resolve_data_config(vars(args), model=self.model)
-        if args.in_chans == 1 and args.mean is None:
-            self.data_config |= gray_statistics(self.data_config)
+        self.data_config = resolve_images(vars(args), self.model)
         dtype = DTYPES[args.model_dtype]
         self.loader = TrainLoader(args, self.train_set, self.data_config, world, dtype)
         self.val_loader = create_val_loader(args, self.val_set, self.data_config, world, dtype)

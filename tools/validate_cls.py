@@ -30,7 +30,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 from torch.utils.data import IterableDataset
 
 import stvit
@@ -50,6 +50,7 @@ from stvit.tools.common.data import (
     add_image_arguments,
     create_val_loader,
     open_images,
+    resolve_images,
 )
 from stvit.tools.common.evaluation import (
     add_class_map_argument,
@@ -216,9 +217,7 @@ def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights,
 
 
 def _data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    if args.in_chans is None:
-        args.in_chans = model.pretrained_cfg["input_size"][0]
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=True)
+    data_config = resolve_images(vars(args), model, use_test_size=True)
     if args.official_crop:
         crop_pct = 1.0 if data_config["input_size"][-1] >= 384 else 224 / 256
         data_config |= {"crop_pct": crop_pct, "interpolation": "bicubic", "crop_mode": "center"}

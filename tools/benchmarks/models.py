@@ -121,8 +121,11 @@ def benchmark_op(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The attention of each stage that has super tokens, forward alone and with backward."""
     for img_size in args.img_size:
         for model in args.models:
-            net: Any = _create(model, "meta")
-            stages = [i for i, stage in enumerate(net.stages) if stage.blocks[0].attn.stoken_size != (1, 1)]
+            net = _create(model, "meta")
+            if not isinstance(net, stvit.STViT):
+                raise CommandError(f"--models {model} has no super token attention: benchmark op is for STViT's stages")
+            all_stages: Any = net.stages
+            stages = [i for i, stage in enumerate(all_stages) if stage.blocks[0].attn.stoken_size != (1, 1)]
             for stage in stages:
                 for is_training in (False, True):
                     cases = [

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
-from timm.data import auto_augment, create_dataset, create_transform
+from timm.data import auto_augment, create_dataset, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
@@ -56,9 +56,20 @@ def add_image_arguments(group: Any) -> None:
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
 
 
-def gray_statistics(data_config: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation for gray images: the means of those of the channels."""
-    return {name: (sum(data_config[name]) / len(data_config[name]),) for name in ("mean", "std")}
+def resolve_images(settings: Mapping[str, Any], model: Any, use_test_size: bool = False) -> dict[str, Any]:
+    """How a model wants its images, as timm's `resolve_data_config` says it.
+
+    Args:
+        settings: The flags of `add_image_arguments` and `in_chans`, which go before the model's own settings.
+        model: Whose settings hold where those are None.
+        use_test_size: Whether the model's size is that of its evaluation.
+    """
+    config: dict[str, Any] = resolve_data_config(settings, model=model, use_test_size=use_test_size)
+    channels = settings.get("in_chans") or model.pretrained_cfg["input_size"][0]
+    config["input_size"] = (channels, *config["input_size"][1:])  # timm heeds them beside an image size alone
+    if channels == 1 and settings.get("mean") is None:  # gray images: the means over the colors
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from stvit.pretrained import verify
 from stvit.stvit import find_variant
 from stvit.tools.common.checkpoint import load_checkpoint, replace_files
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, gray_statistics
+from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_images
 from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, weights_in
 
 # Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
@@ -378,9 +378,7 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     ).eval()
     images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
     images |= {"in_chans": in_chans, "img_size": size if name not in PAPER_TOP1 else args.img_size}
-    data_config = resolve_data_config(images, model=model)
-    if data_config["input_size"][0] == 1 and images["mean"] is None:
-        data_config |= gray_statistics(data_config)
+    data_config = resolve_images(images, model)
     details: dict[str, Any] = {
         "weights": "moving average (EMA)" if is_ema else "as trained" + (", not their average" if ema else ""),
         "source": f"{path.name}, sha256 {hub.file_sha256(path)}",
