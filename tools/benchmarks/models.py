@@ -211,7 +211,7 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
             "memory_mib": round(memory[0]) if memory else "",
             "step_mib": round(memory[1]) if memory else "",
             "memory_ratio": round(memory[1] / rows[0]["step_mib"], 3) if memory and rows else 1.0 if memory else "",
-            "top1": TOP1.get(case.model, "") if case.img_size == 224 else "",
+            "top1": TOP1.get(case.model, "") if case.img_size == 224 and case.stage is None else "",
             "steps": len(seconds),
         }
         rows.append(row)
