@@ -3,6 +3,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hub_server
@@ -21,6 +22,15 @@ os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="stvit-tests-")
 os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
 # Nor of the public Hub: tests that need one serve it themselves (hub_server).
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# Triton makes its own library for its interpreter or for a compiler at the moment it is imported, once for a process.
+# Without a GPU that is the interpreter, for the kernels of tests/test_triton.py; nothing else is to know of it.
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with suppress(ImportError):
+            import triton  # noqa: F401
 
 
 # Files of one long test each: begun last they would keep one process waiting for the other.

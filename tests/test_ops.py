@@ -1,4 +1,7 @@
-"""The operator against the published code, against a naive definition, and in every way it can be run or exported."""
+"""The operator against the published code, against a naive definition, and in every way it can be run or exported.
+
+Of the other backends see tests/test_triton.py, whose yardstick is the reference, the one that is tested here.
+"""
 
 import copy
 import inspect
@@ -7,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import fill
 import numpy as np
@@ -21,7 +23,6 @@ from torch._inductor.decomposition import select_decomp_table
 from stvit import ops
 from stvit.ops import SuperTokenAttention, reference, sample_super_tokens, upsample_super_tokens
 
-BACKENDS = {"reference": reference}
 GOLDEN = np.load(Path(__file__).parent / "golden" / "op.npz")
 
 # Pixels, and pixels of a cell: even division, primes, one pixel, less than one cell, oblong cells, cells of a pixel.
@@ -37,7 +38,6 @@ SIZES = [
 ]
 each_size = pytest.mark.parametrize(("size", "stoken_size"), SIZES, ids=lambda v: "x".join(map(str, v)))
 each_n_iter = pytest.mark.parametrize("n_iter", [1, 2, 3])
-each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 
 
 def assert_parity(actual: torch.Tensor, golden: np.ndarray) -> None:
@@ -153,15 +153,12 @@ def test_golden(case: int) -> None:
         assert_parity(actual, golden[{"y": "y", "x": "x_grad"}.get(name, f"grad_stoken_refine.{name}")])
 
 
-@each_backend
 @each_n_iter
 @each_size
-def test_sample_is_the_papers(
-    backend: ModuleType, size: tuple[int, int], stoken_size: tuple[int, int], n_iter: int
-) -> None:
+def test_sample_is_the_papers(size: tuple[int, int], stoken_size: tuple[int, int], n_iter: int) -> None:
     """Output, and the gradient: that of a linear map, because the association is held constant."""
     x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
-    tokens, association = backend.sample_super_tokens(x, stoken_size, n_iter)
+    tokens, association = reference.sample_super_tokens(x, stoken_size, n_iter)
     v = torch.randn_like(tokens)
     (tokens * v).sum().backward()
     for b in range(2):
@@ -176,13 +173,12 @@ def test_sample_is_the_papers(
             np.testing.assert_allclose(actual[b].detach(), expected[name], rtol=1e-9, atol=1e-11, err_msg=name)
 
 
-@each_backend
 @each_size
-def test_upsample_is_the_papers(backend: ModuleType, size: tuple[int, int], stoken_size: tuple[int, int]) -> None:
+def test_upsample_is_the_papers(size: tuple[int, int], stoken_size: tuple[int, int]) -> None:
     grid = math.ceil(size[0] / stoken_size[0]), math.ceil(size[1] / stoken_size[1])
     tokens = torch.randn(2, 5, *grid, dtype=torch.float64, requires_grad=True)
     association = torch.rand(2, 9, *size, dtype=torch.float64)
-    y = backend.upsample_super_tokens(tokens, association, stoken_size)
+    y = reference.upsample_super_tokens(tokens, association, stoken_size)
     v = torch.randn_like(y)
     (y * v).sum().backward()
     for b in range(2):
@@ -547,10 +543,17 @@ def test_signature() -> None:
         ("qkv_bias", False),
         ("attn_drop", 0.0),
         ("proj_drop", 0.0),
+        ("backend", "auto"),
         ("device", None),
         ("dtype", None),
     ]
-    assert set(ops.__all__) == {"SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"}
+    assert set(ops.__all__) == {
+        "SuperTokenAttention",
+        "can_run_triton",
+        "sample_super_tokens",
+        "upsample_super_tokens",
+        "why_not_triton",
+    }
 
 
 def test_device_and_dtype() -> None:
@@ -584,6 +587,9 @@ TOKENS, ASSOCIATION = torch.zeros(2, 8, 2, 2), torch.zeros(2, 9, 6, 6)
         (lambda: sample_super_tokens(X, (-1, 3)), r"stoken_size.*-1(, |x)3\b"),
         (lambda: sample_super_tokens(X, (3, 3, 3)), r"stoken_size.*\(3, 3, 3\)"),
         (lambda: sample_super_tokens(X, (3,)), r"stoken_size.*\(3,\)"),
+        (lambda: sample_super_tokens(X, 3, backend="cuda"), r"backend.*auto, reference, triton.*'cuda'"),
+        (lambda: upsample_super_tokens(TOKENS, ASSOCIATION, 3, backend=""), r"backend.*auto, reference, triton.*''"),
+        (lambda: SuperTokenAttention(8, 3, num_heads=2, backend="cuda"), r"backend.*auto, reference, triton.*'cuda'"),
         (lambda: sample_super_tokens(X, 3, 0), r"n_iter.*\b0\b"),
         (lambda: upsample_super_tokens(TOKENS[0], ASSOCIATION, 3), r"tokens.*\[8, 2, 2\]"),
         (lambda: upsample_super_tokens(TOKENS.int(), ASSOCIATION, 3), r"tokens.*torch\.int32"),

@@ -6,7 +6,8 @@ Pixels are softly grouped into a few super tokens (`sample_super_tokens`), self-
 each pixel is given back the mixture of the refined tokens that it belongs to (`upsample_super_tokens`).
 `SuperTokenAttention` is the three together, as a module.
 
-The two functions check their arguments and hand them to a backend. There is one, `stvit.ops.reference`.
+The two functions check their arguments and hand them to a backend: `stvit.ops.reference`, the definition in plain
+PyTorch, or the Triton kernels of `stvit.ops.triton`. `stvit.ops.backends` chooses.
 """
 
 from typing import Any
@@ -16,14 +17,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from stvit.ops import reference
+from stvit.ops.backends import BACKENDS, can_run_triton, choose_backend, why_not_triton
 
-__all__ = ["SuperTokenAttention", "sample_super_tokens", "upsample_super_tokens"]
+__all__ = [
+    "SuperTokenAttention",
+    "can_run_triton",
+    "sample_super_tokens",
+    "upsample_super_tokens",
+    "why_not_triton",
+]
 
 
 # The public functions are leaves for torch.fx: what they check cannot be asked of a symbolic tensor.
 @torch.fx.wrap
 def sample_super_tokens(
-    x: torch.Tensor, stoken_size: int | tuple[int, int], n_iter: int = 1
+    x: torch.Tensor, stoken_size: int | tuple[int, int], n_iter: int = 1, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups pixels into super tokens (section 3.2, equations 2 to 5).
 
@@ -36,6 +44,8 @@ def sample_super_tokens(
         x: Pixel features (B, C, H, W), of any floating dtype, in any memory format; B may be 0.
         stoken_size: Height and width of a cell in pixels, each at least 1.
         n_iter: Rounds of association and averaging, at least 1.
+        backend: "reference", "triton", or "auto" for Triton's kernels where they can run (`can_run_triton`) and the
+            reference elsewhere. The environment variable STVIT_OPS_BACKEND overrides it.
 
     Returns:
         The super tokens (B, C, ceil(H / h), ceil(W / w)), and the association (B, 9, H, W) of each pixel with the
@@ -43,15 +53,22 @@ def sample_super_tokens(
         that point outside the grid belong to zero tokens. The association carries no gradient.
 
     Raises:
-        ValueError: If an argument is not as described.
+        ValueError: If an argument is not as described, or the backend asked for cannot run.
     """
     _check_pixels(x, "x")
-    return reference.sample_super_tokens(x, _cell_size(stoken_size), _check_n_iter(n_iter))
+    size, n_iter = _cell_size(stoken_size), _check_n_iter(n_iter)
+    if not torch.jit.is_scripting():
+        if choose_backend(backend, x) == "triton":
+            return _sample_in_triton(x, size, n_iter)
+    return reference.sample_super_tokens(x, size, n_iter)
 
 
 @torch.fx.wrap
 def upsample_super_tokens(
-    tokens: torch.Tensor, association: torch.Tensor, stoken_size: int | tuple[int, int]
+    tokens: torch.Tensor,
+    association: torch.Tensor,
+    stoken_size: int | tuple[int, int],
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Gives each pixel the association-weighted sum of the nine super tokens around its cell (section 3.3).
 
@@ -59,18 +76,23 @@ def upsample_super_tokens(
         tokens: Super tokens (B, C, ceil(H / h), ceil(W / w)).
         association: (B, 9, H, W), as `sample_super_tokens` returns it.
         stoken_size: Height and width of a cell in pixels, as given to `sample_super_tokens`.
+        backend: As in `sample_super_tokens`.
 
     Returns:
         Pixel features (B, C, H, W).
 
     Raises:
-        ValueError: If an argument is not as described, or the two tensors do not fit each other.
+        ValueError: If an argument is not as described, the two tensors do not fit each other, or the backend asked for
+            cannot run.
     """
     _check_pixels(tokens, "tokens")
     _check_pixels(association, "association")
     h, w = _cell_size(stoken_size)
     if not torch.jit.is_tracing():  # which would warn that it cannot record a check of sizes
         _check_fit(tokens, association, h, w)
+    if not torch.jit.is_scripting():
+        if choose_backend(backend, tokens) == "triton":
+            return _upsample_in_triton(tokens, association, (h, w))
     return reference.upsample_super_tokens(tokens, association, (h, w))
 
 
@@ -79,6 +101,8 @@ class SuperTokenAttention(nn.Module):
 
     With a `stoken_size` of 1x1 every pixel is its own token, and this is plain multi-head self-attention.
     """
+
+    backend: str = "auto"  # of modules pickled before there was a choice
 
     def __init__(
         self,
@@ -89,6 +113,7 @@ class SuperTokenAttention(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +126,7 @@ class SuperTokenAttention(nn.Module):
             qkv_bias: Whether the projection to queries, keys and values has a bias.
             attn_drop: Dropout rate of the attention weights.
             proj_drop: Dropout rate of the output.
+            backend: What samples and upsamples, as in `sample_super_tokens`.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 
@@ -114,7 +140,10 @@ class SuperTokenAttention(nn.Module):
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             if not 0.0 <= rate <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {rate}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.dim = dim
+        self.backend = backend
         self.stoken_size = _cell_size(stoken_size)
         self.n_iter = _check_n_iter(n_iter)
         self.num_heads = num_heads
@@ -138,8 +167,8 @@ class SuperTokenAttention(nn.Module):
         _check_module_input(x, self.dim)
         if self.stoken_size == (1, 1):
             return self.attend(x)
-        tokens, association = sample_super_tokens(x, self.stoken_size, self.n_iter)
-        return upsample_super_tokens(self.attend(tokens), association, self.stoken_size)
+        tokens, association = sample_super_tokens(x, self.stoken_size, self.n_iter, self.backend)
+        return upsample_super_tokens(self.attend(tokens), association, self.stoken_size, self.backend)
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same."""
@@ -154,6 +183,18 @@ class SuperTokenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, num_heads={self.num_heads}"
+
+
+def _sample_in_triton(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from stvit.ops import triton
+
+    return triton.sample_super_tokens(x, stoken_size, n_iter)
+
+
+def _upsample_in_triton(tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
+    from stvit.ops import triton
+
+    return triton.upsample_super_tokens(tokens, association, stoken_size)
 
 
 def _cell_size(stoken_size: int | tuple[int, int]) -> tuple[int, int]:

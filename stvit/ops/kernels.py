@@ -1,0 +1,335 @@
+"""The kernels of stvit/ops/triton.py.
+
+A program works on a tile of cells: with 2x2 cells, the 4x4 super tokens in and around them are as many as the matrix
+units' smallest block. One product compares a block of the tile's pixels with all of them, and a mask keeps the nine
+that are each pixel's own. Neighbors are gathered, padding is added and sums are made in registers; through memory go,
+besides what comes in and out, the sums that a tile owes to the tokens around it.
+
+Every sum has one order, so that two runs are equal: there are no atomic additions.
+
+Shapes: as in stvit/ops/reference.py, and
+    S        slots: the super tokens in and around a tile, row by row, and on to a power of two
+    P, C     in a kernel: a block of a tile's pixels, and of the channels
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["finish_kernel", "group_kernel", "mean_kernel", "upsample_kernel"]
+
+SIZES = ["H", "W", "Hs", "Ws"]  # one kernel for all
+
+
+@triton.jit
+def _find_tile(program, Hs, Ws, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Image, and row and column of its tile."""
+    tiles_y = tl.cdiv(Hs, TILE_H)
+    tiles_x = tl.cdiv(Ws, TILE_W)
+    return (program // (tiles_x * tiles_y)).to(tl.int64), (program // tiles_x) % tiles_y, program % tiles_x
+
+
+@triton.jit
+def _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H: tl.constexpr, TILE_W: tl.constexpr, SLOTS: tl.constexpr):
+    """Of each slot its number among all tokens, and whether there is such a token, (S,)."""
+    slot = tl.arange(0, SLOTS)
+    row = tile_y * TILE_H - 1 + slot // (TILE_W + 2)
+    col = tile_x * TILE_W - 1 + slot % (TILE_W + 2)
+    is_token = (slot < (TILE_H + 2) * (TILE_W + 2)) & (row >= 0) & (row < Hs) & (col >= 0) & (col < Ws)
+    return (b * Hs + row) * Ws + col, is_token
+
+
+@triton.jit
+def _find_pixels(
+    start,
+    tile_y,
+    tile_x,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Of a block of a tile's pixels row, column, the slot of the first neighbor, and whether it is the tile's, (P,)."""
+    q = start + tl.arange(0, BLOCK_P)
+    y = q // (TILE_W * w)
+    x = q % (TILE_W * w)
+    first = y // h * (TILE_W + 2) + x // w
+    return tile_y * (TILE_H * h) + y, tile_x * (TILE_W * w) + x, first, y < TILE_H * h
+
+
+@triton.jit
+def _find_neighbors(first, TILE_W: tl.constexpr, SLOTS: tl.constexpr):
+    """Which neighbor of a pixel each slot is, and whether it is one, (P, S)."""
+    ahead = (tl.arange(0, SLOTS)[None, :] - first[:, None]).to(tl.uint32)  # before the first: more than there are slots
+    down = ahead // (TILE_W + 2)
+    return (ahead - down * (TILE_W - 1)).to(tl.int32), (down <= 2) & (ahead % (TILE_W + 2) <= 2)
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, in float32 from the dtype of the two."""
+    if PRECISION == "interpreted":  # which multiplies the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mean_kernel(
+    x,
+    tokens,  # (B, Hs, Ws, C), contiguous
+    H,
+    W,
+    Hs,
+    Ws,
+    C,
+    x_stride_b,
+    x_stride_c,
+    x_stride_y,
+    x_stride_x,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The means of the cells, padding zeros counted: one cell a program."""
+    cell = tl.program_id(0)
+    x += (cell // (Hs * Ws)).to(tl.int64) * x_stride_b
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, h * w, BLOCK_P):
+        q = start + tl.arange(0, BLOCK_P)
+        row = cell // Ws % Hs * h + q // w
+        col = cell % Ws * w + q % w
+        is_inside = (q < h * w) & (row < H) & (col < W)
+        at = row.to(INDEX) * x_stride_y + col.to(INDEX) * x_stride_x
+        pixels = tl.load(
+            x + (at[:, None] + (c.to(INDEX) * x_stride_c)[None, :]),
+            mask=is_inside[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(pixels.to(tl.float32), axis=0)
+    tl.store(tokens + cell.to(tl.int64) * C + c, total / (h * w), mask=c < C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def group_kernel(
+    pixels,
+    tokens,  # (B, Hs, Ws, C), contiguous; not read where the association is
+    association,
+    parts,  # (tiles, slots, C) float32, contiguous: what the tile owes to each token
+    part_weights,  # (tiles, slots) float32
+    H,
+    W,
+    Hs,
+    Ws,
+    C,
+    pixels_stride_b,
+    pixels_stride_c,
+    pixels_stride_y,
+    pixels_stride_x,
+    association_stride_b,
+    association_stride_k,
+    association_stride_y,
+    association_stride_x,
+    scale,  # of the scalar products, as powers of 2
+    h: tl.constexpr,
+    w: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,  # of channels
+    READS_ASSOCIATION: tl.constexpr,
+    IS_SOFTMAX: tl.constexpr,
+    WRITES_ASSOCIATION: tl.constexpr,
+    SUMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The association of a tile's pixels with its tokens, read or computed, and the sums of pixels that it weighs.
+
+    Programs of one tile differ in the channels that they sum; what they compare are all.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, tile_y, tile_x = _find_tile(tile, Hs, Ws, TILE_H, TILE_W)
+    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H, TILE_W, SLOTS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixels += b * pixels_stride_b
+    association += b * association_stride_b
+    total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
+    weight = tl.zeros((SLOTS,), tl.float32)
+    for start in range(0, TILE_H * h * TILE_W * w, BLOCK_P):
+        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE_H, TILE_W, BLOCK_P)
+        is_inside = is_tile & (y < H) & (x < W)
+        k, is_near = _find_neighbors(first, TILE_W, SLOTS)
+        at = y.to(INDEX) * pixels_stride_y + x.to(INDEX) * pixels_stride_x
+        weights_at = y.to(INDEX) * association_stride_y + x.to(INDEX) * association_stride_x
+        weights_at = weights_at[:, None] + k.to(INDEX) * association_stride_k
+        is_weight = is_near & is_inside[:, None]
+        if SUMS or IS_ONE_BLOCK:
+            block = tl.load(
+                pixels + (at[:, None] + (c.to(INDEX) * pixels_stride_c)[None, :]),
+                mask=is_inside[:, None] & (c < C)[None, :],
+                other=0.0,
+            ).to(COMPUTE)
+        if READS_ASSOCIATION:
+            weights = tl.load(association + weights_at, mask=is_weight, other=0.0).to(COMPUTE)
+        else:
+            logits = tl.zeros((BLOCK_P, SLOTS), tl.float32)
+            if IS_ONE_BLOCK:
+                near = tl.load(
+                    tokens + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0
+                ).to(COMPUTE)
+                logits = _dot(block, tl.trans(near), logits, PRECISION)
+            else:
+                for offset in range(0, C, BLOCK_C):
+                    d = offset + tl.arange(0, BLOCK_C)
+                    some = tl.load(
+                        pixels + (at[:, None] + (d.to(INDEX) * pixels_stride_c)[None, :]),
+                        mask=is_inside[:, None] & (d < C)[None, :],
+                        other=0.0,
+                    ).to(COMPUTE)
+                    near = tl.load(
+                        tokens + (token * C)[:, None] + d[None, :], mask=is_token[:, None] & (d < C)[None, :], other=0.0
+                    ).to(COMPUTE)
+                    logits = _dot(some, tl.trans(near), logits, PRECISION)
+            if IS_SOFTMAX:
+                # Zeros stand for neighbors outside the grid, and for padding pixels: both take part.
+                logits = tl.where(is_near, logits, -1e38)
+                powers = tl.exp2(logits * scale - (tl.max(logits, axis=1) * scale)[:, None])
+                is_cell = is_tile & (y < Hs * h) & (x < Ws * w)
+                share = tl.where(is_cell, 1.0 / tl.sum(powers, axis=1), 0.0)
+                weights = (powers * share[:, None]).to(COMPUTE)
+            else:
+                weights = logits
+            if WRITES_ASSOCIATION:
+                tl.store(association + weights_at, weights, mask=is_weight & (tl.program_id(1) == 0))
+        if SUMS:
+            total = _dot(tl.trans(weights), block, total, PRECISION)
+            if IS_SOFTMAX:
+                weight += tl.sum(weights.to(tl.float32), axis=0)
+    if SUMS:
+        slots: tl.constexpr = (TILE_H + 2) * (TILE_W + 2)
+        part = tile.to(tl.int64) * slots + tl.arange(0, SLOTS)
+        tl.store(parts + (part * C)[:, None] + c[None, :], total, mask=is_token[:, None] & (c < C)[None, :])
+        if IS_SOFTMAX:
+            tl.store(part_weights + part, weight, mask=is_token & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "count"])
+def finish_kernel(
+    parts,
+    part_weights,
+    weights,  # (B, Hs, Ws) float32, contiguous
+    tokens,  # (B, Hs, Ws, C), contiguous
+    count,  # of tokens
+    Hs,
+    Ws,
+    C,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SUMS_WEIGHTS: tl.constexpr,
+    READS_WEIGHTS: tl.constexpr,
+):
+    """What the tiles owe to each token, summed; divided by the sum of weights, which is written, or by those given."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = token // Ws % Hs
+    col = token % Ws
+    b = (token // (Hs * Ws)).to(tl.int64)
+    tiles_y = tl.cdiv(Hs, TILE_H)
+    tiles_x = tl.cdiv(Ws, TILE_W)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    weight = tl.zeros((BLOCK_T,), tl.float32)
+    # Its own tile, and in each axis at most one more: the next where the token is at the tile's edge.
+    next_y = tl.where(row % TILE_H == TILE_H - 1, 1, -1)
+    next_x = tl.where(col % TILE_W == TILE_W - 1, 1, -1)
+    for dy in tl.static_range(2):
+        for dx in tl.static_range(2):
+            tile_y = row // TILE_H + dy * next_y
+            tile_x = col // TILE_W + dx * next_x
+            i = row - (tile_y * TILE_H - 1)
+            j = col - (tile_x * TILE_W - 1)
+            is_tile = (tile_y >= 0) & (tile_y < tiles_y) & (tile_x >= 0) & (tile_x < tiles_x)
+            owes = (token < count) & is_tile & (i >= 0) & (i < TILE_H + 2) & (j >= 0) & (j < TILE_W + 2)
+            part = ((b * tiles_y + tile_y) * tiles_x + tile_x) * ((TILE_H + 2) * (TILE_W + 2)) + i * (TILE_W + 2) + j
+            total += tl.load(parts + (part * C)[:, None] + c[None, :], mask=owes[:, None] & (c < C)[None, :], other=0.0)
+            if SUMS_WEIGHTS:
+                weight += tl.load(part_weights + part, mask=owes, other=0.0)
+    if SUMS_WEIGHTS:
+        weight += 1e-12
+        tl.store(weights + token, weight, mask=(token < count) & (tl.program_id(1) == 0))
+    if READS_WEIGHTS:
+        weight = tl.load(weights + token, mask=token < count, other=1.0)
+    if SUMS_WEIGHTS or READS_WEIGHTS:
+        total = total / weight[:, None]
+    tl.store(
+        tokens + (token.to(tl.int64) * C)[:, None] + c[None, :], total, mask=(token < count)[:, None] & (c < C)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def upsample_kernel(
+    tokens,  # (B, Hs, Ws, C), contiguous
+    association,
+    weights,  # (B, Hs, Ws) float32, contiguous
+    pixels,  # (B, H, W, C), contiguous
+    H,
+    W,
+    Hs,
+    Ws,
+    C,
+    association_stride_b,
+    association_stride_k,
+    association_stride_y,
+    association_stride_x,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    READS_WEIGHTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The association-weighted sums of the tokens, each of them divided by its weight if there is one."""
+    b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE_H, TILE_W)
+    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H, TILE_W, SLOTS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    association += b * association_stride_b
+    pixels += b * H * W * C
+    near = tl.load(tokens + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0).to(
+        COMPUTE
+    )
+    if READS_WEIGHTS:
+        # A cell's pixels over the weight is near 1, where float16 is good; they are taken out of the product.
+        share = h * w / tl.load(weights + token, mask=is_token, other=1.0)
+    for start in range(0, TILE_H * h * TILE_W * w, BLOCK_P):
+        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE_H, TILE_W, BLOCK_P)
+        is_inside = is_tile & (y < H) & (x < W)
+        k, is_near = _find_neighbors(first, TILE_W, SLOTS)
+        mix_at = y.to(INDEX) * association_stride_y + x.to(INDEX) * association_stride_x
+        mix = tl.load(
+            association + (mix_at[:, None] + k.to(INDEX) * association_stride_k),
+            mask=is_near & is_inside[:, None],
+            other=0.0,
+        )
+        if READS_WEIGHTS:
+            mix = mix.to(tl.float32) * share[None, :]
+        block = _dot(mix.to(COMPUTE), near, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION)
+        if READS_WEIGHTS:
+            block = block * (1.0 / (h * w))
+        tl.store(
+            pixels + (((y.to(INDEX) * W + x) * C)[:, None] + c[None, :]),
+            block,
+            mask=is_inside[:, None] & (c < C)[None, :],
+        )

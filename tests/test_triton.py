@@ -1,0 +1,620 @@
+"""The Triton kernels against the reference in float64, and how they are chosen.
+
+On a GPU they run natively, over large shapes too. Elsewhere Triton interprets them, over small ones, and they are
+compiled for GPUs that are not there.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import stvit
+from stvit.ops import SuperTokenAttention, can_run_triton, reference, sample_super_tokens, upsample_super_tokens
+
+pytest.importorskip("triton")
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+# The interpreter cuts bfloat16 off where hardware rounds it: twice the error.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2 if HAS_GPU else 2e-2, torch.float16: 1.5e-3}
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+# Channels, pixels, pixels of a cell: even division, primes, partial cells and tiles, one pixel, less than one cell,
+# oblong cells, cells of a pixel; channels that fill a block, less, and several of them.
+SHAPES = [
+    (64, (32, 32), (8, 8)),
+    (128, (16, 24), (4, 4)),
+    (5, (13, 7), (3, 3)),
+    (96, (11, 5), (2, 3)),
+    (1, (1, 1), (1, 1)),
+    (16, (1, 1), (4, 2)),
+    (33, (3, 5), (8, 8)),
+    (20, (7, 2), (1, 5)),
+    (7, (5, 7), (1, 1)),
+    (31, (23, 29), (7, 5)),
+    (150, (17, 9), (4, 4)),
+    (300, (10, 19), (3, 7)),
+    (24, (50, 41), (20, 37)),
+]
+each_shape = pytest.mark.parametrize(
+    ("dim", "size", "stoken_size"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
+)
+LARGE = [  # batch, channels, pixels, pixels of a cell: stages 1 and 2 of stvit_small
+    (128, 64, (56, 56), (8, 8)),
+    (128, 128, (28, 28), (4, 4)),
+    (16, 64, (160, 160), (8, 8)),
+    (16, 128, (80, 80), (4, 4)),
+    (4, 64, (320, 320), (8, 8)),
+    (4, 128, (160, 160), (4, 4)),
+    (3, 192, (317, 211), (8, 8)),
+    (1, 64, (1031, 997), (16, 16)),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("STVIT_OPS_BACKEND", raising=False)
+        if not HAS_GPU:
+            patch.setenv(
+                "TRITON_INTERPRET", "1"
+            )  # read when the kernels are imported, below, at first use; conftest.py
+        yield
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Whatever is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one in each run; printed when a test fails."""
+    seed = torch.seed() % 2**32
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    return seed
+
+
+def backend() -> ModuleType:
+    from stvit.ops import triton
+
+    return triton
+
+
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def cut_out(x: torch.Tensor) -> torch.Tensor:
+    """Dense in no dimension."""
+    wide = x.new_full((x.shape[0], 2 * x.shape[1], x.shape[2] + 3, 2 * x.shape[3]), 7.0)
+    view = wide[:, ::2, 1:-2, 1::2]
+    view.copy_(x)
+    return view
+
+
+def differentiate(
+    functions: ModuleType, x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int, given: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of both functions; what comes in besides x is drawn once, into `given`."""
+
+    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+        if name not in given:
+            given[name] = torch.randn(shape, device=x.device).to(x.dtype)
+        return given[name].to(x)
+
+    x = x.requires_grad_()
+    tokens, association = functions.sample_super_tokens(x, stoken_size, n_iter)
+    (grad_x,) = torch.autograd.grad(tokens, x, draw("grad_tokens", tokens.shape))
+    assert not association.requires_grad
+    refined = draw("refined", tokens.shape).requires_grad_()
+    mix = draw("mix", association.shape).requires_grad_()
+    y = functions.upsample_super_tokens(refined, mix, stoken_size)
+    grad_refined, grad_mix = torch.autograd.grad(y, (refined, mix), draw("grad_y", y.shape))
+    return {
+        "tokens": tokens.detach(),
+        "association": association,
+        "grad_x": grad_x,
+        "y": y.detach(),
+        "grad_refined": grad_refined,
+        "grad_mix": grad_mix,
+    }
+
+
+def assert_close(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert actual.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert actual[name].shape == expected.shape, name
+        error = (actual[name].double() - expected).norm() / expected.norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"  # NaN is not
+
+
+def check(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> None:
+    given: dict[str, torch.Tensor] = {}
+    actual = differentiate(backend(), x, stoken_size, n_iter, given)
+    assert {value.dtype for value in actual.values()} == {x.dtype}
+    exact = differentiate(reference, x.detach().double(), stoken_size, n_iter, given)
+    assert_close(actual, exact, TOLERANCES[x.dtype])
+
+
+# The kernels
+
+
+@each_dtype
+@each_shape
+@pytest.mark.parametrize(
+    ("n_iter", "strided"), [(1, channels_last), (2, contiguous), (3, cut_out)], ids=lambda v: getattr(v, "__name__", v)
+)
+def test_parity(
+    dim: int,
+    size: tuple[int, int],
+    stoken_size: tuple[int, int],
+    dtype: torch.dtype,
+    n_iter: int,
+    strided: Callable[[torch.Tensor], torch.Tensor],
+    poison: None,
+    seed: int,
+) -> None:
+    check(strided(torch.randn(2, dim, *size, device=DEVICE).to(dtype)), stoken_size, n_iter)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="large shapes want a GPU that torch.cuda can use")
+@each_dtype
+@pytest.mark.parametrize(("batch", "dim", "size", "stoken_size"), LARGE)
+def test_parity_of_large_shapes(
+    batch: int, dim: int, size: tuple[int, int], stoken_size: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    x = torch.empty(batch, dim, *size, device="cuda", memory_format=torch.channels_last).normal_().to(dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(x, stoken_size, n_iter=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@each_dtype
+def test_two_runs_are_equal(dtype: torch.dtype) -> None:
+    x = channels_last(torch.randn(2, 64, 37, 29, device=DEVICE).to(dtype))
+    given: dict[str, torch.Tensor] = {}
+    first = differentiate(backend(), x, (4, 4), 2, given)
+    for _ in range(5 if HAS_GPU else 1):
+        second = differentiate(backend(), x, (4, 4), 2, given)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("dim", "stoken_size", "size"), [(512, 8, 16), (16, 16, 48), (16, 40, 40)])
+def test_float16_does_not_overflow(dim: int, stoken_size: int, size: int) -> None:
+    x = 50 * torch.ones(1, dim, size, size, dtype=torch.float16, device=DEVICE)
+    tokens, association = sample_super_tokens(x.requires_grad_(), stoken_size, 2, backend="triton")
+    y = upsample_super_tokens(tokens, association, stoken_size, backend="triton")
+    y.mean().backward()
+    assert x.grad.isfinite().all() and association.isfinite().all()
+    torch.testing.assert_close(tokens, torch.full_like(tokens, 50), rtol=2e-3, atol=0)
+    torch.testing.assert_close(y, torch.full_like(y, 50), rtol=5e-3, atol=0)
+
+
+def test_small_gradients_in_float16() -> None:
+    """A token's weight divides what comes back: in float16 that would be lost below 6e-8."""
+    x = torch.randn(1, 16, 64, 64, device=DEVICE)
+    v = 1e-4 * torch.randn(1, 16, 2, 2, device=DEVICE)
+    grads: list[torch.Tensor] = []
+    for functions, dtype in ((backend(), torch.float16), (reference, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        tokens, _ = functions.sample_super_tokens(leaf, (32, 32), 1)
+        grads += torch.autograd.grad(tokens, leaf, v.to(dtype))
+    # Of the sum of what is smaller than float16 can tell apart there remains this much.
+    assert (grads[0].double() - grads[1]).abs().max() <= 2**-24
+
+
+def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For maps of 2^31 numbers an image, which no test can hold."""
+    import triton.language as tl
+
+    huge = torch.empty(1, 64, 2**13, 2**13, device="meta")
+    assert backend()._index(huge) == tl.int64 and backend()._index(huge[:, :31]) == tl.int32
+    monkeypatch.setattr(backend(), "_index", lambda *tensors: tl.int64)
+    check(torch.randn(2, 150, 17, 9, device=DEVICE), (4, 4), 2)
+
+
+@pytest.mark.parametrize(("tokens_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_upsampling_takes_two_dtypes(tokens_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """The tokens' is that of the output, the association is read in whichever it has."""
+    tokens = torch.randn(2, 20, 3, 4, device=DEVICE).to(tokens_dtype).requires_grad_()
+    association = torch.rand(2, 9, 11, 13, device=DEVICE).to(dtype).requires_grad_()
+    y = upsample_super_tokens(tokens, association, 4, backend="triton")
+    exact = upsample_super_tokens(tokens.double(), association.double(), 4, backend="reference")
+    v = torch.randn_like(y)
+    actual = torch.autograd.grad(y, (tokens, association), v)
+    expected = torch.autograd.grad(exact, (tokens, association), v.double())
+    assert (y.dtype, actual[0].dtype, actual[1].dtype) == (tokens_dtype, tokens_dtype, dtype)
+    results = dict(zip("ytai", (y.detach(), *actual), strict=False))
+    assert_close(results, dict(zip("ytai", (exact.detach(), *expected), strict=False)), 2e-2)
+
+
+def test_nothing_wide_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No padded, no unfolded tensor, and an association in the input's dtype: by what is allocated."""
+    x = channels_last(torch.randn(2, 64, 39, 31, device=DEVICE).to(torch.bfloat16)).requires_grad_()
+    written: list[int] = []
+    new_empty = torch.Tensor.new_empty
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = new_empty(*args, **kwargs)
+        written.append(made.numel() * made.itemsize)
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", record)
+    tokens, association = sample_super_tokens(x, 8, backend="triton")
+    assert association.dtype == torch.bfloat16
+    cells = 2 * 5 * 4
+    parts = 2 * 3 * 2 * 16 * 64 * 4  # of tiles and slots: four numbers of float32 a cell, and a partial tile's
+    assert max(written) == parts
+    assert sum(written) <= 2 * 9 * 39 * 31 * 2 + 1.1 * parts + 2 * cells * 64 * 2 + 4 * cells
+    written.clear()
+    y = upsample_super_tokens(tokens, association, 8, backend="triton")
+    assert written == [y.numel() * 2]
+    written.clear()
+    y.backward(torch.ones_like(y))
+    assert sum(written) <= x.numel() * 2 + 1.1 * parts + 2 * cells * 64 * 2
+
+
+def test_memory_formats() -> None:
+    x = torch.randn(2, 16, 13, 9, device=DEVICE)
+    for strided in (contiguous, channels_last, cut_out):
+        tokens, association = sample_super_tokens(strided(x), (4, 3), backend="triton")
+        y = upsample_super_tokens(tokens, association, (4, 3), backend="triton")
+        for made in (tokens, association, y):
+            assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_batch() -> None:
+    x = torch.zeros(0, 16, 9, 14, device=DEVICE, requires_grad=True)
+    tokens, association = sample_super_tokens(x, 4, backend="triton")
+    y = upsample_super_tokens(tokens, association, 4, backend="triton")
+    y.sum().backward()
+    assert (tokens.shape, association.shape) == ((0, 16, 3, 4), (0, 9, 9, 14))
+    assert y.shape == x.grad.shape == (0, 16, 9, 14)
+
+
+def test_second_derivatives() -> None:
+    """Of every pair of what comes in, through both functions."""
+    given = [
+        torch.randn(shape, device=DEVICE)
+        for shape in ((1, 6, 5, 7), (1, 6, 2, 3), (1, 6, 2, 3), (1, 9, 5, 7), (1, 6, 5, 7))
+    ]
+    results = []
+    for functions, dtype in ((backend(), torch.float32), (reference, torch.float64)):
+        x, v, refined, mix, u = (t.to(dtype).requires_grad_() for t in given)
+        tokens, _ = functions.sample_super_tokens(x, (3, 3), 1)
+        (grad_x,) = torch.autograd.grad(tokens, x, v, create_graph=True)
+        y = functions.upsample_super_tokens(refined, mix, (3, 3))
+        grads = torch.autograd.grad(y, (refined, mix), u, create_graph=True)
+        scalar = grad_x.square().sum() + sum(grad.square().sum() for grad in grads) + (grads[0] * v).sum()
+        results.append(torch.autograd.grad(scalar, (v, refined, mix, u)))
+    names = ("v", "refined", "mix", "u")
+    actual, exact = (dict(zip(names, result, strict=True)) for result in results)
+    assert_close(actual, exact, 1e-5)
+
+
+# What PyTorch sees
+
+
+def arguments_of_operators() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+    weights = torch.rand(2, 3, 4, device=DEVICE) + 1
+    yield "sample", (draw(2, 6, 7, 11), 3, 3, 2, torch.float32)
+    yield "sample", (channels_last(draw(2, 6, 7, 11).detach()).requires_grad_(), 3, 3, 1, torch.float16)
+    yield "upsample", (draw(2, 6, 3, 4), draw(2, 9, 7, 11), None, 3, 3, torch.float32)
+    yield "upsample", (draw(2, 6, 3, 4), draw(2, 9, 7, 11).detach(), weights, 3, 3, torch.float16)
+    yield "aggregate", (draw(2, 6, 7, 11), draw(2, 9, 7, 11), None, 3, 3, torch.float32)
+    yield "aggregate", (draw(2, 6, 7, 11), draw(2, 9, 7, 11).detach(), weights, 3, 3, torch.float32)
+    yield "compare", (draw(2, 6, 7, 11), draw(2, 6, 3, 4), 3, 3, torch.float32)
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_opcheck(case: int) -> None:
+    name, arguments = list(arguments_of_operators())[case]
+    results = torch.library.opcheck(getattr(backend(), name), arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def operators(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if str(node.target).startswith("stvit.")]
+
+
+def assert_same_gradients(actual: nn.Module, expected: nn.Module, x: torch.Tensor, tolerance: float = 1e-5) -> None:
+    results = []
+    for module in (actual, expected):
+        leaf = x.clone().requires_grad_()
+        module.zero_grad()
+        y = module(leaf)
+        y.square().sum().backward()
+        gradients = {name.removeprefix("_orig_mod."): p.grad for name, p in module.named_parameters()}
+        results.append({"y": y.detach(), "x": leaf.grad, **gradients})
+    assert_close(results[0], {name: value.double() for name, value in results[1].items()}, tolerance)
+
+
+def make_attention(**kwargs: Any) -> tuple[SuperTokenAttention, SuperTokenAttention]:
+    """By the kernels, as they are chosen where they can run, and by the reference, from the same weights."""
+    fast = SuperTokenAttention(16, (4, 3), num_heads=2, **kwargs).to(DEVICE)
+    plain = copy.deepcopy(fast)
+    plain.backend = "reference"
+    return fast, plain
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_sees_one_operator(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    fast, plain = make_attention()
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        seen.extend(operators(graph.graph))
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(
+        fast, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True, dynamic=dynamic
+    )
+    for i, shape in enumerate([(2, 16, 9, 14), (3, 16, 23, 7), (2, 16, 8, 12)]):
+        with torch.compiler.set_stance("fail_on_recompile" if dynamic and i > 0 else "default"):
+            assert_same_gradients(compiled, plain, torch.randn(shape, device=DEVICE))
+    # Upsampling is the backward of sampling.
+    operator = ["stvit.sample.default", "stvit.upsample.default", "stvit.aggregate.default", "stvit.upsample.default"]
+    assert seen == operator * (1 if dynamic else 3)
+
+
+def test_export_sees_one_operator() -> None:
+    fast, plain = make_attention()
+    x = torch.randn(2, 16, 9, 14, device=DEVICE)
+    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=5), 3: torch.export.Dim("width", min=4)}
+    program = torch.export.export(fast.eval(), (x,), dynamic_shapes=(dims,), strict=False)
+    assert operators(program.graph) == ["stvit.sample.default", "stvit.upsample.default"]
+    for shape in (x.shape, (1, 16, 21, 8)):
+        x = torch.randn(shape, device=DEVICE)
+        torch.testing.assert_close(program.module()(x), plain(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_is_of_the_reference(dynamo: bool, tmp_path: Any) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    fast, _ = make_attention()
+    file = tmp_path / "module.onnx"
+    torch.onnx.export(fast.eval(), (torch.randn(2, 16, 9, 14, device=DEVICE),), file, dynamo=dynamo)
+    domains = {node.domain for node in onnx.load(file).graph.node}
+    assert domains <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    fast, plain = make_attention(n_iter=2)
+    x = torch.randn(2, 16, 9, 14, device=DEVICE)
+    exact = copy.deepcopy(plain).double()
+    results = []
+    for module, dtypes in ((fast, {torch.float32}), (exact, {torch.float64})):
+        leaf = x.to(next(module.parameters()).dtype).requires_grad_()
+        with torch.autocast(DEVICE, dtype, enabled=module is fast):
+            y = module(leaf)
+            if module is fast:
+                assert y.dtype == dtype
+                tokens, association = sample_super_tokens(x, (4, 3))
+                assert (tokens.dtype, association.dtype) == (torch.float32, dtype)
+                expected, _ = sample_super_tokens(x, (4, 3), backend="reference")
+                assert expected.dtype == tokens.dtype
+        y.float().square().sum().backward()
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        assert {grad.dtype for grad in (leaf.grad, *gradients.values())} == dtypes
+        results.append({"y": y.detach(), "x": leaf.grad, **gradients})
+    assert_close(results[0], results[1], 2 * TOLERANCES[dtype])
+
+
+def test_float32_products_follow_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend(), "IS_INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    expected = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+    before = torch.get_float32_matmul_precision()
+    for precision, name in expected.items():
+        torch.set_float32_matmul_precision(precision)
+        assert backend()._precision() == name
+    torch.set_float32_matmul_precision(before)
+
+
+def test_whole_model() -> None:
+    model = timm.create_model("test_stvit", stoken_size=(8, (4, 2), 2, 1), n_iter=(1, 2, 1, 1)).to(DEVICE).eval()
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, SuperTokenAttention):
+            module.backend = "reference"
+    assert can_run_triton(torch.empty(0, device=DEVICE))
+    x = torch.randn(2, 3, 75, 50, device=DEVICE)
+    assert_same_gradients(model, plain, x, 1e-4)
+    fast = stvit.optimize_for_inference(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-3, atol=1e-5)
+
+
+# The choice
+
+
+def run(program: str, **environment: str) -> list[str]:
+    """What a program prints in a process of its own, on a CPU without the interpreter."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", **environment}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+CHOICE = """
+import sys, torch, stvit
+from stvit.ops import can_run_triton, sample_super_tokens, why_not_triton
+from stvit.ops.backends import choose_backend
+x = torch.randn(1, 8, 6, 6)
+print(can_run_triton(x), why_not_triton(x))
+for backend in ("auto", "reference", "triton"):
+    try:
+        print(choose_backend(backend, x))
+        sample_super_tokens(x, 3, backend=backend)
+    except ValueError as error:
+        print("ValueError:", error)
+print("stvit.ops.triton" in sys.modules)
+"""
+
+
+def test_on_a_cpu_the_reference_runs_and_triton_is_not_imported() -> None:
+    lines = run(CHOICE)
+    assert lines[0].startswith("False tensors on the CPU are for the reference")
+    assert lines[1:3] == ["reference", "reference"]
+    assert lines[3].startswith("ValueError: backend=triton cannot run: tensors on the CPU")
+    assert lines[4:] == ["False"]
+
+
+def test_the_interpreter_is_chosen_where_it_is_asked_for() -> None:
+    assert run(CHOICE, TRITON_INTERPRET="1") == ["True ", "triton", "reference", "triton", "True"]
+
+
+def test_the_environment_overrides() -> None:
+    lines = run(CHOICE, TRITON_INTERPRET="1", STVIT_OPS_BACKEND="reference")
+    assert lines == ["True ", "reference", "reference", "reference", "False"] or lines[1:4] == ["reference"] * 3
+    assert run(CHOICE, TRITON_INTERPRET="1", STVIT_OPS_BACKEND="triton")[1:4] == ["triton"] * 3
+    lines = run(CHOICE, STVIT_OPS_BACKEND="triton")
+    assert all(line.startswith("ValueError: STVIT_OPS_BACKEND=triton cannot run: tensors on") for line in lines[1:4])
+    lines = run(CHOICE, STVIT_OPS_BACKEND="cuda")
+    message = "ValueError: STVIT_OPS_BACKEND must be one of auto, reference, triton, got 'cuda'"
+    assert lines[1:4] == [message] * 3
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stvit.ops import backends
+
+    for x, reason in (
+        (torch.empty(1, dtype=torch.float64, device=DEVICE), "no kernels for torch.float64"),
+        (torch.empty(1, device="meta"), "no kernels for tensors on meta"),
+    ):
+        assert reason in stvit.ops.why_not_triton(x) and not can_run_triton(x)
+        assert backends.choose_backend("auto", x) == "reference"
+    for gpu, capability, reason in (
+        (False, (9, 0), "there is no GPU"),
+        (True, (7, 5), "want compute capability 8.0, Quadro has 7.5"),
+        (True, (9, 0), ""),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Quadro")
+        backends._why_not_gpu.cache_clear()
+        said = backends._why_not_triton("cuda", 0, torch.float32)
+        assert said == reason if not reason else reason in said
+    backends._why_not_gpu.cache_clear()
+
+
+def test_without_triton_the_reference_runs() -> None:
+    program = "import sys; sys.modules['triton'] = None" + CHOICE
+    lines = run(program, TRITON_INTERPRET="1")
+    assert lines[0].startswith("False Triton cannot be imported (")
+    assert lines[1:3] == ["reference", "reference"]
+    assert lines[3].startswith("ValueError: backend=triton cannot run: Triton cannot be imported (")
+
+
+def test_the_interpreter_cannot_be_asked_for_too_late() -> None:
+    program = "import os, stvit.ops.triton; os.environ['TRITON_INTERPRET'] = '1'" + CHOICE
+    lines = run(program)
+    assert lines[0].startswith("False TRITON_INTERPRET=1 was set when the kernels had been imported")
+    assert lines[1] == "reference"
+
+
+def test_modules_pickled_before_there_was_a_choice() -> None:
+    module, _ = make_attention()
+    del module.backend
+    assert module(torch.randn(1, 16, 8, 9, device=DEVICE)).shape == (1, 16, 8, 9)
+
+
+# Compiled for GPUs that are not there
+
+COMPILE = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+driver.set_active(Driver())
+torch.version.cuda = torch.version.cuda or "13.0"  # of a build for CPUs: as on a machine with that GPU
+kernels, run = [], triton.JITFunction.run
+
+def compile(self, *args, grid, warmup, **kwargs):
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    kernels.append({"name": self.__name__, "ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared})
+    return kernel
+
+triton.JITFunction.run = compile
+from stvit.ops import triton as backend
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dim, size, h, w in ((64, 56, 8, 8), (128, 28, 4, 4), (320, 14, 2, 2), (1, 5, 1, 1), (96, 50, 20, 7)):
+        x = torch.randn(2, dim, size, size).to(dtype)
+        for x in (x.contiguous(memory_format=torch.channels_last), x):
+            tokens, association, weights = backend.sample(x, h, w, 2, dtype)
+            backend.upsample(tokens, association, None, h, w, dtype)
+            backend.upsample(tokens, association, weights, h, w, dtype)
+            backend.aggregate(x, association, None, h, w, dtype)
+            backend.aggregate(x, association, weights, h, w, dtype)
+            backend.compare(x, tokens, h, w, dtype)
+x = torch.randn(2, 64, 56, 56).to(memory_format=torch.channels_last)
+backend.sample(x, 8, 8, 1, torch.bfloat16)
+backend._index = lambda *tensors: triton.language.int64
+backend.sample(x, 8, 8, 1, torch.float32)
+print(json.dumps(kernels))
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "capability", [80, 90, *(pytest.param(newer, marks=pytest.mark.long) for newer in (86, 100, 120))]
+)
+def test_compiled_for(capability: int, tmp_path: Any) -> None:
+    """Whatever the interpreter forgives; and of speed, what can be seen without a clock."""
+    program = tmp_path / "compile.py"
+    program.write_text(COMPILE)
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
+    result = subprocess.run(
+        [sys.executable, program, str(capability)],
+        env={**kept, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = json.loads(result.stdout.splitlines()[-1])
+    assert {kernel["name"] for kernel in kernels} == {"mean_kernel", "group_kernel", "finish_kernel", "upsample_kernel"}
+    for kernel in kernels:
+        assert not {"atom.global", "red.global"} & set(kernel["ptx"].replace(".relaxed", "").split()), kernel["name"]
+        assert "atom.global" not in kernel["ptx"] and "red.global" not in kernel["ptx"]
+        assert kernel["shared"] <= 99 * 1024  # what the smallest of these GPUs lets a program have
+    mean, _, _, group = (kernel["ptx"] for kernel in kernels[:4])
+    assert "ld.global.v4.b32" in mean  # 16 bytes at once
+    assert "cp.async.cg.shared.global" in group and "mma" in group
