@@ -40,7 +40,8 @@ def _tile(h: int, w: int, C: int, dtype: torch.dtype) -> dict[str, Any]:
     Fixed, not searched for: another block would be another order of sums.
     """
     cells = 2 if h * w >= 16 else 4  # tiny cells would leave most of a block empty
-    block_c = min(max(16, triton.next_power_of_2(C)), 128)
+    # The smallest of the GPUs have 99 KiB for what a program's blocks of pixels and tokens take.
+    block_c = min(max(16, triton.next_power_of_2(C)), 128 if cells == 2 or dtype.itemsize == 2 else 64)
     numbers = 8192 if dtype.itemsize == 2 else 4096
     return {
         "h": h,
