@@ -40,9 +40,12 @@ def _tile(h: int, w: int, C: int, dtype: torch.dtype) -> dict[str, Any]:
     Fixed, not searched for: another block would be another order of sums.
     """
     cells = 2 if h * w >= 16 else 4  # tiny cells would leave most of a block empty
-    # The smallest of the GPUs have 99 KiB for what a program's blocks of pixels and tokens take.
-    block_c = min(max(16, triton.next_power_of_2(C)), 128 if cells == 2 or dtype.itemsize == 2 else 64)
-    numbers = 8192 if dtype.itemsize == 2 else 4096
+    # Blocks of pixels and tokens, several at a time, in what a program of the smallest GPUs has: 99 KiB.
+    if dtype.itemsize == 2:
+        numbers, widest = 8192, 128
+    else:
+        numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
+    block_c = min(max(16, triton.next_power_of_2(C)), widest)
     return {
         "h": h,
         "w": w,
