@@ -34,14 +34,15 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 # Launches
 
 
-def _tile(h: int, w: int, C: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The shapes of a tile and of the blocks that it is worked through in.
+def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
+    """The shapes of a tile and of the blocks that it is worked through in, for numbers of the widest of these dtypes.
 
     Fixed, not searched for: another block would be another order of sums.
     """
     cells = 2 if h * w >= 16 else 4  # tiny cells would leave most of a block empty
     # Blocks of pixels and tokens, several at a time, in what a program of the smallest GPUs has: 99 KiB.
-    if dtype.itemsize == 2:
+    is_narrow = max(dtype.itemsize for dtype in dtypes) == 2
+    if is_narrow:
         numbers, widest = 8192, 128
     else:
         numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
@@ -54,7 +55,7 @@ def _tile(h: int, w: int, C: int, dtype: torch.dtype) -> dict[str, Any]:
         "SLOTS": triton.next_power_of_2((cells + 2) ** 2),
         "BLOCK_P": max(16, min(triton.next_power_of_2(cells * h * cells * w), numbers // block_c)),
         "BLOCK_C": block_c,
-        "num_warps": 4 if dtype.itemsize == 2 else 8,  # four would spill registers: three products stand for one
+        "num_warps": 4 if is_narrow else 8,  # four would spill registers: three products stand for one
     }
 
 
@@ -131,7 +132,7 @@ def _group(
     """
     B, C, H, W = pixels.shape
     Hs, Ws = _grid_size(H, W, h, w)
-    tile = _tile(h, w, C, compute)
+    tile = _tile(h, w, C, pixels.dtype, compute)
     cells, block_c = tile["TILE_H"], tile["BLOCK_C"]
     tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
     slots = (cells + 2) ** 2
@@ -237,7 +238,7 @@ def upsample(
         return pixels
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[2:]
-    tile = _tile(h, w, C, tokens.dtype)
+    tile = _tile(h, w, C, tokens.dtype, dtype)
     grid = (B * triton.cdiv(Hs, tile["TILE_H"]) * triton.cdiv(Ws, tile["TILE_W"]), triton.cdiv(C, tile["BLOCK_C"]))
     with _on(tokens):
         upsample_kernel[grid](
