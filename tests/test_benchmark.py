@@ -1,6 +1,7 @@
 """tools/benchmark.py: that it measures what it says, not how fast that is."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stvit.tools.benchmarks.measure import peak_memory, take_turns
 from stvit.tools.benchmarks.published import PublishedAttention, published
 
 ROOT = Path(__file__).parents[1]
+GPU = (ROOT / "docs/benchmarks/gpu.md").read_text()
 CPU = torch.device("cpu")
 SMALL = ["--img-size=32", "--batch-size=8", "--images=20", "--repeats=2"]
 
@@ -66,6 +68,24 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # One image at 224 is 0.39 GMAC for stvit_pico: at 64 pixels that is 0.064 GFLOPs, without its classifier.
     ours = float(rows[1]["gflops"]) * float(rows[1]["gflops_backbone"])
     assert 0.05 < ours < 0.11
+
+
+def test_kernels_without_a_gpu_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As docs/benchmarks/gpu.md has them."""
+    table = tmp_path / "kernels.csv"
+    assert benchmark.main(["kernels", "--device=cpu", f"--csv={table}"]) == 0
+    assert "no times: there is no GPU" in capsys.readouterr().out or torch.cuda.is_available()
+    rows = read(table)
+    assert [(row["stage"], row["img_size"], row["batch_size"]) for row in rows] == [
+        (stage, size, batch) for size, batch in (("224", "128"), ("640", "16"), ("1280", "4")) for stage in "12"
+    ]
+    # 128 maps of 56x56 pixels and 7x7 tokens of 64 channels, in and out, of two bytes.
+    assert float(rows[0]["forward_mb"]) == pytest.approx(2 * 128 * 64 * (56**2 + 7**2) * 2 / 1e6, rel=1e-3)
+    added = float(rows[0]["backward_mb"]) - float(rows[0]["forward_mb"])
+    assert added == pytest.approx(128 * 9 * 56**2 * 2 / 1e6, abs=0.1)
+    written = re.findall(r"^\| ([12]) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", GPU, re.M)
+    columns = ("stage", "img_size", "batch_size", "forward_mb", "backward_mb")
+    assert written == [tuple(row[column] for column in columns) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +243,26 @@ def test_op_and_train(tmp_path: Path) -> None:
     assert int(row["memory_mib"]) > int(row["step_mib"]) > 1
 
 
+def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A YOLO's model file, as a model and in training, by its own loss."""
+    table = tmp_path / "detectors.csv"
+    flags = ["--models=yolo26n-stvit_pico.yaml", "--img-size=64", "--batch-size=2", "--repeats=1", "--min-seconds=0.01"]
+    ways = ["--no-memory", f"--csv={table}", "--ways", "published", "eager"]
+    assert benchmark.main(["model", *flags, *ways, "optimized"]) == 0
+    assert benchmark.main(["train", *flags, *ways]) == 0
+    rows = read(table)
+    assert [(row["step"], row["way"]) for row in rows] == [
+        *(("inference", way) for way in ("published", "eager", "optimized")),
+        *(("training", way) for way in ("published", "eager")),
+    ]
+    assert {row["params_m"] for row in rows} == {"3.09"} and len({row["gmac"] for row in rows}) == 1
+    assert benchmark.main(["model", *flags, *ways, "--models=yolo26n.yaml", "--ways=published"]) == 1
+    assert "none of --models can be run so" in capsys.readouterr().err
+    case = models.Case("yolo26n-stvit_pico.yaml", "published", 2, 64, "float32", "cpu", is_training=True)
+    kinds = [type(module) for module in models._module(case, "cpu").modules()]
+    assert kinds.count(PublishedAttention) == 7 and stvit.SuperTokenAttention not in kinds
+
+
 def test_a_training_step_trains() -> None:
     case = models.Case("test_stvit", "eager", 2, 32, "float32", "cpu", is_training=True)
     net: list[nn.Module] = []
@@ -281,8 +321,12 @@ def test_compiled_and_onnxruntime(tmp_path: Path) -> None:
         (["model", "--plot=plot.bmp"], "must end in .png, .pdf or .svg"),
         (["model", "--models=test_stvit", "--device=gpu"], "--device gpu is not at hand"),
         (["model", "--models=test_stvit", "--device=cuda"], "--device cuda is not at hand"),
+        (["kernels", "--device=cuda"], "--device cuda is not at hand"),
+        (["model", "--models=yolo26n-stvit_pica.yaml"], "unknown backbone"),
+        (["kernels", "--device=meta"], "the kernels are for cuda"),
     ],
 )
 def test_wrong_flags_of_models(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main([*flags, "--no-memory", "--repeats=1"]) == 1
+    no_memory = [] if flags[0] == "kernels" else ["--no-memory"]
+    assert benchmark.main([*flags, *no_memory, "--repeats=1"]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -23,6 +23,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 import stvit
 from stvit.ops import SuperTokenAttention, can_run_triton, reference, sample_super_tokens, upsample_super_tokens
+from stvit.tools import benchmark
+from stvit.tools.benchmarks import kernels
 
 pytest.importorskip("triton")
 
@@ -456,6 +458,34 @@ def test_whole_model() -> None:
     fast = stvit.optimize_for_inference(model)
     with torch.inference_mode():
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-3, atol=1e-5)
+
+
+# The benchmark
+
+
+def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU all but its clock and its graphs."""
+    if not HAS_GPU:
+        monkeypatch.setattr(kernels, "_capture", lambda step, both: lambda: step(both))
+        monkeypatch.setattr(kernels, "_time", lambda step: 1e-6 * len(step()))  # outputs: 2, of which one may be None
+    parser = benchmark.create_parser()
+    args = parser.parse_args(["kernels", "--dtype=float32", "--ways", "reference", "triton", "--repeats=2"])
+    rows = kernels._measure({"stage": 1}, (2, 64, 12, 9), 4, args, torch.device(DEVICE), bandwidth=1e12)
+    assert [(row["part"], row["way"]) for row in rows] == [
+        (part, way) for part in ("functions", "operator") for way in ("reference", "triton")
+    ]
+    forward, backward = kernels.count_bytes((2, 64, 12, 9), 4, 4)
+    for row in rows:
+        assert float(row["error"]) < 1e-5
+        assert row["both_floor_us"] == pytest.approx((forward + backward) / 1e6, rel=1e-3)
+        assert row["forward_floors"] == pytest.approx(row["forward_us"] / row["forward_floor_us"], rel=1e-3)
+        assert row["forward_us_min"] <= row["forward_us"] <= row["forward_us_max"]
+    used: list[str] = []
+    sample = backend().sample
+    monkeypatch.setattr(backend(), "sample", lambda *args: used.append("triton") or sample(*args))
+    for way in ("reference", "triton"):
+        kernels.make_step(way, (1, 64, 8, 8), 4, torch.float32, torch.device(DEVICE), "functions")(False)
+    assert used == ["triton"]
 
 
 # The choice

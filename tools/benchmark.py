@@ -8,6 +8,7 @@
     python tools/benchmark.py resolution --models stvit_small "stvit_small(stoken_size=(8, 4, 2, 1))" --plot sizes.png
     python tools/benchmark.py data --data-dir /data/imagenet --workers 1 2 4
     python tools/benchmark.py yolo --img-size 640
+    python tools/benchmark.py kernels --dtype bfloat16 --csv kernels.csv
 
 `python -m stvit.tools.benchmark` is the same program. What is compared takes turns, so that whatever else the machine
 does meets all alike: compare numbers of one run alone. Each is the median of the repeats, with the smallest and the
@@ -24,6 +25,10 @@ random crop and flip, normalization), and with --config under that recipe's augm
 yolo: parameters, GFLOPs (two for a multiplication and an addition; convolutions, matrices, attention) and latency of
 YOLO26 detectors, fused, one image at a time, and the part of each that is the backbone's: the rows that stand under
 `backbone` in a model file. Each scale on the STViT that pairs with it beside the stock model.
+
+kernels: super token sampling and upsampling on a GPU, Triton's kernels beside the reference and the compiled reference,
+alone (functions) and with attention in between (operator), forward alone and with backward (both). Beside the times is
+the floor: the fewest bytes over the bandwidth of a large copy in the same run. Without a GPU the bytes stand alone.
 """
 
 import argparse
@@ -35,7 +40,7 @@ from typing import Any
 
 import torch
 
-from stvit.tools.benchmarks import data, models, plots, yolo
+from stvit.tools.benchmarks import data, kernels, models, plots, yolo
 from stvit.tools.benchmarks.measure import append, circumstances, print_table
 from stvit.tools.common.cli import Parser, run
 
@@ -45,6 +50,7 @@ SUBJECTS = {
     "train": ("images/s and memory of training steps", models.add_train_flags, models.benchmark_train),
     "resolution": ("time and memory over image sizes", models.add_resolution_flags, models.benchmark_resolution),
     "data": ("images/s of the loader of training images", data.add_flags, data.benchmark),
+    "kernels": ("time of the operator's kernels on a GPU, and the floor", kernels.add_flags, kernels.benchmark),
     "yolo": ("latency of YOLO26 detectors", yolo.add_flags, yolo.benchmark),
 }
 

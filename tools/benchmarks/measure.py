@@ -21,17 +21,35 @@ import stvit
 from stvit.tools.common.cli import CommandError, progress_bar, reason
 
 __all__ = [
+    "DTYPES",
     "append",
     "circumstances",
     "matrix_peak",
     "peak_memory",
     "percentile",
     "print_table",
+    "require_device",
+    "significant",
     "synchronize",
     "take_turns",
 ]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 2**20
+
+
+def require_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        CommandError: If it is not at hand.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {name} is not at hand: {reason(error)}") from error
+    return device
 
 
 def take_turns(
@@ -85,6 +103,11 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], 
     a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     return lambda: torch.mm(a, a, out=out), 2.0 * size**3
+
+
+def significant(value: float) -> float:
+    """Rounded to four digits."""
+    return float(f"{value:.4g}")
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -18,9 +18,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import stvit
-from stvit.tools.benchmarks.measure import matrix_peak, peak_memory, percentile, take_turns
+from stvit.tools.benchmarks.measure import (
+    DTYPES,
+    matrix_peak,
+    peak_memory,
+    percentile,
+    require_device,
+    significant,
+    take_turns,
+)
 from stvit.tools.benchmarks.published import published
-from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive, reason
+from stvit.tools.benchmarks.yolo import create_detector, detection_loss
+from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive
 from stvit.tools.common.model import create_model
 
 __all__ = [
@@ -36,7 +45,6 @@ __all__ = [
 
 # The ways to run a model, in the order in which they stand in a table; the first is the baseline.
 WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Top-1 on ImageNet-1k at 224 pixels, trained on it alone, in percent: as their authors published it.
 TOP1 = {
     "stvit_small": 83.6,
@@ -99,7 +107,11 @@ def add_resolution_flags(parser: Parser) -> None:
 
 def _add_common_flags(parser: Parser, models: list[str], ways: list[str], sizes: list[int], batch_size: int) -> None:
     parser.add_argument(
-        "--models", nargs="+", default=models, metavar="NAME", help="of timm; arguments so: 'NAME(key=value)'"
+        "--models",
+        nargs="+",
+        default=models,
+        metavar="NAME",
+        help="of timm, with arguments 'NAME(key=value)', or a YOLO's .yaml",
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways, help="of which each model takes those it can")
     parser.add_argument("--img-size", type=positive, nargs="+", default=sizes, metavar="N", help="height and width")
@@ -158,7 +170,7 @@ def benchmark_resolution(args: argparse.Namespace) -> Iterator[list[dict[str, An
 def _cases(args: argparse.Namespace, img_size: int, ways: Iterable[str], is_training: bool = False) -> list[Case]:
     cases = []
     for model in args.models:
-        is_ours = _parse(model)[0].startswith(("stvit_", "test_stvit"))
+        is_ours = _is_ours(model)
         for way in ways:
             if way in args.ways and (is_ours or way != "published"):
                 cases.append(Case(model, way, args.batch_size, img_size, args.dtype, args.device, is_training))
@@ -169,11 +181,7 @@ def _cases(args: argparse.Namespace, img_size: int, ways: Iterable[str], is_trai
 
 def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One table: all cases in turns, and memory after that; ratios are to the first."""
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {args.device} is not at hand: {reason(error)}") from error
+    device = require_device(args.device)
     torch._dynamo.reset()  # each table is compiled for its own sizes
     peak_step, peak_flops = matrix_peak(device, DTYPES[args.dtype])
     steps: dict[str, Callable[[], Any]] = {"matrix": peak_step}
@@ -198,16 +206,16 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
             "batch_size": case.batch_size,
             "img_size": case.img_size,
             "params_m": round(sum(p.numel() for p in _module(case, "meta").parameters()) / 1e6, 2),
-            "gmac": _significant(gmac),
-            "images_per_second": _significant(case.batch_size / median),
-            "slowest": _significant(case.batch_size / max(seconds)),
-            "fastest": _significant(case.batch_size / min(seconds)),
-            "ms_p50": _significant(1e3 * median),
-            "ms_p90": _significant(1e3 * percentile(seconds, 90)),
-            "ms_p99": _significant(1e3 * percentile(seconds, 99)),
+            "gmac": significant(gmac),
+            "images_per_second": significant(case.batch_size / median),
+            "slowest": significant(case.batch_size / max(seconds)),
+            "fastest": significant(case.batch_size / min(seconds)),
+            "ms_p50": significant(1e3 * median),
+            "ms_p90": significant(1e3 * percentile(seconds, 90)),
+            "ms_p99": significant(1e3 * percentile(seconds, 99)),
             "ratio": round(baseline / median, 3),
             "matrix": round(2e9 * gmac * (3 if case.is_training else 1) * case.batch_size / median / peak, 3),
-            "matrix_gflops": _significant(peak / 1e9),
+            "matrix_gflops": significant(peak / 1e9),
             "memory_mib": round(memory[0]) if memory else "",
             "step_mib": round(memory[1]) if memory else "",
             "memory_ratio": round(memory[1] / rows[0]["step_mib"], 3) if memory and rows else 1.0 if memory else "",
@@ -216,11 +224,6 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
         }
         rows.append(row)
     return rows
-
-
-def _significant(value: float) -> float:
-    """Rounded to four digits."""
-    return float(f"{value:.4g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +278,11 @@ def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: to
             module.zero_grad()
             image.grad = None
             return
-        F.cross_entropy(output.float(), target).backward()
+        if _is_detector(case.model):
+            loss = detection_loss(module, output, image)
+        else:
+            loss = F.cross_entropy(output.float(), target)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -300,7 +307,9 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor) -> Callable[[], An
     return lambda: session.run(None, inputs)
 
 
-def _optimized(module: nn.Module) -> nn.Module:
+def _optimized(module: Any) -> nn.Module:
+    if hasattr(module, "fuse"):  # a detector
+        return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:
         return stvit.optimize_for_inference(module)
     except ValueError:  # a model of timm's that torch.fx cannot trace: what is left is the memory format
@@ -324,16 +333,30 @@ def _input_shape(case: Case) -> tuple[int, int, int, int]:
 
 
 def _gmac(case: Case) -> float:
-    """Multiplications and additions of convolutions and matrix products for one image, in 1e9 pairs, computing none."""
+    """Multiplications and additions of convolutions and matrix products for one image, in 1e9 pairs."""
     one = Case(case.model, "eager", 1, case.img_size, "float32", "cpu", stage=case.stage)
-    module, image = _module(one, "meta"), torch.empty(_input_shape(one), device="meta")
+    device = "cpu" if _is_detector(case.model) else "meta"  # a detector's head asks for numbers
+    module, image = _module(one, device), torch.zeros(_input_shape(one), device=device)
     # Attention by its formula: the fused ones are not all known to the counter.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     return counter.get_total_flops() / 2e9
 
 
+def _is_detector(spec: str) -> bool:
+    return spec.endswith((".yaml", ".yml"))
+
+
+def _is_ours(spec: str) -> bool:
+    """Whether there is a published formulation of it."""
+    if _is_detector(spec):
+        return "-stvit" in spec or "-stokenattention" in spec
+    return _parse(spec)[0].startswith(("stvit_", "test_stvit"))
+
+
 def _create(spec: str, device: str) -> nn.Module:
+    if _is_detector(spec):
+        return create_detector(spec).to(device)
     name, kwargs = _parse(spec)
     return create_model(name, model_kwargs=kwargs).to(device)
 

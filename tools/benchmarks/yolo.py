@@ -1,19 +1,22 @@
 """Size and latency of YOLO26 detectors, on STViT beside the stock ones."""
 
 import argparse
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason
 
-__all__ = ["add_flags", "benchmark"]
+__all__ = ["add_flags", "benchmark", "create_detector", "detection_loss"]
 
 
 def add_flags(parser: Parser) -> None:
@@ -25,14 +28,8 @@ def add_flags(parser: Parser) -> None:
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
-    try:
-        import ultralytics
-
-        from stvit.adapters.yolo import YOLO
-
-        models: dict[str, Any] = {name: YOLO(name) for name in args.models}
-    except (ImportError, ValueError, FileNotFoundError) as error:
-        raise CommandError(reason(error)) from error
+    models = {name: _create(name) for name in args.models}
+    ultralytics = importlib.metadata.version("ultralytics")
     if args.img_size % 32:
         raise CommandError(f"--img-size must be a multiple of 32, got {args.img_size}")
     image = torch.rand(1, 3, args.img_size, args.img_size)
@@ -68,9 +65,42 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             "ms_max": round(1e3 * max(totals), 1),
             "ms_backbone": round(statistics.median(backbone / total for total, backbone in pairs), 3),
             "repeats": args.repeats,
-            "ultralytics": ultralytics.__version__,
+            "ultralytics": ultralytics,
         }
     yield list(rows.values())
+
+
+def create_detector(name: str) -> nn.Module:
+    """The PyTorch module of a model file.
+
+    Raises:
+        CommandError: If there is no such file, or no Ultralytics.
+    """
+    yolo = _create(name)
+    yolo.model.args = SimpleNamespace(**yolo.model.args)  # as a trainer leaves them, for the loss
+    return yolo.model
+
+
+def detection_loss(detector: Any, predictions: Any, images: torch.Tensor) -> torch.Tensor:
+    """The detector's own loss, of eight boxes in each image that are the same in each call."""
+    count = len(images)
+    batch = {
+        "img": images,
+        "batch_idx": torch.arange(count, device=images.device).repeat_interleave(8),
+        "cls": torch.zeros(8 * count, 1, device=images.device),
+        "bboxes": torch.linspace(0.2, 0.5, 8 * count * 4, device=images.device).view(8 * count, 4),
+    }
+    loss, _ = detector.loss(batch, predictions)
+    return loss.sum()
+
+
+def _create(name: str) -> Any:
+    try:
+        from stvit.adapters.yolo import YOLO
+
+        return YOLO(name)
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise CommandError(reason(error)) from error
 
 
 def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
