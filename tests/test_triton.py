@@ -20,6 +20,8 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stvit
 from stvit.ops import SuperTokenAttention, can_run_triton, reference, sample_super_tokens, upsample_super_tokens
@@ -165,11 +167,16 @@ def check(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> None:
 # The kernels
 
 
-@each_dtype
+# Each dtype with each memory format; in `make test` once.
+DRAWN = [
+    pytest.param(dtype, n_iter, strided, marks=[pytest.mark.long] if i != (n_iter - 1) and not HAS_GPU else [])
+    for i, dtype in enumerate(TOLERANCES)
+    for n_iter, strided in ((1, channels_last), (2, contiguous), (3, cut_out))
+]
+
+
 @each_shape
-@pytest.mark.parametrize(
-    ("n_iter", "strided"), [(1, channels_last), (2, contiguous), (3, cut_out)], ids=lambda v: getattr(v, "__name__", v)
-)
+@pytest.mark.parametrize(("dtype", "n_iter", "strided"), DRAWN, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_parity(
     dim: int,
     size: tuple[int, int],
@@ -410,6 +417,25 @@ def test_onnx_is_of_the_reference(dynamo: bool, tmp_path: Any) -> None:
     torch.onnx.export(fast.eval(), (torch.randn(2, 16, 9, 14, device=DEVICE),), file, dynamo=dynamo)
     domains = {node.domain for node in onnx.load(file).graph.node}
     assert domains <= {"", "ai.onnx"}
+
+
+def test_transforms_are_of_the_reference() -> None:
+    """PyTorch's functional transforms and forward-mode differentiation take no custom operators."""
+    fast, plain = make_attention()
+    x, v = torch.randn(2, 3, 16, 9, 14, device=DEVICE)
+    gradients = [torch.func.grad(lambda x, m=module: m(x).square().sum())(x) for module in (fast, plain)]
+    torch.testing.assert_close(*gradients)
+    mapped = torch.vmap(lambda image: fast(image[None])[0])(x)
+    torch.testing.assert_close(mapped, plain(x))
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no forward mode
+        y, tangent = torch.func.jvp(fast, (x,), (v,))
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        dual = forward_ad.unpack_dual(fast(forward_ad.make_dual(x, v)))
+    torch.testing.assert_close(dual.primal, y)
+    torch.testing.assert_close(dual.tangent, tangent)
+    traced = torch.jit.trace(fast, x)
+    assert "stvit" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), plain(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

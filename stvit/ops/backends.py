@@ -5,6 +5,7 @@ from functools import cache
 from importlib import import_module
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["BACKENDS", "can_run_triton", "choose_backend", "why_not_triton"]
 
@@ -34,8 +35,9 @@ def why_not_triton(x: torch.Tensor | None = None) -> str:
 def choose_backend(backend: str, x: torch.Tensor) -> str:
     """The backend that runs: "reference" or "triton".
 
-    "auto" is Triton where it can run, else the reference; in what leaves PyTorch (ONNX, TorchScript's tracing) it is
-    the reference too. The environment variable STVIT_OPS_BACKEND overrides what is asked for.
+    "auto" is Triton where it can run, else the reference; it is the reference too where PyTorch takes no custom
+    operators: in ONNX, in TorchScript, under the transforms of torch.func, and in forward-mode differentiation. The
+    environment variable STVIT_OPS_BACKEND overrides what is asked for.
 
     Raises:
         ValueError: If there is no such backend, or if Triton is asked for and cannot run.
@@ -45,12 +47,18 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
         name, source = backend, "backend"
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "reference" or (name == "auto" and _is_leaving_torch()):
+    if name == "reference" or (name == "auto" and _wants_plain_pytorch(x)):
         return "reference"
     reason = _why_not_triton(x.device.type, x.device.index, x.dtype)
     if reason and name == "triton":
         raise ValueError(f"{source}={name} cannot run: {reason}; backend 'auto' or 'reference' can")
     return "reference" if reason else "triton"
+
+
+def _wants_plain_pytorch(x: torch.Tensor) -> bool:
+    if _is_exporting_or_transforming():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 # What follows asks the machine, and torch.compile takes the answers as they are at that moment.
@@ -62,8 +70,9 @@ def _forced_backend() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _is_leaving_torch() -> bool:
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+def _is_exporting_or_transforming() -> bool:
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)  # there is no public way to ask
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or (transforms is not None and transforms())
 
 
 @torch.compiler.assume_constant_result

@@ -5,8 +5,9 @@ only when it is chosen (stvit/ops/backends.py); the kernels are in stvit/ops/ker
 
 Bytes: sampling reads x for the means of the cells and again for the association, last tile first, so that what the
 first reading has left in the cache is met again. The association is kept, in the dtype that is computed in: nine
-numbers a pixel, where computing it again, for upsampling and for each backward, would read all C of its channels. What
-tiles owe to tokens goes through memory too: four float32 numbers for each cell and channel.
+numbers a pixel, where computing it again, for upsampling and for each backward, would read all C of its channels. So x
+is read for sampling alone. What tiles owe to tokens goes through memory too: four float32 numbers for each cell and
+channel.
 
 Autograd: upsample, aggregate and compare are the partial derivatives of one form, the sum over pixels p and their
 neighbors k of association[p, k] * <tokens[k], pixels[p]>, and therefore each other's backward, however often one

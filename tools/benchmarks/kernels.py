@@ -1,6 +1,7 @@
 """Super token sampling and upsampling on a GPU: the fewest bytes, the time that these take, and what is taken."""
 
 import argparse
+import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,7 +178,8 @@ def _measure(
                     f"{name}_floors": significant(median / floors[both]),
                     f"{name}_ratio": significant(statistics.median(times[args.ways[0], both]) / median),
                 }
-            rows.append({**measured, "tb_per_second": significant(bandwidth / 1e12)})
+            version = importlib.metadata.version("triton")
+            rows.append({**measured, "tb_per_second": significant(bandwidth / 1e12), "triton": version})
     return rows
 
 
