@@ -83,8 +83,10 @@ def interpreter() -> Iterator[None]:
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Whatever is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # warn: about matrix products of cuBLAS, which no test is of
+    assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -194,14 +196,15 @@ def test_parity(
 @each_dtype
 @pytest.mark.parametrize(("batch", "dim", "size", "stoken_size"), LARGE)
 def test_parity_of_large_shapes(
-    batch: int, dim: int, size: tuple[int, int], stoken_size: tuple[int, int], dtype: torch.dtype, seed: int
+    batch: int,
+    dim: int,
+    size: tuple[int, int],
+    stoken_size: tuple[int, int],
+    dtype: torch.dtype,
+    poison: None,
+    seed: int,
 ) -> None:
-    x = torch.empty(batch, dim, *size, device="cuda", memory_format=torch.channels_last).normal_().to(dtype)
-    torch.use_deterministic_algorithms(True)
-    try:
-        check(x, stoken_size, n_iter=1)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    check(channels_last(torch.randn(batch, dim, *size, device="cuda").to(dtype)), stoken_size, n_iter=1)
 
 
 @each_dtype
