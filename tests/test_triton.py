@@ -292,6 +292,25 @@ def test_nothing_wide_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(written) <= x.numel() * 2 + 1.1 * parts + 2 * cells * 64 * 2
 
 
+@pytest.mark.parametrize(("dim", "size", "stoken_size"), [SHAPES[i] for i in (2, 3, 8, 11)])
+def test_nothing_is_written_elsewhere(
+    dim: int, size: tuple[int, int], stoken_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what is allocated."""
+    new_empty = torch.Tensor.new_empty
+    fences: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fenced(like: torch.Tensor, *shape: Any, **kwargs: Any) -> torch.Tensor:
+        numel = new_empty(like, *shape, device="meta").numel()
+        buffer = new_empty(like, numel + 2 * 4096, **kwargs).fill_(7)
+        fences.append((buffer[:4096], buffer[4096 + numel :]))
+        return buffer[4096 : 4096 + numel].view(new_empty(like, *shape, device="meta").shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fenced)
+    check(torch.randn(2, dim, *size, device=DEVICE).to(torch.bfloat16), stoken_size, 2)
+    assert len(fences) > 10 and all((fence == 7).all() for pair in fences for fence in pair)
+
+
 def test_memory_formats() -> None:
     x = torch.randn(2, 16, 13, 9, device=DEVICE)
     for strided in (contiguous, channels_last, cut_out):
