@@ -582,6 +582,8 @@ TOKENS, ASSOCIATION = torch.zeros(2, 8, 2, 2), torch.zeros(2, 9, 6, 6)
     [
         (lambda: sample_super_tokens(X[0], 3), r"\bx\b.*\[8, 6, 6\]"),
         (lambda: sample_super_tokens(X.int(), 3), r"\bx\b.*torch\.int32"),
+        (lambda: sample_super_tokens(X[:, :0], 3), r"\bx\b.*channels.*\[2, 0, 6, 6\]"),
+        (lambda: upsample_super_tokens(TOKENS, ASSOCIATION.to("meta"), 3), r"same device, got cpu and meta"),
         (lambda: sample_super_tokens(X, 0), r"stoken_size.*\b0"),
         (lambda: sample_super_tokens(X, (3, 0)), r"stoken_size.*\b3(, |x)0\b"),
         (lambda: sample_super_tokens(X, (-1, 3)), r"stoken_size.*-1(, |x)3\b"),

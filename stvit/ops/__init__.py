@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stvit.ops import reference
+from stvit.ops import reference, triton
 from stvit.ops.backends import BACKENDS, can_run_triton, choose_backend, why_not_triton
 
 __all__ = [
@@ -186,14 +186,10 @@ class SuperTokenAttention(nn.Module):
 
 
 def _sample_in_triton(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from stvit.ops import triton
-
     return triton.sample_super_tokens(x, stoken_size, n_iter)
 
 
 def _upsample_in_triton(tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
-    from stvit.ops import triton
-
     return triton.upsample_super_tokens(tokens, association, stoken_size)
 
 
@@ -220,6 +216,8 @@ def _check_n_iter(n_iter: int) -> int:
 def _check_pixels(x: torch.Tensor, name: str) -> None:
     if x.dim() != 4:
         raise ValueError(f"{name} must be 4-D (B, C, H, W), got shape {list(x.shape)}")
+    if not torch.jit.is_tracing() and x.shape[1] < 1:
+        raise ValueError(f"{name} must have channels, got shape {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
 
@@ -229,6 +227,10 @@ def _check_fit(tokens: torch.Tensor, association: torch.Tensor, h: int, w: int) 
     Hs, Ws = (H + h - 1) // h, (W + w - 1) // w
     if association.shape[1] != 9:
         raise ValueError(f"association must have 9 channels, got shape {list(association.shape)}")
+    if tokens.device != association.device:
+        raise ValueError(
+            f"tokens and association must be on the same device, got {tokens.device} and {association.device}"
+        )
     if tokens.shape[0] != association.shape[0]:
         raise ValueError(
             f"tokens and association must have the same batch size, got {tokens.shape[0]} and {association.shape[0]}"

@@ -1,4 +1,4 @@
-"""The kernels of stvit/ops/triton.py.
+"""The kernels of stvit/ops/triton.py, and their launches. Nothing else imports Triton.
 
 A program works on a tile of cells: with 2x2 cells, the 4x4 super tokens in and around them are as many as the matrix
 units' smallest block. One product compares a block of the tile's pixels with all of them, and a mask keeps the nine
@@ -12,11 +12,19 @@ Shapes: as in stvit/ops/reference.py, and
     P, C     in a kernel: a block of a tile's pixels, and of the channels
 """
 
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["finish_kernel", "group_kernel", "mean_kernel", "upsample_kernel"]
+__all__ = ["IS_INTERPRETED", "check_driver", "group", "mean", "upsample"]
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 SIZES = ["H", "W", "Hs", "Ws"]  # one kernel for all
 
 
@@ -333,3 +341,203 @@ def upsample_kernel(
             block,
             mask=is_inside[:, None] & (c < C)[None, :],
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+IS_INTERPRETED = not isinstance(mean_kernel, triton.JITFunction)  # by TRITON_INTERPRET=1, on a CPU
+
+
+def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
+    """The shapes of a tile and of the blocks that it is worked through in, for numbers of the widest of these dtypes.
+
+    Fixed, not searched for: another block would be another order of sums.
+    """
+    cells = 2 if h * w >= 16 else 4  # tiny cells would leave most of a block empty
+    # Blocks of pixels and tokens, several at a time, in what a program of the smallest GPUs has: 99 KiB.
+    is_narrow = max(dtype.itemsize for dtype in dtypes) == 2
+    if is_narrow:
+        numbers, widest = 8192, 128
+    else:
+        numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
+    block_c = min(max(16, triton.next_power_of_2(C)), widest)
+    slots = triton.next_power_of_2((cells + 2) ** 2)
+    pixels = min(triton.next_power_of_2(cells * h * cells * w), numbers // block_c, numbers // slots)
+    return {
+        "h": h,
+        "w": w,
+        "TILE_H": cells,
+        "TILE_W": cells,
+        "SLOTS": slots,
+        "BLOCK_P": max(16, pixels),
+        "BLOCK_C": block_c,
+        "num_warps": 4 if is_narrow else 8,  # four would spill registers: three products stand for one
+    }
+
+
+def _index(*tensors: torch.Tensor | None) -> tl.dtype:
+    """The integers that count the numbers of one image; 64 bits cost time."""
+    spans = (
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        for x in tensors
+        if x is not None
+    )
+    return tl.int32 if max(spans) < 2**31 else tl.int64
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How matrices of a dtype are multiplied: float32 with all bits, unless PyTorch is allowed fewer for its own."""
+    if IS_INTERPRETED:
+        return "interpreted"
+    if dtype != torch.float32:
+        return "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # which also knows what the older function has set
+        allowed = torch.backends.cuda.matmul.fp32_precision
+        allowed = torch.backends.fp32_precision if allowed == "none" else allowed  # type: ignore[attr-defined]
+    else:
+        allowed = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allowed == "tf32" else "tf32x3"
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever its arguments are on."""
+
+    @wraps(launch)
+    def launch_there(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return launch(x, *args, **kwargs)
+
+    return launch_there
+
+
+def _grid_size(H: int, W: int, h: int, w: int) -> tuple[int, int]:
+    return (H + h - 1) // h, (W + w - 1) // w
+
+
+@_on_its_device
+def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """The means of the cells, (B, Hs, Ws, C)."""
+    B, C, H, W = x.shape
+    Hs, Ws = _grid_size(H, W, h, w)
+    tokens = x.new_empty(B, Hs, Ws, C)
+    block_c = min(max(16, triton.next_power_of_2(C)), 128)
+    block_p = max(1, min(triton.next_power_of_2(h * w), 8192 // block_c))
+    grid = (B * Hs * Ws, triton.cdiv(C, block_c))
+    mean_kernel[grid](
+        x, tokens, H, W, Hs, Ws, C, *x.stride(), h=h, w=w, BLOCK_P=block_p, BLOCK_C=block_c, INDEX=_index(x)
+    )
+    return tokens
+
+
+@_on_its_device
+def group(
+    pixels: torch.Tensor,
+    tokens: torch.Tensor | None,
+    association: torch.Tensor | None,
+    h: int,
+    w: int,
+    compute: torch.dtype,
+    reads_association: bool = False,
+    is_softmax: bool = False,
+    sums: bool = True,
+    weights: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compares pixels (B, C, H, W) with tokens (B, Hs, Ws, C) and sums them.
+
+    Returns:
+        The weighted sums (B, Hs, Ws, C) of that dtype: means with `is_softmax`, or divided by the weights given; and
+        the weights (B, Hs, Ws). Without `sums`, both are empty.
+    """
+    B, C, H, W = pixels.shape
+    Hs, Ws = _grid_size(H, W, h, w)
+    tile = _tile(h, w, C, pixels.dtype, compute)
+    cells, block_c = tile["TILE_H"], tile["BLOCK_C"]
+    tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
+    slots = (cells + 2) ** 2
+    parts = pixels.new_empty(tiles if sums else 0, slots, C, dtype=torch.float32)
+    part_weights = pixels.new_empty(tiles if is_softmax else 0, slots, dtype=torch.float32)
+    blocks = triton.cdiv(C, block_c)
+    group_kernel[(tiles, blocks if sums else 1)](
+        pixels,
+        pixels if tokens is None else tokens,
+        pixels if association is None else association,
+        parts,
+        part_weights,
+        H,
+        W,
+        Hs,
+        Ws,
+        C,
+        *pixels.stride(),
+        *((0, 0, 0, 0) if association is None else association.stride()),
+        C**-0.5 / math.log(2),
+        **tile,
+        IS_ONE_BLOCK=blocks == 1,
+        READS_ASSOCIATION=reads_association,
+        IS_SOFTMAX=is_softmax,
+        WRITES_ASSOCIATION=association is not None and not reads_association,
+        SUMS=sums,
+        INDEX=_index(pixels, association),
+        COMPUTE=DTYPES[compute],
+        PRECISION=_precision(compute),
+    )
+    summed = pixels.new_empty(B, Hs, Ws, C, dtype=dtype) if sums else parts
+    if weights is None:
+        weights = pixels.new_empty((B, Hs, Ws) if is_softmax else 0, dtype=torch.float32)
+        reads_weights = False
+    else:
+        reads_weights = True
+    if sums:
+        block_t = max(1, 2048 // block_c)
+        finish_kernel[(triton.cdiv(B * Hs * Ws, block_t), blocks)](
+            parts,
+            part_weights,
+            weights,
+            summed,
+            B * Hs * Ws,
+            Hs,
+            Ws,
+            C,
+            TILE_H=cells,
+            TILE_W=cells,
+            BLOCK_T=block_t,
+            BLOCK_C=block_c,
+            SUMS_WEIGHTS=is_softmax,
+            READS_WEIGHTS=reads_weights,
+        )
+    return summed, weights
+
+
+@_on_its_device
+def upsample(
+    tokens: torch.Tensor, association: torch.Tensor, weights: torch.Tensor | None, pixels: torch.Tensor, h: int, w: int
+) -> None:
+    """Mixes tokens (B, Hs, Ws, C), over their weights (B, Hs, Ws) if given, into pixels (B, C, H, W)."""
+    B, C, H, W = pixels.shape
+    Hs, Ws = tokens.shape[1:3]
+    tile = _tile(h, w, C, tokens.dtype, pixels.dtype)
+    grid = (B * triton.cdiv(Hs, tile["TILE_H"]) * triton.cdiv(Ws, tile["TILE_W"]), triton.cdiv(C, tile["BLOCK_C"]))
+    upsample_kernel[grid](
+        tokens,
+        association,
+        tokens if weights is None else weights,
+        pixels,
+        H,
+        W,
+        Hs,
+        Ws,
+        C,
+        *association.stride(),
+        **tile,
+        READS_WEIGHTS=weights is not None,
+        INDEX=_index(pixels, association),
+        COMPUTE=DTYPES[tokens.dtype],
+        PRECISION=_precision(tokens.dtype),
+    )
+
+
+def check_driver() -> None:
+    """Asks Triton for the GPU that it compiles for; raises what Triton does without a driver or a C compiler."""
+    triton.runtime.driver.active.get_current_target()

@@ -40,6 +40,8 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     device = require_device(args.device)
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device {args.device}: the kernels are for cuda; on cpu the bytes are counted alone")
+    if device.type == "cpu" and args.csv:
+        raise CommandError(f"--csv is for times, which there are not on a CPU: {stvit.ops.why_not_triton()}")
     bandwidth = measure_bandwidth(device, args.repeats) if device.type == "cuda" else None
     counted = []
     for size in args.img_size:
@@ -68,13 +70,13 @@ def count_bytes(shape: tuple[int, int, int, int], cell: int, itemsize: int) -> t
     """The fewest bytes that go through memory, forward and backward.
 
     Forward reads x and writes y, and writes and reads the tokens, which attention changes as a whole in between.
-    Backward reads the gradient of y, writes that of x, writes and reads that of the tokens, and reads the association,
-    which is held constant: nine numbers a pixel.
+    Backward reads the gradient of y, writes that of x, and writes and reads that of the tokens; and it needs the
+    association, which is held constant: nine numbers a pixel, written by the forward before it and read.
     """
     B, C, H, W = shape
     pixels, tokens = H * W, -(-H // cell) * -(-W // cell)
     forward = 2 * (pixels + tokens) * C
-    return forward * B * itemsize, (forward + 9 * pixels) * B * itemsize
+    return forward * B * itemsize, (forward + 2 * 9 * pixels) * B * itemsize
 
 
 def measure_bandwidth(device: torch.device, repeats: int) -> float:

@@ -238,6 +238,8 @@ def prepare(case: Case) -> Callable[[], Any]:
     """
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    if _is_detector(case.model) and case.img_size % 32:
+        raise CommandError(f"--img-size must be a multiple of 32 for {case.model}, got {case.img_size}")
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
     module = _module(case, case.device).train(case.is_training)
