@@ -411,15 +411,11 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launch_there
 
 
-def _grid_size(H: int, W: int, h: int, w: int) -> tuple[int, int]:
-    return (H + h - 1) // h, (W + w - 1) // w
-
-
 @_on_its_device
 def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """The means of the cells, (B, Hs, Ws, C)."""
     B, C, H, W = x.shape
-    Hs, Ws = _grid_size(H, W, h, w)
+    Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tokens = x.new_empty(B, Hs, Ws, C)
     block_c = min(max(16, triton.next_power_of_2(C)), 128)
     block_p = max(1, min(triton.next_power_of_2(h * w), 8192 // block_c))
@@ -451,7 +447,7 @@ def group(
         the weights (B, Hs, Ws). Without `sums`, both are empty.
     """
     B, C, H, W = pixels.shape
-    Hs, Ws = _grid_size(H, W, h, w)
+    Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tile = _tile(h, w, C, pixels.dtype, compute)
     cells, block_c = tile["TILE_H"], tile["BLOCK_C"]
     tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
@@ -484,11 +480,9 @@ def group(
         PRECISION=_precision(compute),
     )
     summed = pixels.new_empty(B, Hs, Ws, C, dtype=dtype) if sums else parts
+    reads_weights = weights is not None
     if weights is None:
         weights = pixels.new_empty((B, Hs, Ws) if is_softmax else 0, dtype=torch.float32)
-        reads_weights = False
-    else:
-        reads_weights = True
     if sums:
         block_t = max(1, 2048 // block_c)
         finish_kernel[(triton.cdiv(B * Hs * Ws, block_t), blocks)](
