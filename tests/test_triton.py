@@ -26,7 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stvit
-from stvit.ops import SuperTokenAttention, can_run_triton, reference, sample_super_tokens, upsample_super_tokens
+from stvit.ops import (
+    SuperTokenAttention,
+    backends,
+    can_run_triton,
+    reference,
+    sample_super_tokens,
+    upsample_super_tokens,
+)
 from stvit.ops import triton as backend
 from stvit.tools import benchmark
 from stvit.tools.benchmarks import kernels as benchmark_of_kernels
@@ -77,18 +84,16 @@ def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STVIT_OPS_BACKEND", raising=False)
         if not HAS_GPU:
-            patch.setenv(
-                "TRITON_INTERPRET", "1"
-            )  # read when the kernels are imported, below, at first use; conftest.py
+            # Read when the kernels are imported, at first use below; see conftest.py.
+            patch.setenv("TRITON_INTERPRET", "1")
         yield
 
 
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Whatever is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # warn: about matrix products of cuBLAS, which no test is of
+    # It warns, no more, of cuBLAS's matrix products, which no test is of.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -530,7 +535,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_close(results[0], results[1], 2 * TOLERANCES[dtype])
 
 
-def test_float32_products_follow_pytorchs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_products_follow_pytorchs_settings() -> None:
     """The older one, and the newer one, which must not be mixed in one process."""
     program = """
 import torch
@@ -568,9 +573,7 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
     """Without a GPU all but its clock and its graphs."""
     if not HAS_GPU:
         monkeypatch.setattr(benchmark_of_kernels, "_capture", lambda step, both: lambda: step(both))
-        monkeypatch.setattr(
-            benchmark_of_kernels, "_time", lambda step: 1e-6 * len(step())
-        )  # outputs: 2, of which one may be None
+        monkeypatch.setattr(benchmark_of_kernels, "_time", lambda step: 1e-6 * len(step()))
     parser = benchmark.create_parser()
     args = parser.parse_args(["kernels", "--dtype=float32", "--ways", "reference", "triton", "--repeats=2"])
     rows = benchmark_of_kernels._measure({"stage": 1}, (2, 64, 12, 9), 4, args, torch.device(DEVICE), bandwidth=1e12)
@@ -594,11 +597,13 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
 # The choice
 
 
-def run(program: str, **environment: str) -> list[str]:
+def run(program: str, *arguments: str, **environment: str) -> list[str]:
     """What a program prints in a process of its own, on a CPU without the interpreter."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", **environment}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -629,7 +634,7 @@ def test_on_a_cpu_the_reference_runs_and_triton_is_not_imported() -> None:
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 8, 6, 6, device=DEVICE)
-    choose = stvit.ops.backends.choose_backend
+    choose = backends.choose_backend
     assert [choose(name, x) for name in ("auto", "reference", "triton")] == ["triton", "reference", "triton"]
     for forced in ("reference", "triton"):
         monkeypatch.setenv("STVIT_OPS_BACKEND", forced)
@@ -642,8 +647,6 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stvit.ops import backends
-
     for x, reason in (
         (torch.empty(1, dtype=torch.float64, device=DEVICE), "no kernels for torch.float64"),
         (torch.empty(1, device="meta"), "no kernels for tensors on meta"),
@@ -705,7 +708,6 @@ class Driver:
     def get_current_stream(self, device=None): return 0
 
 driver.set_active(Driver())
-torch.version.cuda = torch.version.cuda or "13.0"  # of a build for CPUs: as on a machine with that GPU
 made, run = [], triton.JITFunction.run
 
 def compile(self, *args, grid, warmup, **kwargs):
@@ -742,17 +744,7 @@ print(json.dumps(made))
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.long) for c in (80, 86, 100, 120))])
 def test_compiled_for(capability: int, tmp_path: Path) -> None:
     """Whatever the interpreter forgives; and of speed, what can be seen without a clock."""
-    program = tmp_path / "compile.py"
-    program.write_text(COMPILE)
-    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
-    result = subprocess.run(
-        [sys.executable, program, str(capability)],
-        env={**kept, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    compiled = json.loads(result.stdout.splitlines()[-1])
+    compiled = json.loads(run(COMPILE, str(capability), TRITON_CACHE_DIR=str(tmp_path / "cache"))[-1])
     assert {kernel["name"] for kernel in compiled} == {
         "mean_kernel",
         "group_kernel",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stvit.ops import reference, triton
-from stvit.ops.backends import BACKENDS, can_run_triton, choose_backend, why_not_triton
+from stvit.ops.backends import can_run_triton, check_backend, choose_backend, why_not_triton
 
 __all__ = [
     "SuperTokenAttention",
@@ -59,7 +59,7 @@ def sample_super_tokens(
     size, n_iter = _cell_size(stoken_size), _check_n_iter(n_iter)
     if not torch.jit.is_scripting():
         if choose_backend(backend, x) == "triton":
-            return _sample_in_triton(x, size, n_iter)
+            return triton.sample_super_tokens(x, size, n_iter)
     return reference.sample_super_tokens(x, size, n_iter)
 
 
@@ -92,7 +92,7 @@ def upsample_super_tokens(
         _check_fit(tokens, association, h, w)
     if not torch.jit.is_scripting():
         if choose_backend(backend, tokens) == "triton":
-            return _upsample_in_triton(tokens, association, (h, w))
+            return triton.upsample_super_tokens(tokens, association, (h, w))
     return reference.upsample_super_tokens(tokens, association, (h, w))
 
 
@@ -140,10 +140,8 @@ class SuperTokenAttention(nn.Module):
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             if not 0.0 <= rate <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {rate}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.dim = dim
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.stoken_size = _cell_size(stoken_size)
         self.n_iter = _check_n_iter(n_iter)
         self.num_heads = num_heads
@@ -183,14 +181,6 @@ class SuperTokenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, num_heads={self.num_heads}"
-
-
-def _sample_in_triton(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return triton.sample_super_tokens(x, stoken_size, n_iter)
-
-
-def _upsample_in_triton(tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
-    return triton.upsample_super_tokens(tokens, association, stoken_size)
 
 
 def _cell_size(stoken_size: int | tuple[int, int]) -> tuple[int, int]:

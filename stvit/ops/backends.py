@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "can_run_triton", "choose_backend", "why_no_kernels", "why_not_triton"]
+__all__ = ["BACKENDS", "can_run_triton", "check_backend", "choose_backend", "why_no_kernels", "why_not_triton"]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -34,6 +34,17 @@ def why_not_triton(x: torch.Tensor | None = None) -> str:
     return _why_not_operators(x) or why_no_kernels(x.device.type, x.device.index, x.dtype)
 
 
+def check_backend(name: str, source: str = "backend") -> str:
+    """The name, where it is a backend's or "auto".
+
+    Raises:
+        ValueError: If it is neither; `source` is where it comes from.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
 def choose_backend(backend: str, x: torch.Tensor) -> str:
     """The backend that runs: "reference" or "triton".
 
@@ -46,9 +57,7 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
     name, source = _forced_backend(), "STVIT_OPS_BACKEND"
     if not name:
         name, source = backend, "backend"
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "reference":
+    if check_backend(name, source) == "reference":
         return "reference"
     reason = why_not_triton(x)
     if reason and name == "triton":

@@ -29,20 +29,20 @@ SIZES = ["H", "W", "Hs", "Ws"]  # one kernel for all
 
 
 @triton.jit
-def _find_tile(program, Hs, Ws, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def _find_tile(program, Hs, Ws, TILE: tl.constexpr):
     """Image, and row and column of its tile."""
-    tiles_y = tl.cdiv(Hs, TILE_H)
-    tiles_x = tl.cdiv(Ws, TILE_W)
+    tiles_y = tl.cdiv(Hs, TILE)
+    tiles_x = tl.cdiv(Ws, TILE)
     return (program // (tiles_x * tiles_y)).to(tl.int64), (program // tiles_x) % tiles_y, program % tiles_x
 
 
 @triton.jit
-def _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H: tl.constexpr, TILE_W: tl.constexpr, SLOTS: tl.constexpr):
+def _find_slots(b, tile_y, tile_x, Hs, Ws, TILE: tl.constexpr, SLOTS: tl.constexpr):
     """Of each slot its number among all tokens, and whether there is such a token, (S,)."""
     slot = tl.arange(0, SLOTS)
-    row = tile_y * TILE_H - 1 + slot // (TILE_W + 2)
-    col = tile_x * TILE_W - 1 + slot % (TILE_W + 2)
-    is_token = (slot < (TILE_H + 2) * (TILE_W + 2)) & (row >= 0) & (row < Hs) & (col >= 0) & (col < Ws)
+    row = tile_y * TILE - 1 + slot // (TILE + 2)
+    col = tile_x * TILE - 1 + slot % (TILE + 2)
+    is_token = (slot < (TILE + 2) * (TILE + 2)) & (row >= 0) & (row < Hs) & (col >= 0) & (col < Ws)
     return (b * Hs + row) * Ws + col, is_token
 
 
@@ -53,24 +53,27 @@ def _find_pixels(
     tile_x,
     h: tl.constexpr,
     w: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Of a block of a tile's pixels row, column, the slot of the first neighbor, and whether it is the tile's, (P,)."""
     q = start + tl.arange(0, BLOCK_P)
-    y = q // (TILE_W * w)
-    x = q % (TILE_W * w)
-    first = y // h * (TILE_W + 2) + x // w
-    return tile_y * (TILE_H * h) + y, tile_x * (TILE_W * w) + x, first, y < TILE_H * h
+    y = q // (TILE * w)
+    x = q % (TILE * w)
+    first = y // h * (TILE + 2) + x // w
+    return tile_y * (TILE * h) + y, tile_x * (TILE * w) + x, first, y < TILE * h
 
 
 @triton.jit
-def _find_neighbors(first, TILE_W: tl.constexpr, SLOTS: tl.constexpr):
-    """Which neighbor of a pixel each slot is, and whether it is one, (P, S)."""
+def _find_weights(
+    y, x, first, stride_k, stride_y, stride_x, TILE: tl.constexpr, SLOTS: tl.constexpr, INDEX: tl.constexpr
+):
+    """Where in the association of an image a pixel's weight for each slot is, and whether it is a neighbor, (P, S)."""
     ahead = (tl.arange(0, SLOTS)[None, :] - first[:, None]).to(tl.uint32)  # before the first: more than there are slots
-    down = ahead // (TILE_W + 2)
-    return (ahead - down * (TILE_W - 1)).to(tl.int32), (down <= 2) & (ahead % (TILE_W + 2) <= 2)
+    down = ahead // (TILE + 2)
+    k = ahead - down * (TILE - 1)
+    at = y.to(INDEX) * stride_y + x.to(INDEX) * stride_x
+    return at[:, None] + k.to(INDEX) * stride_k, (down <= 2) & (ahead % (TILE + 2) <= 2)
 
 
 @triton.jit
@@ -144,8 +147,7 @@ def group_kernel(
     scale,  # of the scalar products, as powers of 2
     h: tl.constexpr,
     w: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    TILE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -163,20 +165,20 @@ def group_kernel(
     Programs of one tile differ in the channels that they sum; what they compare are all.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, tile_y, tile_x = _find_tile(tile, Hs, Ws, TILE_H, TILE_W)
-    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H, TILE_W, SLOTS)
+    b, tile_y, tile_x = _find_tile(tile, Hs, Ws, TILE)
+    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixels += b * pixels_stride_b
     association += b * association_stride_b
     total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     weight = tl.zeros((SLOTS,), tl.float32)
-    for start in range(0, TILE_H * h * TILE_W * w, BLOCK_P):
-        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE_H, TILE_W, BLOCK_P)
+    for start in range(0, TILE * h * TILE * w, BLOCK_P):
+        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE, BLOCK_P)
         is_inside = is_tile & (y < H) & (x < W)
-        k, is_near = _find_neighbors(first, TILE_W, SLOTS)
+        weights_at, is_near = _find_weights(
+            y, x, first, association_stride_k, association_stride_y, association_stride_x, TILE, SLOTS, INDEX
+        )
         at = y.to(INDEX) * pixels_stride_y + x.to(INDEX) * pixels_stride_x
-        weights_at = y.to(INDEX) * association_stride_y + x.to(INDEX) * association_stride_x
-        weights_at = weights_at[:, None] + k.to(INDEX) * association_stride_k
         is_weight = is_near & is_inside[:, None]
         if SUMS or IS_ONE_BLOCK:
             block = tl.load(
@@ -221,7 +223,7 @@ def group_kernel(
             if IS_SOFTMAX:
                 weight += tl.sum(weights.to(tl.float32), axis=0)
     if SUMS:
-        slots: tl.constexpr = (TILE_H + 2) * (TILE_W + 2)
+        slots: tl.constexpr = (TILE + 2) * (TILE + 2)
         part = tile.to(tl.int64) * slots + tl.arange(0, SLOTS)
         tl.store(parts + (part * C)[:, None] + c[None, :], total, mask=is_token[:, None] & (c < C)[None, :])
         if IS_SOFTMAX:
@@ -238,8 +240,7 @@ def finish_kernel(
     Hs,
     Ws,
     C,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SUMS_WEIGHTS: tl.constexpr,
@@ -251,22 +252,22 @@ def finish_kernel(
     row = token // Ws % Hs
     col = token % Ws
     b = (token // (Hs * Ws)).to(tl.int64)
-    tiles_y = tl.cdiv(Hs, TILE_H)
-    tiles_x = tl.cdiv(Ws, TILE_W)
+    tiles_y = tl.cdiv(Hs, TILE)
+    tiles_x = tl.cdiv(Ws, TILE)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     weight = tl.zeros((BLOCK_T,), tl.float32)
     # Its own tile, and in each axis at most one more: the next where the token is at the tile's edge.
-    next_y = tl.where(row % TILE_H == TILE_H - 1, 1, -1)
-    next_x = tl.where(col % TILE_W == TILE_W - 1, 1, -1)
+    next_y = tl.where(row % TILE == TILE - 1, 1, -1)
+    next_x = tl.where(col % TILE == TILE - 1, 1, -1)
     for dy in tl.static_range(2):
         for dx in tl.static_range(2):
-            tile_y = row // TILE_H + dy * next_y
-            tile_x = col // TILE_W + dx * next_x
-            i = row - (tile_y * TILE_H - 1)
-            j = col - (tile_x * TILE_W - 1)
+            tile_y = row // TILE + dy * next_y
+            tile_x = col // TILE + dx * next_x
+            i = row - (tile_y * TILE - 1)
+            j = col - (tile_x * TILE - 1)
             is_tile = (tile_y >= 0) & (tile_y < tiles_y) & (tile_x >= 0) & (tile_x < tiles_x)
-            owes = (token < count) & is_tile & (i >= 0) & (i < TILE_H + 2) & (j >= 0) & (j < TILE_W + 2)
-            part = ((b * tiles_y + tile_y) * tiles_x + tile_x) * ((TILE_H + 2) * (TILE_W + 2)) + i * (TILE_W + 2) + j
+            owes = (token < count) & is_tile & (i >= 0) & (i < TILE + 2) & (j >= 0) & (j < TILE + 2)
+            part = ((b * tiles_y + tile_y) * tiles_x + tile_x) * ((TILE + 2) * (TILE + 2)) + i * (TILE + 2) + j
             total += tl.load(parts + (part * C)[:, None] + c[None, :], mask=owes[:, None] & (c < C)[None, :], other=0.0)
             if SUMS_WEIGHTS:
                 weight += tl.load(part_weights + part, mask=owes, other=0.0)
@@ -299,8 +300,7 @@ def upsample_kernel(
     association_stride_x,
     h: tl.constexpr,
     w: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    TILE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -310,8 +310,8 @@ def upsample_kernel(
     PRECISION: tl.constexpr,
 ):
     """The association-weighted sums of the tokens, each of them divided by its weight if there is one."""
-    b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE_H, TILE_W)
-    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE_H, TILE_W, SLOTS)
+    b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE)
+    token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     association += b * association_stride_b
     pixels += b * H * W * C
@@ -321,16 +321,13 @@ def upsample_kernel(
     if READS_WEIGHTS:
         # A cell's pixels over the weight is near 1, where float16 is good; they are taken out of the product.
         share = h * w / tl.load(weights + token, mask=is_token, other=1.0)
-    for start in range(0, TILE_H * h * TILE_W * w, BLOCK_P):
-        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE_H, TILE_W, BLOCK_P)
+    for start in range(0, TILE * h * TILE * w, BLOCK_P):
+        y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE, BLOCK_P)
         is_inside = is_tile & (y < H) & (x < W)
-        k, is_near = _find_neighbors(first, TILE_W, SLOTS)
-        mix_at = y.to(INDEX) * association_stride_y + x.to(INDEX) * association_stride_x
-        mix = tl.load(
-            association + (mix_at[:, None] + k.to(INDEX) * association_stride_k),
-            mask=is_near & is_inside[:, None],
-            other=0.0,
+        mix_at, is_near = _find_weights(
+            y, x, first, association_stride_k, association_stride_y, association_stride_x, TILE, SLOTS, INDEX
         )
+        mix = tl.load(association + mix_at, mask=is_near & is_inside[:, None], other=0.0)
         if READS_WEIGHTS:
             mix = mix.to(tl.float32) * share[None, :]
         block = _dot(mix.to(COMPUTE), near, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION)
@@ -361,19 +358,22 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
         numbers, widest = 8192, 128
     else:
         numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
-    block_c = min(max(16, triton.next_power_of_2(C)), widest)
+    block_c = _block_of_channels(C, widest)
     slots = triton.next_power_of_2((cells + 2) ** 2)
     pixels = min(triton.next_power_of_2(cells * h * cells * w), numbers // block_c, numbers // slots)
     return {
         "h": h,
         "w": w,
-        "TILE_H": cells,
-        "TILE_W": cells,
+        "TILE": cells,
         "SLOTS": slots,
         "BLOCK_P": max(16, pixels),
         "BLOCK_C": block_c,
         "num_warps": 4 if is_narrow else 8,  # four would spill registers: three products stand for one
     }
+
+
+def _block_of_channels(C: int, widest: int) -> int:
+    return min(max(16, triton.next_power_of_2(C)), widest)
 
 
 def _index(*tensors: torch.Tensor | None) -> tl.dtype:
@@ -417,7 +417,7 @@ def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     B, C, H, W = x.shape
     Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tokens = x.new_empty(B, Hs, Ws, C)
-    block_c = min(max(16, triton.next_power_of_2(C)), 128)
+    block_c = _block_of_channels(C, 128)
     block_p = max(1, min(triton.next_power_of_2(h * w), 8192 // block_c))
     grid = (B * Hs * Ws, triton.cdiv(C, block_c))
     mean_kernel[grid](
@@ -434,13 +434,12 @@ def group(
     h: int,
     w: int,
     compute: torch.dtype,
-    reads_association: bool = False,
     is_softmax: bool = False,
     sums: bool = True,
     weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compares pixels (B, C, H, W) with tokens (B, Hs, Ws, C) and sums them.
+    """Compares pixels (B, C, H, W) with tokens (B, Hs, Ws, C), or without tokens reads the association; and sums them.
 
     Returns:
         The weighted sums (B, Hs, Ws, C) of that dtype: means with `is_softmax`, or divided by the weights given; and
@@ -449,7 +448,7 @@ def group(
     B, C, H, W = pixels.shape
     Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tile = _tile(h, w, C, pixels.dtype, compute)
-    cells, block_c = tile["TILE_H"], tile["BLOCK_C"]
+    cells, block_c = tile["TILE"], tile["BLOCK_C"]
     tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
     slots = (cells + 2) ** 2
     parts = pixels.new_empty(tiles if sums else 0, slots, C, dtype=torch.float32)
@@ -471,9 +470,9 @@ def group(
         C**-0.5 / math.log(2),
         **tile,
         IS_ONE_BLOCK=blocks == 1,
-        READS_ASSOCIATION=reads_association,
+        READS_ASSOCIATION=tokens is None,
         IS_SOFTMAX=is_softmax,
-        WRITES_ASSOCIATION=association is not None and not reads_association,
+        WRITES_ASSOCIATION=tokens is not None and association is not None,
         SUMS=sums,
         INDEX=_index(pixels, association),
         COMPUTE=DTYPES[compute],
@@ -494,8 +493,7 @@ def group(
             Hs,
             Ws,
             C,
-            TILE_H=cells,
-            TILE_W=cells,
+            TILE=cells,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
             SUMS_WEIGHTS=is_softmax,
@@ -512,7 +510,7 @@ def upsample(
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[1:3]
     tile = _tile(h, w, C, tokens.dtype, pixels.dtype)
-    grid = (B * triton.cdiv(Hs, tile["TILE_H"]) * triton.cdiv(Ws, tile["TILE_W"]), triton.cdiv(C, tile["BLOCK_C"]))
+    grid = (B * triton.cdiv(Hs, tile["TILE"]) * triton.cdiv(Ws, tile["TILE"]), triton.cdiv(C, tile["BLOCK_C"]))
     upsample_kernel[grid](
         tokens,
         association,

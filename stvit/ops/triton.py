@@ -128,9 +128,7 @@ def aggregate(
     tokens = _aggregate_fake(pixels, association, weights, h, w, dtype)
     if pixels.numel() == 0:
         return tokens.zero_()
-    cells, _ = _kernels(pixels).group(
-        pixels, None, association, h, w, pixels.dtype, reads_association=True, weights=weights, dtype=dtype
-    )
+    cells, _ = _kernels(pixels).group(pixels, None, association, h, w, pixels.dtype, weights=weights, dtype=dtype)
     return cells.permute(0, 3, 1, 2)
 
 
@@ -235,7 +233,7 @@ def sample_super_tokens(
 
     Under autocast the products are of its dtype, and so is the association.
     """
-    tokens, association, _ = sample(x, *stoken_size, n_iter, _autocast_dtype(x) or x.dtype)
+    tokens, association, _ = sample(x, *stoken_size, n_iter, _compute_dtype(x))
     return tokens, association.detach()
 
 
@@ -243,10 +241,10 @@ def upsample_super_tokens(
     tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]
 ) -> torch.Tensor:
     """See `stvit.ops.upsample_super_tokens`; the arguments have been checked there."""
-    tokens = tokens.to(_autocast_dtype(tokens) or tokens.dtype)
+    tokens = tokens.to(_compute_dtype(tokens))
     return upsample(tokens, association, None, *stoken_size, tokens.dtype)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

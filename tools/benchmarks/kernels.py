@@ -201,12 +201,8 @@ def _capture(step: Callable[[bool], Any], is_backward: bool) -> Callable[[], Any
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = step(is_backward)
-
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
-
-    return replay
+        step(is_backward)
+    return graph.replay
 
 
 def _time(step: Callable[[], Any]) -> float:

@@ -28,7 +28,7 @@ from stvit.tools.benchmarks.measure import (
     take_turns,
 )
 from stvit.tools.benchmarks.published import published
-from stvit.tools.benchmarks.yolo import create_detector, detection_loss
+from stvit.tools.benchmarks.yolo import check_img_size, create_detector, detection_loss
 from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive
 from stvit.tools.common.model import create_model
 
@@ -238,8 +238,8 @@ def prepare(case: Case) -> Callable[[], Any]:
     """
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
-    if _is_detector(case.model) and case.img_size % 32:
-        raise CommandError(f"--img-size must be a multiple of 32 for {case.model}, got {case.img_size}")
+    if _is_detector(case.model):
+        check_img_size(case.img_size)
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
     module = _module(case, case.device).train(case.is_training)
@@ -250,10 +250,10 @@ def prepare(case: Case) -> Callable[[], Any]:
         return _training_step(module, image, case, dtype)
     image = image.to(dtype)
     if case.way == "onnxruntime":
-        return _onnxruntime_step(module, image)
+        return _onnxruntime_step(module, image, case)
     module = module.to(dtype).requires_grad_(False)
     if case.way in ("optimized", "compiled") and case.stage is None:
-        module = _optimized(module)
+        module = _optimized(module, case)
         image = image.to(memory_format=torch.channels_last)
     if case.way == "compiled":
         module = torch.compile(module, dynamic=False, options={"freezing": True})  # type: ignore[assignment]
@@ -291,7 +291,7 @@ def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: to
     return step
 
 
-def _onnxruntime_step(module: nn.Module, image: torch.Tensor) -> Callable[[], Any]:
+def _onnxruntime_step(module: nn.Module, image: torch.Tensor, case: Case) -> Callable[[], Any]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -301,7 +301,7 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor) -> Callable[[], An
         path = Path(folder) / "model.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(_optimized(module), (image,), path, dynamo=True, verbose=False)
+            torch.onnx.export(_optimized(module, case), (image,), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -309,8 +309,8 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor) -> Callable[[], An
     return lambda: session.run(None, inputs)
 
 
-def _optimized(module: Any) -> nn.Module:
-    if hasattr(module, "fuse"):  # a detector
+def _optimized(module: Any, case: Case) -> nn.Module:
+    if _is_detector(case.model):
         return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:
         return stvit.optimize_for_inference(module)
