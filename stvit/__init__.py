@@ -3,6 +3,7 @@
 Importing this package registers the models in timm: `import stvit; timm.create_model("stvit_small")`.
 """
 
+from stvit import visualize
 from stvit.inference import optimize_for_inference
 from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens
 from stvit.pretrained import PretrainedDownloadError, PretrainedError, create_model
@@ -17,5 +18,6 @@ __all__ = [
     "optimize_for_inference",
     "sample_super_tokens",
     "upsample_super_tokens",
+    "visualize",
 ]
 __version__ = "0.1.0"

@@ -62,7 +62,7 @@ def test_metadata(wheel: Path) -> None:
     needed = re.findall(r"Requires-Dist: (\S+)$", metadata, re.MULTILINE)
     assert {"torch>=2.6", "timm>=1.0.31", "safetensors", "huggingface-hub"} <= set(needed)
     assert 'Requires-Dist: ultralytics>=8.4.190; extra == "yolo"' in metadata
-    assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {"train", "yolo", "export", "dev"}
+    assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {"train", "yolo", "visualize", "export", "demo", "dev"}
 
 
 def test_wheel_works_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ print(yaml.safe_load(recipe.read_text())["model"])
 def test_import_needs_no_extra() -> None:
     """With the packages of the extras hidden, the models still work."""
     extras = ["ultralytics", "onnx", "onnxruntime", "onnxscript", "sklearn", "datasets", "webdataset", "pytest"]
-    extras += ["matplotlib", "tensorboard", "wandb"]
+    extras += ["matplotlib", "tensorboard", "wandb", "skimage", "gradio", "selenium"]
     program = f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
     program += "import stvit, timm; print(timm.create_model('test_stvit').num_classes)"
     assert run([sys.executable, "-c", program], ROOT).strip() == "1000"
@@ -103,5 +103,6 @@ def test_import_is_the_public_names() -> None:
         "optimize_for_inference",
         "sample_super_tokens",
         "upsample_super_tokens",
+        "visualize",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", stvit.__version__)

@@ -92,6 +92,7 @@ from stvit.tools.common.snapshots import Snapshots, fetch_run, read_remote_recip
 # Flags that a resumed run may change: they say where and how fast, not what.
 FREE_FLAGS = {
     "batch_size",
+    "checkpoint_epochs",
     "checkpoint_steps",
     "compile",
     "config",
@@ -234,6 +235,13 @@ def create_parser() -> Parser:
         "--checkpoint-steps", type=count, default=500, metavar="N", help="updates between checkpoints within an epoch"
     )
     group.add_argument(
+        "--checkpoint-epochs",
+        type=count,
+        default=0,
+        metavar="N",
+        help="epochs between checkpoints that are kept for good, to look at (0: the last two alone are kept)",
+    )
+    group.add_argument(
         "--log-interval", type=positive, default=10, metavar="N", help="updates between looks at the loss"
     )
     group.add_argument("--log-tensorboard", action=Switch, help="log to <run>/tensorboard")
@@ -346,7 +354,7 @@ class _Training:
 
         self.folder, resumed = world.by_first(partial(find_run, args, self.data_config["input_size"]))
         world.by_first(partial(_check_remote_run, args, is_resumed=resumed is not None))
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoint_epochs)
         self.progress = Progress()
         random_seed(args.seed, world.rank)
         if resumed is not None:

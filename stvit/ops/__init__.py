@@ -171,13 +171,18 @@ class SuperTokenAttention(nn.Module):
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same."""
         B, C, Hs, Ws = tokens.shape
-        # A copy of channel-first maps alone; without it PyTorch's CPU would hold their attention matrix.
-        qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * C)
-        qkv = qkv.unflatten(2, (self.num_heads, 3, self.dim // self.num_heads))
-        q, k, v = qkv.transpose(1, 2).unbind(3)  # each (B, heads, Hs * Ws, C / heads)
+        q, k, v = self.project(tokens)
         tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         tokens = tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
         return self.proj_drop(self.proj(tokens))
+
+    def project(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, heads, Hs * Ws, dim / heads) of tokens (B, dim, Hs, Ws)."""
+        # A copy of channel-first maps alone; without it PyTorch's CPU would hold their attention matrix.
+        qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
+        qkv = qkv.unflatten(2, (self.num_heads, 3, self.dim // self.num_heads))
+        q, k, v = qkv.transpose(1, 2).unbind(3)
+        return q, k, v
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, num_heads={self.num_heads}"

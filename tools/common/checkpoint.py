@@ -23,10 +23,12 @@ class Checkpoints:
 
     Args:
         folder: Where they are.
+        keep_epochs: Epochs between those that are kept for good; 0 for none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep_epochs: int = 0) -> None:
         self.folder = folder
+        self.keep_epochs = keep_epochs
 
     def paths(self) -> list[Path]:
         """Oldest first."""
@@ -34,6 +36,8 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> Path:
         """Writes the state after `step` updates of an epoch, and removes what is older than the last one before it.
+
+        What is kept for good stays.
 
         Raises:
             CommandError: If it cannot be written; those before it are kept.
@@ -48,8 +52,13 @@ class Checkpoints:
                 "make room, and give the same command with --resume auto"
             ) from error
         for old in self.paths()[:-KEPT]:
-            old.unlink()
+            if not self._is_kept(old):
+                old.unlink()
         return path
+
+    def _is_kept(self, path: Path) -> bool:
+        epoch, _, step = path.stem.partition("-")
+        return self.keep_epochs > 0 and int(step) == 0 and int(epoch) % self.keep_epochs == 0
 
     def load(self) -> tuple[dict[str, Any], Path] | None:
         """The newest whole state and where it was; None if there is no checkpoint. Names the damaged ones it passes.

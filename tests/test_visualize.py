@@ -1,0 +1,693 @@
+"""What a model sees: the arrays against the definition, the pictures, the model left as it was, and the command."""
+
+import csv
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hub_server import Hub
+from PIL import Image
+from torch import nn
+from ultralytics.utils import ASSETS
+
+import stvit
+from stvit import hub as stvit_hub
+from stvit import visualize
+from stvit.adapters.yolo import YOLO
+from stvit.ops import upsample_super_tokens
+from stvit.tools import train_cls
+from stvit.tools import visualize as command
+from stvit.visualize import super_tokens
+
+BUS = ASSETS / "bus.jpg"
+
+
+def photo(width: int = 120, height: int = 160) -> Image.Image:
+    return Image.open(BUS).convert("RGB").resize((width, height))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("test_stvit", num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def detectors() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {name: YOLO(f"yolo26n-{name}.yaml") for name in ("stvit_pico", "stokenattention")}
+
+
+def run_through(layer: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and output of a layer while something runs."""
+    seen: list[Any] = []
+    hook = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        run()
+    hook.remove()
+    return seen[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@pytest.mark.parametrize("size", [(160, 120), (33, 61), (1, 1)])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_arrays_are_what_the_layer_computes(model: Any, stage: int, size: tuple[int, int]) -> None:
+    """From its own input, by the definition, and up to its own output."""
+    x = torch.randn(1, 3, *size)
+    view = super_tokens(model, x, stage)
+    attention = model.stages[stage].blocks[-1].attn
+    inside, output = run_through(attention, lambda: model(x))
+    height, width = inside.shape[2:]
+    assert view.soft.shape == (9, height, width)
+    assert view.stride == (4 * 2**stage if max(size) > 1 else 1)  # which cannot be seen of one pixel
+    assert view.layer == f"stages.{stage}.blocks.0.attn" and view.stoken_size == (8 // 2**stage,) * 2
+    upsampled = upsample_super_tokens(
+        torch.tensor(view.features)[None], torch.tensor(view.soft)[None], view.stoken_size
+    )
+    torch.testing.assert_close(upsampled, output)
+
+    # Each pixel's weights, from the cells' means (one round of association), one by one.
+    cell = view.stoken_size[0]
+    pixels = torch.nn.functional.pad(inside[0], (0, -width % cell, 0, -height % cell)).double().numpy()
+    rows, columns = view.grid
+    assert pixels.shape[1:] == (rows * cell, columns * cell)
+    means = pixels.reshape(len(pixels), rows, cell, columns, cell).mean(axis=(2, 4))
+    for i, j in [(0, 0), (height - 1, width - 1), (height // 2, width // 3)]:
+        scores, numbers = [], []
+        for row in range(i // cell - 1, i // cell + 2):
+            for column in range(j // cell - 1, j // cell + 2):
+                is_there = 0 <= row < rows and 0 <= column < columns
+                scores.append(pixels[:, i, j] @ means[:, row, column] / len(pixels) ** 0.5 if is_there else 0.0)
+                numbers.append(row * columns + column if is_there else -1)
+        weights = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(view.soft[:, i, j], weights, atol=1e-5)
+        assert view.candidates[:, i, j].tolist() == numbers
+        best = max((weight, number) for weight, number in zip(weights, numbers, strict=True) if number >= 0)
+        assert view.hard[i, j] == best[1]
+        for token in set(numbers) - {-1}:
+            assert (
+                view.association(token)[min(i * view.stride, size[0] - 1), min(j * view.stride, size[1] - 1)]
+                == (view.soft[numbers.index(token), i, j])
+            )
+
+
+def test_attention_is_what_makes_the_features() -> None:
+    model: Any = timm.create_model("stvit_pico")
+    view = super_tokens(model, photo(200, 200), 1)
+    attention = model.stages[1].blocks[-1].attn
+    n, heads = view.grid[0] * view.grid[1], attention.num_heads
+    assert n > 36 and heads == 2
+    weights = np.stack([[view.attention(token, head).ravel() for token in range(n)] for head in range(heads)])
+    np.testing.assert_allclose(weights.sum(axis=2), 1, rtol=1e-5)
+    np.testing.assert_allclose(view.attention(3).ravel(), weights.mean(axis=0)[3], rtol=1e-5)
+    with torch.no_grad():
+        values = attention.project(torch.tensor(view.tokens)[None])[2][0]  # (heads, N, C / heads)
+        mixed = torch.tensor(weights).float() @ values
+        features = attention.proj(mixed.transpose(0, 1).reshape(1, *view.grid, -1).permute(0, 3, 1, 2))[0]
+    np.testing.assert_allclose(features.numpy(), view.features, atol=1e-5)
+
+
+def test_every_way_to_give_an_image(model: Any, tmp_path: Path) -> None:
+    image = photo()
+    image.save(tmp_path / "photo.png")
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: to be shown upright
+    turned.save(tmp_path / "turned.png", exif=exif)
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    tensor = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+    views = [
+        super_tokens(model, given)
+        for given in (
+            image,
+            np.array(image),
+            tensor,
+            tensor[None],
+            tmp_path / "photo.png",
+            str(tmp_path / "turned.png"),
+        )
+    ]
+    for view in views:
+        np.testing.assert_allclose(view.soft, views[0].soft, atol=1e-6)
+        assert np.array_equal(np.array(view.image), np.array(image))
+    assert not np.allclose(super_tokens(model, tensor * std + mean).soft, views[0].soft, atol=1e-3)
+    other = super_tokens(model, image, data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    assert not np.allclose(other.soft, views[0].soft, atol=1e-3)
+
+
+def test_other_channels() -> None:
+    gray = timm.create_model("test_stvit", in_chans=1)
+    view = super_tokens(gray, photo())
+    mean = sum(gray.pretrained_cfg["mean"]) / 3, sum(gray.pretrained_cfg["std"]) / 3
+    pixels = (torch.from_numpy(np.array(photo().convert("L")))[None, None] / 255 - mean[0]) / mean[1]
+    np.testing.assert_allclose(super_tokens(gray, pixels).soft, view.soft, atol=1e-6)
+    assert super_tokens(gray, pixels).image.mode == "RGB"
+    assert np.array_equal(super_tokens(gray, np.array(photo())).soft, view.soft)
+    four = timm.create_model("test_stvit", in_chans=4)
+    assert super_tokens(four, torch.randn(4, 64, 64)).image.size == (64, 64)
+    with pytest.raises(ValueError, match="takes images of 4 channels: give a normalized tensor"):
+        super_tokens(four, photo())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (37, 53), (64, 64), (129, 97)])
+def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) -> None:
+    """Every pixel belongs to one token, and to its candidates by parts that add up; detectors pad what they need."""
+    image = photo(*size)
+    for net in (model, *detectors.values()):
+        for stage in visualize.stages(net):
+            view = super_tokens(net, image, stage)
+            n = view.grid[0] * view.grid[1]
+            assert view.labels.shape == size[::-1] == view.association(0).shape
+            assert view.soft.shape[1:] == tuple(-(-side // view.stride) for side in size[::-1])
+            np.testing.assert_allclose(view.soft.sum(axis=0), 1, rtol=1e-5)
+            shares = np.stack([view.association(token) for token in range(n)])
+            assert (shares.sum(axis=0) <= 1 + 1e-5).all()
+            assert np.array_equal(shares.argmax(axis=0), view.labels) or np.allclose(
+                shares.max(axis=0), np.take_along_axis(shares, view.labels[None], 0)[0]
+            )
+            assert view.draw().size[0] > 0
+
+
+def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
+    """The part of the image that the stem sees of a pixel is centered on it."""
+    image = torch.randn(1, 3, 96, 96, requires_grad=True)
+    view = super_tokens(model, image)
+    numbers = view.to_image(np.arange(24 * 24).reshape(24, 24))
+    for i, j in [(10, 7), (12, 15)]:
+        (gradient,) = torch.autograd.grad(model.stem(image)[0, :, i, j].sum(), image)
+        rows, columns = torch.nonzero(gradient[0].abs().sum(0), as_tuple=True)
+        middle = (int(rows.min() + rows.max()) // 2, int(columns.min() + columns.max()) // 2)
+        assert middle == (4 * i, 4 * j) and numbers[middle] == i * 24 + j
+        assert (numbers == i * 24 + j).sum() == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_the_same_layer_in_every_dress(model: Any) -> None:
+    x = torch.randn(1, 3, 96, 128)
+    expected = super_tokens(model, x, 1)
+    features = timm.create_model("test_stvit", features_only=True, out_indices=(1, 2))
+    features.load_state_dict(
+        {k.replace("stages.", "stages_", 1).replace("stem.", "stem_", 1): v for k, v in model.state_dict().items()},
+        strict=False,
+    )
+    pruned = timm.create_model("test_stvit")
+    pruned.load_state_dict(model.state_dict() | {k: v for k, v in pruned.state_dict().items() if "head" in k})
+    pruned.prune_intermediate_layers([1])
+    dressed = {
+        "features": features,
+        "pruned": pruned,
+        "optimized": stvit.optimize_for_inference(model),
+        "compiled": torch.compile(model),
+        "parallel": nn.DataParallel(model),
+        "inside": nn.Sequential(nn.Identity(), model),
+    }
+    for name, net in dressed.items():
+        assert visualize.stages(net) == [0, 1], name
+        view = super_tokens(net, x, 1)
+        np.testing.assert_allclose(view.soft, expected.soft, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(view.features, expected.features, atol=1e-4, err_msg=name)
+
+
+def test_detectors(detectors: dict[str, Any]) -> None:
+    """Of YOLO, and of the module in it; both kinds; the images are those that Ultralytics would give."""
+    assert visualize.stages(detectors["stvit_pico"]) == [0, 1]
+    assert visualize.stages(detectors["stokenattention"]) == [0, 1, 2, 3]  # the fifth attends among pixels
+    for yolo in detectors.values():
+        view = super_tokens(yolo, photo(), 1)
+        layer = yolo.model.get_submodule(view.layer)
+        pixels = torch.full((1, 3, 160, 128), 114 / 255)
+        pixels[:, :, :, :120] = torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 255
+        inside, output = run_through(layer, lambda yolo=yolo, pixels=pixels: yolo.model.eval()(pixels))
+        features, soft = (torch.tensor(a)[None] for a in (view.features, super_tokens(yolo.model, pixels, 1).soft))
+        expected = upsample_super_tokens(features, soft, view.stoken_size)
+        torch.testing.assert_close(expected, output, rtol=1e-4, atol=1e-5)
+        assert view.soft.shape[2] == -(-120 // view.stride) < inside.shape[3] + 1
+
+
+def test_blocks_of_a_stage() -> None:
+    model = timm.create_model("stvit_pico")
+    assert [len(names) for names in visualize.find_layers(model)] == [1, 2, 3, 1]
+    last, first = super_tokens(model, photo(), 1), super_tokens(model, photo(), 1, block=0)
+    assert (first.layer, last.layer) == ("stages.1.blocks.0.attn", "stages.1.blocks.1.attn")
+    assert not np.allclose(first.soft, last.soft, atol=1e-3)
+    assert super_tokens(model, photo(), -3).layer == last.layer
+
+
+def test_cells_of_two_sizes_and_more_rounds() -> None:
+    model = timm.create_model("test_stvit", stoken_size=((4, 6), 1, (2, 1), 1), n_iter=2).eval()
+    assert visualize.stages(model) == [0, 2]
+    for stage in (0, 2):
+        x = torch.randn(1, 3, 100, 140)
+        view = super_tokens(model, x, stage)
+        _, output = run_through(model.stages[stage].blocks[-1].attn, lambda x=x: model(x))
+        features, soft = (torch.tensor(a)[None] for a in (view.features, view.soft))
+        torch.testing.assert_close(upsample_super_tokens(features, soft, view.stoken_size), output)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_model_is_left_as_it_was(error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes of each module, statistics, hooks: after success, an error of the model's, and Ctrl-C."""
+    model: Any = timm.create_model("test_stvit").train()
+    model.stages[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    if error is not None:
+
+        def fail(*_: Any) -> None:
+            raise error("of the model")
+
+        monkeypatch.setattr(model.stages[1].blocks[0].attn, "attend", fail)
+        with pytest.raises(error, match="of the model"):
+            super_tokens(model, photo(), 1)
+    else:
+        super_tokens(model, photo(), 1)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_low_precision(model: Any) -> None:
+    view = super_tokens(timm.create_model("test_stvit").to(torch.bfloat16), photo())
+    assert view.soft.dtype == view.features.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"stage": 2},
+            "stage 2 has no super tokens, for each pixel of its map attends by itself; those that have: 0, 1",
+        ),
+        ({"stage": 4}, "stage must be from -4 to 3, got 4"),
+        ({"block": 1}, "block of stage 0 must be from -1 to 0, got 1"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, r"one normalized image, .3, H, W. or .* got \[2, 3, 8, 8\]"),
+        ({"image": torch.zeros(1, 1, 8, 8)}, "one normalized image"),
+        ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "of torch.uint8"),
+        ({"image": np.zeros((8, 8, 3))}, r"an array must be \(H, W, 3\) .* got \[8, 8, 3\] of float64"),
+        ({"image": np.zeros((0, 8, 3), np.uint8)}, "an array must be"),
+        ({"image": 5}, "image must be a path, PIL's image, an array or a tensor, got int"),
+        ({"data_config": {"mean": (0,)}}, "data_config must have 'mean' and 'std'"),
+    ],
+)
+def test_bad_arguments_are_named(model: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        super_tokens(model, **{"image": photo(), **arguments})
+
+
+def test_bad_models_are_named(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no super token attention"):
+        super_tokens(timm.create_model("resnet18"), photo())
+    with pytest.raises(ValueError, match="no other has any"):
+        super_tokens(timm.create_model("test_stvit", stoken_size=1), photo())
+    with pytest.raises(TypeError, match="cannot look into a TopLevelTracedModule: give the model"):
+        super_tokens(torch.jit.trace(model, torch.zeros(1, 3, 64, 64), check_trace=False), photo())
+    with pytest.raises(TypeError, match="cannot look into a str"):
+        super_tokens("stvit_small", photo())
+    idle = nn.Sequential(nn.Conv2d(3, 8, 1))
+    idle.register_module("aside", stvit.SuperTokenAttention(8, num_heads=1))
+    idle.forward = lambda x: x
+    with pytest.raises(ValueError, match="does not take part"):
+        super_tokens(idle, photo())
+    with pytest.raises(OSError, match="no such file"):
+        super_tokens(model, tmp_path / "no such file.png")
+
+
+def test_bad_tokens_are_named(model: Any) -> None:
+    view = super_tokens(model, photo())
+    last = view.grid[0] * view.grid[1] - 1
+    for token in (-1, last + 1, 1.5):
+        with pytest.raises(ValueError, match=f"token must be from 0 to {last}, got"):
+            view.association(token)
+    with pytest.raises(ValueError, match="head must be from 0 to 0, got 1"):
+        view.attention(0, head=1)
+    with pytest.raises(ValueError, match=r"pixel \(120, 0\) lies outside the image of 120x160"):
+        view.token_at(120, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pictures_show_the_arrays(model: Any) -> None:
+    image = photo(500, 400)
+    view = super_tokens(model, image)
+    assert view.scale == 1
+    original = np.array(image).astype(int)
+
+    lines = np.array(view.draw_boundaries())
+    painted = (lines == visualize.LINE).all(axis=2)
+    differs = np.zeros_like(painted)
+    differs[:, :-1] |= view.labels[:, :-1] != view.labels[:, 1:]
+    differs[:-1] |= view.labels[:-1] != view.labels[1:]
+    assert np.array_equal(painted, differs) and np.array_equal(lines[~painted], original[~painted])
+
+    colors = np.array(view.draw_mean_colors()).astype(int)
+    for token in np.unique(view.labels):
+        where = view.labels == token
+        assert np.abs(colors[where] - original[where].mean(axis=0)).max() <= 0.5 + 1e-9
+
+    token = view.token_at(250, 200)
+    assert token == view.center == view.labels[200, 250]
+    association, weights = view.association(token), view.attention(token)
+    attention = (weights - weights.min()) / (weights.max() - weights.min())
+    gray = np.array(image.convert("L")) * 0.55
+    for picture, heat in (
+        (view.draw_association(token), association / association.max()),
+        (view.draw_attention(token), attention.ravel()[view.labels]),
+    ):
+        pixels = np.array(picture).astype(int)
+        marked = (pixels == visualize.MARK).all(axis=2)
+        assert marked.any() and (view.labels == token)[1:, 1:][marked[1:, 1:]].any()
+        for channel in range(3):
+            color = np.interp(heat, np.linspace(0, 1, len(visualize._HEAT)), visualize._HEAT[:, channel])
+            expected = gray * (1 - heat) + color * heat
+            assert np.abs(pixels[..., channel] - expected)[~marked].max() <= 0.51
+
+
+def test_small_images_are_enlarged(model: Any) -> None:
+    view = super_tokens(model, photo(33, 20))
+    assert view.scale == 12 and view.draw_mean_colors().size == (396, 240) == view.draw_attention().size
+    colors = np.array(view.draw_mean_colors())
+    assert (colors.reshape(20, 12, 33, 12, 3) == colors[::12, None, ::12, None]).all()
+
+
+def test_sheet(model: Any) -> None:
+    view = super_tokens(model, photo())
+    sheet = Image.open(io.BytesIO(view._repr_png_()))
+    assert sheet.format == "PNG" and np.array_equal(np.array(sheet), np.array(view.draw()))
+    assert sheet.width == 2 * 480 + 3 * 16
+    # Captions as high as a 36th of the width are written below each picture, and above them all.
+    titled = view.draw(token=3, title="a title")
+    assert titled.height > sheet.height and np.array(titled)[:30].min() < 100 < np.array(sheet)[:16].min()
+    for column in (0, 1):
+        left, top = 16 + column * 496, 16 + 640
+        below = np.array(sheet)[top : top + sheet.width // 36 * 3 // 2, left : left + 480]
+        assert below.min() < 50 and below.max() == 255
+    long = visualize.contact_sheet([("a caption much wider than its picture " * 3, photo())] * 3, columns=5)
+    assert long.width == 3 * 480 + 4 * 16
+    gaps = np.concatenate([np.array(long)[:, i * 496 : i * 496 + 16] for i in range(4)], axis=1)
+    assert gaps.min() == 255  # no caption leaves its column
+    with pytest.raises(ValueError, match="needs pictures and columns, got 0 and 2"):
+        visualize.contact_sheet([], columns=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def trained(folder: Path, digits_folder: Path, *flags: str) -> Path:
+    """A run on digits: three epochs, which keeps the checkpoints of the first and the last two of them."""
+    assert (
+        train_cls.main(
+            [
+                "--model=test_stvit",
+                "--img-size=32",
+                "--epochs=3",
+                "--batch-size=20",
+                "--workers=0",
+                f"--data-dir={digits_folder}",
+                f"--output={folder}",
+                "--experiment=it",
+                *flags,
+            ]
+        )
+        == 0
+    )
+    return folder / "it"
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Path:
+    return trained(tmp_path_factory.mktemp("runs"), digits_folder, "--checkpoint-epochs=1", "--checkpoint-steps=1")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def pictures(*stages: int) -> set[str]:
+    return {f"stage{stage}{name}.png" for stage in stages for name in ("", *(f"_{p}" for p in command.PICTURES))}
+
+
+def test_training_keeps_the_epochs_asked_for(digits_run: Path, digits_folder: Path, tmp_path: Path) -> None:
+    """Beside the last two checkpoints, one of them within an epoch."""
+    kept = {path.name for path in (digits_run / "checkpoints").iterdir()}
+    assert kept == {"00001-00000000.pt", "00002-00000000.pt", "00002-00000002.pt", "00003-00000000.pt"}
+    none = trained(tmp_path, digits_folder, "--checkpoint-steps=1")
+    assert {path.name for path in (none / "checkpoints").iterdir()} == {"00002-00000002.pt", "00003-00000000.pt"}
+    second = trained(tmp_path / "second", digits_folder, "--checkpoint-epochs=2", "--checkpoint-steps=0")
+    assert {path.name for path in (second / "checkpoints").iterdir()} == {"00002-00000000.pt", "00003-00000000.pt"}
+
+
+def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
+    """As a process of its own: both stages, the sheet and each picture, of the token at a pixel."""
+    shutil.copy(BUS, tmp_path / "photo.jpg")
+    flags = ["photo.jpg", "--checkpoint", digits_run, "--img-size", "200", "--pixel", "400", "700", "--out", "out"]
+    script = Path(command.__file__)
+    result = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "wrote the pictures of 1 image to out"
+    assert files(tmp_path / "out/photo") == pictures(0, 1)
+    assert "warning" not in result.stderr and "image/s" not in result.stderr
+    image = Image.open(BUS).convert("RGB").resize((150, 200), Image.Resampling.LANCZOS)
+    model = timm.create_model(f"local-dir:{digits_run}/best", pretrained=True)
+    view = super_tokens(model, image, 1)
+    token = view.token_at(400 * 150 // 810, 700 * 200 // 1080)
+    expected = [
+        view.draw_boundaries(),
+        view.draw_mean_colors(),
+        view.draw_association(token),
+        view.draw_attention(token),
+    ]
+    for name, picture in zip(command.PICTURES, expected, strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / f"out/photo/stage1_{name}.png")), np.array(picture)), name
+    sheet = view.draw(token, f"{digits_run}, stage 1")
+    assert np.array_equal(np.array(Image.open(tmp_path / "out/photo/stage1.png")), np.array(sheet))
+
+
+def test_nothing_but_an_image_says_that_weights_are_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo(64, 64).save("a.png")
+    assert command.main(["a.png", "--stage", "1"]) == 0
+    assert files(tmp_path / "super_tokens/a") == pictures(1)
+    assert "warning: stvit_small, random weights: nothing has trained it, give --checkpoint" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Subfolders, two of one name, and files that are no images: those are named, and the others drawn."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    photo(40, 30).save(source / "a.png")
+    photo(30, 40).save(source / "a.jpg")
+    photo(30, 40).save(source / "sub/b.PNG")
+    (source / "notes.txt").write_text("none")
+    (source / "broken.jpg").write_bytes(BUS.read_bytes()[:3000])
+    (source / "text.png").write_text("none")
+    assert command.main([str(source), f"--checkpoint={digits_run}", "--stage", "0", f"--out={out}"]) == 1
+    said = capsys.readouterr()
+    assert "5/5" in said.err and said.out.strip() == f"wrote the pictures of 3 images to {out}"
+    assert said.err.splitlines()[-1] == (
+        "error: 2 of 5 images were left out: broken.jpg cannot be read: it is damaged or cut off; text.png is no image "
+        "that can be read: give BMP, GIF, JPEG, PNG, TIFF or WebP"
+    )
+    assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
+
+
+def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -> None:
+    photo(60, 60).save(tmp_path / "a.png")
+    flags = [str(tmp_path / "a.png"), f"--checkpoints={digits_run}", f"--out={tmp_path}"]
+    assert command.main(flags) == 0
+    assert files(tmp_path / "a") == {"stage0_checkpoints.png", "stage1_checkpoints.png"}
+    sheet = np.array(Image.open(tmp_path / "a/stage0_checkpoints.png"))
+    rows = 4
+    assert sheet.shape[1] == 3 * 360 + 4 * 12
+    height = (sheet.shape[0] - 12) // rows
+    views = []
+    for row, name in enumerate(["00001-00000000", "00002-00000000", "00002-00000002", "00003-00000000"]):
+        state = torch.load(digits_run / f"checkpoints/{name}.pt", weights_only=True)
+        model = timm.create_model("test_stvit", num_classes=4)
+        model.load_state_dict(state["model"])
+        views.append(
+            super_tokens(
+                model,
+                photo(60, 60),
+                0,
+                data_config={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+            )
+        )
+        picture = views[-1].draw_boundaries().resize((360, 360), Image.Resampling.LANCZOS)
+        top = 12 + row * height
+        assert np.array_equal(sheet[top : top + 360, 12 : 12 + 360], np.array(picture)), name
+    assert not np.array_equal(views[0].soft, views[-1].soft)
+    assert [label for label, _ in command._find_checkpoints([str(digits_run)])] == [
+        "epoch 1",
+        "epoch 2",
+        "epoch 3, update 2",
+        "epoch 3",
+    ]
+
+
+def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -> None:
+    """A run's folder with save_period's files, in the order of their epochs; and one checkpoint of it by itself."""
+    photo(60, 60).save(tmp_path / "a.png")
+    weights = tmp_path / "train/weights"
+    weights.mkdir(parents=True)
+    for name in ("epoch0", "epoch9", "epoch10", "best", "last"):
+        detectors["stokenattention"].save(weights / f"{name}.pt")
+    found = command._find_checkpoints([str(tmp_path / "train")])
+    assert [label for label, _ in found] == ["epoch 1", "epoch 10", "epoch 11"]
+    flags = [str(tmp_path / "a.png"), "--stage", "3", f"--out={tmp_path}"]
+    assert command.main([*flags, f"--checkpoints={tmp_path}/train"]) == 0
+    assert command.main([*flags, f"--checkpoint={tmp_path}/train"]) == 0
+    assert files(tmp_path / "a") == {"stage3_checkpoints.png"} | pictures(3)
+    view = super_tokens(YOLO(weights / "best.pt"), photo(60, 60), 3)
+    assert np.array_equal(np.array(Image.open(tmp_path / "a/stage3_boundaries.png")), np.array(view.draw_boundaries()))
+
+
+def test_models_of_the_hub(
+    model: Any, detectors: dict[str, Any], hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier and a detector by their names; what is neither, or missing, is explained."""
+    stvit_hub.save(model, tmp_path / "model")
+    detectors["stokenattention"].save(tmp_path / "model.pt")
+    contents = {
+        "org/classifier": {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()},
+        "org/detector": {"model.pt": (tmp_path / "model.pt").read_bytes()},
+        "org/text": {"notes.txt": b"nothing"},
+    }
+    for repo, content in contents.items():
+        hub.create_repo(repo)
+        hub.commit(repo, content)
+    photo(60, 60).save(tmp_path / "a.png")
+    for name in ("classifier", "detector"):
+        flags = [str(tmp_path / "a.png"), f"--checkpoint=hf-hub:org/{name}", "--stage=0", f"--out={tmp_path / name}"]
+        assert command.main(flags) == 0, capsys.readouterr().err
+        assert files(tmp_path / name / "a") == pictures(0)
+    for name, words in (("text", "no file ends in .pt"), ("missing", "org/missing")):
+        capsys.readouterr()
+        assert command.main([str(tmp_path / "a.png"), f"--checkpoint=hf-hub:org/{name}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("error: ") and "unforeseen" not in line and words in line, line
+
+
+def masks_of(folder: Path) -> None:
+    """Boxes stand for the true outlines of a photograph."""
+    folder.mkdir()
+    mask = Image.new("L", (120, 160))
+    mask.paste(1, (0, 40, 120, 110))
+    mask.paste(2, (60, 80, 90, 150))
+    mask.paste(255, (0, 0, 10, 160))
+    mask.save(folder / "a_mask.png")
+
+
+def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo().save(tmp_path / "a.png")
+    masks_of(tmp_path / "masks")
+    flags = [str(tmp_path / "a.png"), f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--out={tmp_path}"]
+    assert command.main([*flags, "--void=255", "--tolerance=1"]) == 0
+    assert files(tmp_path / "a") == pictures(0, 1) | {"stage0_measures.png", "stage1_measures.png"}
+    rows = list(csv.DictReader((tmp_path / "measures.csv").open()))
+    methods = ["super tokens", "SLIC", "SLIC at the map's resolution", "cells"]
+    assert [(row["stage"], row["method"]) for row in rows] == [(s, method) for s in "01" for method in methods]
+    model = timm.create_model(f"local-dir:{digits_run}/best", pretrained=True)
+    truth = np.array(Image.open(tmp_path / "masks/a_mask.png"))
+    for stage in (0, 1):
+        view = super_tokens(model, photo(), stage)
+        ours, slic = rows[4 * stage : 4 * stage + 2]
+        assert float(ours["boundary_recall"]) == pytest.approx(
+            stvit.superpixels.boundary_recall(view.labels, truth, 1, void=255), abs=1e-4
+        )
+        assert float(ours["undersegmentation_error"]) == pytest.approx(
+            stvit.superpixels.undersegmentation_error(view.labels, truth, void=255), abs=1e-4
+        )
+        assert int(ours["regions"]) == len(np.unique(view.labels))
+        assert abs(int(slic["regions"]) - int(ours["regions"])) <= 0.2 * int(ours["regions"])
+        assert int(rows[4 * stage + 3]["regions"]) == view.grid[0] * view.grid[1]
+    assert rows[0]["model"] == str(digits_run) and rows[0]["versions"].startswith("stvit ") and rows[0]["date"]
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:9]] == list("00001111")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["missing.png"], "there is no such file or folder"),
+        (["empty"], "holds no images"),
+        (["a.png", "--stage=2"], "--stage 2 of RUN has no super tokens, choose of 0, 1"),
+        (["a.png", "--block=5"], "block of stage 0 must be from -1 to 0, got 5"),
+        (["a.png", "--token=999"], "token must be from 0 to"),
+        (["a.png", "--pixel", "120", "0"], "--pixel 120 0 lies outside an image of 120x160"),
+        (["a.png", "--checkpoints=x"], "leave --checkpoint and --masks out"),
+        (["a.png", "--void=1"], "give --masks"),
+        (["a.png", "--masks=empty"], "holds no mask of a.png: neither a.png nor a_mask.png"),
+        (["a.png", "--masks=other"], "one number for each of the image's 120x160 pixels, it has shape [8, 8]"),
+        (["a.png", "--out=a.png"], "cannot write"),
+    ],
+)
+def test_bad_flags_are_named(
+    flags: list[str],
+    words: str,
+    digits_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo().save("a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    Image.new("L", (8, 8)).save("other/a.png")
+    assert command.main([*flags, f"--checkpoint={digits_run}"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words in line.replace(str(digits_run), "RUN"), line
+    assert "unforeseen" not in line
+
+
+def test_models_without_super_tokens_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(40, 40).save(tmp_path / "a.png")
+    image = str(tmp_path / "a.png")
+    for flags, words in (
+        (["--model=resnet18", "--no-pretrained"], "resnet18, random weights has no super tokens"),
+        (["--model=stvit_smal"], "unknown model 'stvit_smal', did you mean stvit_small"),
+        (["--model=yolo26n-resnet1.yaml"], "resnet1"),
+        ([f"--checkpoint={tmp_path / 'no'}"], "there is no such file or folder"),
+        ([f"--checkpoints={tmp_path}"], "no checkpoints are in it"),
+        ([f"--checkpoints={tmp_path / 'no'}"], "there is no such file or folder"),
+    ):
+        assert command.main([image, *flags]) == 1, flags
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and words in line and "unforeseen" not in line, line
+
+
+def test_a_hostile_detector_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that names Ultralytics' classes, and a function of another module beside them."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    photo(40, 40).save(tmp_path / "a.png")
+    detector = YOLO("yolo26n-stokenattention.yaml")
+    torch.save({"model": detector.model, "evil": Evil()}, tmp_path / "evil.pt")
+    assert command.main([str(tmp_path / "a.png"), f"--checkpoint={tmp_path / 'evil.pt'}"]) == 1
+    assert "none of it was run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
