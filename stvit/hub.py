@@ -42,6 +42,7 @@ __all__ = [
     "check_push",
     "check_repo_id",
     "check_token",
+    "compare_files_with_hub",
     "compare_with_hub",
     "differing",
     "fetch",
@@ -363,6 +364,7 @@ def push(
     message: str | None = None,
     pickles: bool = False,
     delete: Sequence[str] = (),
+    repo_type: str = "model",
 ) -> Pushed:
     """Pushes the files of a folder in one commit, unless they are there already.
 
@@ -380,6 +382,7 @@ def push(
         message: Of the commit.
         pickles: Whether files of Python's pickle format are meant to be there.
         delete: Patterns of files to delete there, as for `Path.match`, that are not in the folder.
+        repo_type: 'model', or 'space' for a page of Gradio.
 
     Raises:
         HubError: If it cannot be done.
@@ -388,9 +391,10 @@ def push(
     check_options(revision, tag, create_pr)
     check_token()
     api = HfApi(library_name="stvit")
+    of_type: dict[str, Any] = {"repo_type": repo_type}
     with _explained(repo_id, revision, f"{repo_id} is as it was, and the same can be pushed again"):
-        repo_id = _prepare_repository(api, repo_id, private)
-        refs = api.list_repo_refs(repo_id)
+        repo_id = _prepare_repository(api, repo_id, private, repo_type)
+        refs = api.list_repo_refs(repo_id, **of_type)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         branch = revision or "main"
@@ -398,9 +402,9 @@ def push(
             raise HubError(f"revision {branch!r} of {repo_id} is a tag or a commit, which do not move: give a branch")
         is_new = branch not in branches
         head = branches.get("main" if is_new else branch)  # where a new branch begins
-        there = _files_there(api, repo_id, head)
+        there = _files_there(api, repo_id, head, repo_type)
         sent = [path for path in files if there.get(path) != _hash_as(folder / path, there.get(path))]
-        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, folder / CARD)
+        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, folder / CARD, repo_type)
         if kept_card:
             sent.remove(CARD)
         gone = [path for path in there if path not in files and any(Path(path).match(pattern) for pattern in delete)]
@@ -409,14 +413,14 @@ def push(
                 f"tag {tag!r} of {repo_id} is on another commit, {tags[tag]}: choose another tag, tags do not move"
             )
         if head is not None and not sent and not gone:
-            commit, url = head, f"{api.endpoint}/{repo_id}/commit/{head}"
+            commit, url = head, _commit_url(api, repo_id, head, repo_type)
             if is_new:
-                api.create_branch(repo_id, branch=branch, revision=head)
+                api.create_branch(repo_id, branch=branch, revision=head, **of_type)
         else:
-            commit, url = _commit(api, repo_id, folder, sent, gone, branch, head, is_new, message, create_pr)
+            commit, url = _commit(api, repo_id, folder, sent, gone, branch, head, is_new, message, create_pr, repo_type)
     if tag and tag not in tags:
         with _explained(repo_id, revision, f"the files are there as commit {commit}, without the tag"):
-            api.create_tag(repo_id, tag=tag, revision=commit)
+            api.create_tag(repo_id, tag=tag, revision=commit, **of_type)
     return Pushed(repo_id, commit, url, bool(sent or gone), len(sent), kept_card)
 
 
@@ -445,6 +449,29 @@ def compare_with_hub(folder: Path, repo_id: str, commit: str) -> int:
     if wrong:
         raise HubError(f"pushed, but {len(wrong)} tensors of {name} read back otherwise: {', '.join(wrong[:5])}")
     return len(here)
+
+
+def compare_files_with_hub(folder: Path, pushed: Pushed, repo_type: str) -> int:
+    """Compares each file's checksum with the Hub's record of the commit.
+
+    Args:
+        folder: What was pushed.
+        pushed: What the push led to.
+        repo_type: As for `push`.
+
+    Returns:
+        How many files are equal: all of them, but for a card that was left as it is.
+
+    Raises:
+        HubError: If one differs, or the Hub cannot be asked.
+    """
+    with _explained(pushed.repo_id, pushed.commit, "the files were sent, and could not be compared"):
+        there = _files_there(HfApi(library_name="stvit"), pushed.repo_id, pushed.commit, repo_type)
+    files = [path for path in list_files(folder) if not (pushed.kept_card and path == CARD)]
+    wrong = [path for path in files if there.get(path) != _hash_as(folder / path, there.get(path))]
+    if wrong:
+        raise HubError(f"pushed, but {', '.join(wrong[:5])} of {pushed.repo_id} are otherwise there: push again")
+    return len(files)
 
 
 def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[str]) -> str:
@@ -503,16 +530,17 @@ def differing(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor
     ]
 
 
-def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> str:
+def _prepare_repository(api: HfApi, repo_id: str, private: bool, repo_type: str) -> str:
     """The whole id of the repository, which is made if it is missing."""
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
-        info = api.model_info(repo_id)
+        info: Any = api.repo_info(repo_id, repo_type=repo_type)
     except errors.RepositoryNotFoundError:
         info = None
     if info is None:
-        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        of_space: dict[str, Any] = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        return api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, **of_space).repo_id
     if private and not info.private:
         raise HubError(
             f"{repo_id} is there and public: leave private out, choose another name, or make it private on the Hub"
@@ -520,24 +548,28 @@ def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> str:
     return repo_id
 
 
-def _files_there(api: HfApi, repo_id: str, commit: str | None) -> dict[str, str]:
+def _files_there(api: HfApi, repo_id: str, commit: str | None, repo_type: str) -> dict[str, str]:
     """Hash of each file of a commit: sha256 of those in LFS, else Git's."""
     if commit is None:
         return {}
     return {
         entry.path: entry.blob_id if entry.lfs is None else entry.lfs.sha256
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)
         if isinstance(entry, RepoFile)
     }
 
 
-def _is_own_card(api: HfApi, repo_id: str, commit: str | None, card: Path) -> bool:
+def _is_own_card(api: HfApi, repo_id: str, commit: str | None, card: Path, repo_type: str) -> bool:
     """Whether the card there is a person's work, and the one to push is not."""
     if CARD_MARK not in card.read_text(encoding="utf-8"):
         return False
     with TemporaryDirectory() as cache:
-        path = api.hf_hub_download(repo_id, CARD, revision=commit, cache_dir=cache)
+        path = api.hf_hub_download(repo_id, CARD, revision=commit, cache_dir=cache, repo_type=repo_type)
         return CARD_MARK not in Path(path).read_text(encoding="utf-8")
+
+
+def _commit_url(api: HfApi, repo_id: str, commit: str | None, repo_type: str) -> str:
+    return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}/commit/{commit}"
 
 
 def _hash_as(path: Path, there: str | None) -> str | None:
@@ -561,13 +593,15 @@ def _commit(
     is_new: bool,
     message: str | None,
     create_pr: bool,
+    repo_type: str,
 ) -> tuple[str, str]:
     """Commit and its URL. Onto `head` alone: where somebody else has pushed meanwhile nothing is mixed with theirs."""
+    of_type: dict[str, Any] = {"repo_type": repo_type}
     additions = [CommitOperationAdd(path, str(folder / path)) for path in sent]
     # Of a branch that is not there yet main takes its place while the files travel.
-    api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr)
+    api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr, **of_type)
     if is_new:
-        api.create_branch(repo_id, branch=branch, revision=head)
+        api.create_branch(repo_id, branch=branch, revision=head, **of_type)
     try:
         info = api.create_commit(
             repo_id,
@@ -576,30 +610,32 @@ def _commit(
             revision=branch,
             create_pr=create_pr,
             parent_commit=head,
+            **of_type,
         )
     except Exception as error:
         if create_pr:
             raise
-        now = _head_after(api, repo_id, branch, head, error)
+        now = _head_after(api, repo_id, branch, head, error, repo_type)
         if now != head:
-            hashes = _files_there(api, repo_id, now)
+            hashes = _files_there(api, repo_id, now, repo_type)
             if all(hashes.get(path) == _hash_as(folder / path, hashes.get(path)) for path in sent):
-                return now, f"{api.endpoint}/{repo_id}/commit/{now}"  # it stands, and only the answer was lost
+                return now, _commit_url(api, repo_id, now, repo_type)  # it stands, and only the answer was lost
         elif is_new:
             with suppress(Exception):  # what was wrong with the commit says more
-                api.delete_branch(repo_id, branch=branch)
+                api.delete_branch(repo_id, branch=branch, **of_type)
         raise
     return info.oid, info.pr_url or info.commit_url
 
 
-def _head_after(api: HfApi, repo_id: str, branch: str, head: str | None, error: Exception) -> str:
+def _head_after(api: HfApi, repo_id: str, branch: str, head: str | None, error: Exception, repo_type: str) -> str:
     """The branch's commit after a commit that failed, or whose answer was lost.
 
     Raises:
         HubError: If the Hub cannot be asked.
     """
     try:
-        return next(ref.target_commit for ref in api.list_repo_refs(repo_id).branches if ref.name == branch)
+        branches = api.list_repo_refs(repo_id, repo_type=repo_type).branches
+        return next(ref.target_commit for ref in branches if ref.name == branch)
     except Exception:
         if not is_of_network(error):
             return str(head)  # the Hub has refused it, in an answer

@@ -39,7 +39,7 @@ COMMIT = "0" * 40
 # Of the users that the tests' own Hub knows.
 OWNER, READER, STRANGER = "hf_owner_secret", "hf_reader_secret", "hf_stranger_secret"
 
-_PREFIXES = {"model": "", "dataset": "datasets/"}
+_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 _LFS = (".safetensors", ".pt", ".bin", ".pth", ".png", ".jpg")
 _FAULTS = re.compile(r"cut|reset|lost|truncate|flip|pointer|html|hang|slow:[0-9.]+|status:[1-5]\d\d")
 _PAGE = b"<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in to use this network.</body></html>\n"
@@ -468,7 +468,11 @@ class Hub:
     # What a request does
 
     def _find(self, repo_id: str) -> _Repository:
-        return self._repositories.get(repo_id) or self._repositories[f"datasets/{repo_id}"]
+        return next(
+            self._repositories[prefix + repo_id]
+            for prefix in _PREFIXES.values()
+            if prefix + repo_id in self._repositories
+        )
 
     def _log(self, method: str, path: str, status: int, token: str | None) -> None:
         # Which agents there are the client may ask at any time: it says nothing of what a test does.
@@ -504,11 +508,11 @@ class Hub:
             return _json({"standardEnvVars": [], "harnesses": {}})
         if path == "/api/validate-yaml":
             return _json({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/((?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/(.+)", path):
+        if match := re.fullmatch(r"/((?:datasets/|spaces/)?[^/]+(?:/[^/]+)?)/resolve/(.+)", path):
             return self._resolve(self._repository(match[1], user), user, *_split(match[2]))
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             return self._batch(match[1], user, json.loads(body))
-        if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+(?:/[^/]+)?)(?:/([a-z-]+)(?:/(.+))?)?", path):
+        if match := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+(?:/[^/]+)?)(?:/([a-z-]+)(?:/(.+))?)?", path):
             name = _PREFIXES[match[1]] + match[2]
             flags = {key: values[0].lower() in ("1", "true") for key, values in parse_qs(query).items()}
             return self._api(method, name, user, match[3] or "revision", match[4] or "", body, flags)
@@ -542,6 +546,8 @@ class Hub:
         kind, namespace = data.get("type") or "model", data.get("organization") or user.name
         if kind not in _PREFIXES:
             raise _RefusedError(400, f"This server of tests has no repositories of type {kind}")
+        if kind == "space" and not data.get("sdk"):
+            raise _RefusedError(400, "sdk is required for spaces")
         repo_id = f"{namespace}/{data['name']}"
         name = _PREFIXES[kind] + repo_id
         if user.role != "write" or not user.owns(repo_id):

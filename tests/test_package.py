@@ -62,7 +62,14 @@ def test_metadata(wheel: Path) -> None:
     needed = re.findall(r"Requires-Dist: (\S+)$", metadata, re.MULTILINE)
     assert {"torch>=2.6", "timm>=1.0.31", "safetensors", "huggingface-hub"} <= set(needed)
     assert 'Requires-Dist: ultralytics>=8.4.190; extra == "yolo"' in metadata
-    assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {"train", "yolo", "visualize", "export", "demo", "dev"}
+    assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {
+        "train",
+        "yolo",
+        "visualize",
+        "export",
+        "demo",
+        "dev",
+    }
 
 
 def test_wheel_works_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import timm
 import torch
 from fill import draw
 from hub_server import Hub
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from ultralytics.utils import ASSETS
 
 from stvit.hub import save
-from stvit.tools import benchmark, convert_checkpoint, export, push_to_hub, train_cls, validate_cls
+from stvit.tools import benchmark, convert_checkpoint, demo, export, push_to_hub, train_cls, validate_cls, visualize
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,10 +40,11 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
         {"model": weights}, "stvit_small_official.pth"
     )  # stands for the authors' file, which is not ours to ship
 
+    Image.open(ASSETS / "bus.jpg").convert("RGB").resize((405, 540)).save("photo.jpg")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     yolo = [block for block in blocks if "adapters.yolo" in block]
     blocks = [block for block in blocks if block not in yolo]
-    assert (len(blocks), len(yolo)) == (5, 1)
+    assert (len(blocks), len(yolo)) == (6, 1)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
@@ -51,6 +54,7 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
     assert (scope["published"].num_classes, scope["flowers"].num_classes) == (1000, 4)
     assert scope["scores"].shape == (8, 10)
+    assert scope["view"].labels.shape == (540, 405) and Image.open("association.png").size == (405, 540)
     assert torch.equal(scope["model"].head.fc.weight, weights["head.weight"])
 
 
@@ -107,6 +111,8 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         "train_cls": train_cls.parse_args,
         "validate_cls": validate_cls.parse_args,
         "benchmark": benchmark.create_parser().parse_args,
+        "demo": demo.create_parser().parse_args,
+        "visualize": visualize.create_parser().parse_args,
         "convert_checkpoint": convert_checkpoint.create_parser().parse_args,
         "export": export.create_parser().parse_args,
         "push_to_hub": push_to_hub.create_parser().parse_args,

@@ -5,10 +5,12 @@
     python tools/push_to_hub.py weights/stvit_small.in1k --repo-id ORG/stvit_small.in1k --private --tag v1
     python tools/push_to_hub.py stvit_small_official.pth --use-ema --repo-id ORG/stvit_small.in1k
     python tools/push_to_hub.py --yolo runs/detect/train/weights/best.pt --repo-id ORG/detector
+    python tools/push_to_hub.py --space runs/flowers --repo-id ORG/flowers-demo
 
 `python -m stvit.tools.push_to_hub` is the same program. What is pushed is model.safetensors, config.json and a card,
 README.md; a card that a person has written or changed, here or there, is left as it is. Of a detector (--yolo) it is
-model.pt, opened safely, a card and an example picture. The token is that of `hf auth login` or of HF_TOKEN.
+model.pt, opened safely, a card and an example picture. With --space it is the page of tools/demo.py with the model, as
+a Space; SOURCE may then be hf-hub:ORG/NAME, too. The token is that of `hf auth login` or of HF_TOKEN.
 
 After the push the model is loaded back by its commit, and every tensor and checksum compared. Pushing the same again
 sends nothing; a push that was cut off changes nothing, and can be given again.
@@ -16,16 +18,20 @@ sends nothing; a push that was cut off changes nothing, and can be given again.
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
 
 from stvit import hub
+from stvit.tools.common import space
 from stvit.tools.common.cli import CommandError, Parser, run
 from stvit.tools.common.release import (
+    WRITTEN,
     add_source_arguments,
     compare_detector_with_hub,
     describe_files,
@@ -53,6 +59,8 @@ def create_parser() -> Parser:
     group = parser.add_argument_group("detector")
     group.add_argument("--yolo", action="store_true", help="SOURCE is a checkpoint of Ultralytics, best.pt")
     group.add_argument("--example", metavar="IMAGE", help="picture to show detections on (default: Ultralytics' bus)")
+    group = parser.add_argument_group("Space")
+    group.add_argument("--space", action="store_true", help="push the page of demo.py with the model, as a Space")
     group = parser.add_argument_group("Hub")
     group.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository, made if it is missing")
     group.add_argument("--revision", metavar="BRANCH", help="branch, made if it is missing (default: main)")
@@ -88,8 +96,9 @@ def push(args: argparse.Namespace) -> None:
         if not args.dry_run:
             hub.check_token()
         output = args.output or (f"hub/{args.repo_id}" if args.dry_run else None)
-        with fresh_folder(output, replace=True) as folder:
-            name = _write_detector(args, folder) if args.yolo else _write_classifier(args, folder)
+        with fresh_folder(output, replace=True, ours=space.FILES if args.space else WRITTEN) as folder:
+            write = _write_space if args.space else _write_detector if args.yolo else _write_classifier
+            name = write(args, folder)
             if args.dry_run:
                 print(f"{name}: {folder} would be pushed to {args.repo_id}; nothing was sent")
                 print(describe_files(folder))
@@ -104,6 +113,8 @@ def push(args: argparse.Namespace) -> None:
                 create_pr=args.create_pr,
                 message=args.message or f"Add {name}",
                 pickles=args.yolo,
+                delete=space.REPLACED if args.space else (),
+                repo_type="space" if args.space else "model",
             )
             _say(pushed, args, folder)
     except hub.HubError as error:
@@ -129,6 +140,37 @@ def _write_detector(args: argparse.Namespace, folder: Path) -> str:
     return write_detector(source, folder, args.repo_id, license=args.license, example=image)
 
 
+def _write_space(args: argparse.Namespace, folder: Path) -> str:
+    """The page with the model in it; of the Hub the page loads it by itself."""
+    license = args.license
+    for name in ("model", "stvit"):  # of a former dry run
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if args.source.startswith("hf-hub:"):
+        hub.check_repo_id(args.source.removeprefix("hf-hub:").partition("@")[0])
+        refuse_flags(args, args.source, "results", "example")
+        name = model = args.source
+    elif args.yolo:
+        with TemporaryDirectory() as temporary:
+            name, model = _write_detector(args, Path(temporary)), "model/model.pt"
+            _take(Path(temporary), folder / "model", "model.pt")
+    else:
+        if args.example:
+            raise CommandError("--example is for a detector's card: leave it out")
+        release = open_release(args, args.weights)
+        with TemporaryDirectory() as temporary:
+            write_release(release, Path(temporary) / "model", f"hf-hub:{args.repo_id}", license)
+            _take(Path(temporary) / "model", folder / "model", "model.safetensors", "config.json")
+        name, model, license = release.name, "model", license or release.details.get("license")
+    space.write_space(folder, args.repo_id, model, name, license)
+    return f"a page of {name}"
+
+
+def _take(source: Path, target: Path, *names: str) -> None:
+    target.mkdir(parents=True)
+    for name in names:
+        shutil.move(source / name, target / name)
+
+
 def _say(pushed: hub.Pushed, args: argparse.Namespace, folder: Path) -> None:
     if pushed.kept_card:
         print("the card on the Hub was changed by hand, and stays as it is")
@@ -137,6 +179,10 @@ def _say(pushed: hub.Pushed, args: argparse.Namespace, folder: Path) -> None:
     else:
         no_pr = "; no pull request was made" if args.create_pr else ""
         print(f"nothing to push, {pushed.repo_id} has all of it already{no_pr}: {pushed.url}")
+    if args.space:
+        equal = hub.compare_files_with_hub(folder, pushed, "space")
+        print(f"the checksums of all {equal} files are equal there")
+        return
     if args.yolo:
         equal = compare_detector_with_hub(folder, pushed)
         line = f"from stvit.adapters.yolo import YOLO; model = YOLO({_source(pushed, args)!r})"

@@ -22,8 +22,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -40,7 +39,7 @@ from stvit.superpixels import boundaries, boundary_recall, undersegmentation_err
 from stvit.tools.common.checkpoint import replace_whole
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.model import add_model_arguments
-from stvit.tools.common.viewing import Viewed, find_images, fitted, open_image, open_viewed
+from stvit.tools.common.viewing import Viewed, explained, find_images, fitted, open_image, open_viewed
 
 DEFAULT_MODEL = "stvit_small"
 DEFAULT_SIZE = 1024
@@ -148,14 +147,14 @@ def _with_checkpoint(args: argparse.Namespace, path: Path) -> argparse.Namespace
 
 
 def _look(args: argparse.Namespace, viewed: Viewed, image: Image.Image, stage: int) -> visualize.SuperTokens:
-    with _explained():
+    with explained():
         return visualize.super_tokens(viewed.model, fitted(image, args.img_size), stage, args.block)
 
 
 def _token(args: argparse.Namespace, view: visualize.SuperTokens, image: Image.Image) -> int:
     """The number of the token to show."""
     if args.token is not None:
-        with _explained():
+        with explained():
             view.association(args.token)
         return int(args.token)
     if args.pixel is None:
@@ -206,14 +205,6 @@ def _save(picture: Image.Image, path: Path) -> None:
         raise CommandError(f"cannot write {path}: {reason(error)}") from error
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CommandError(reason(error)) from error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is looked at
 
@@ -227,7 +218,7 @@ def _folders(root: Path, images: Sequence[Path], out: Path) -> list[Path]:
 
 def _choose_stages(asked: Sequence[int] | None, viewed: Viewed) -> list[int]:
     """The stages to draw: those asked for, else all that have super tokens."""
-    with _explained():
+    with explained():
         stages = visualize.stages(viewed.model)
     if not stages:
         raise CommandError(f"{viewed.title} has no super tokens: give an STViT, or a detector with one")
@@ -327,7 +318,7 @@ def _measure(
     }
     rows, panels = [], []
     for method, labels in maps.items():
-        with _explained():
+        with explained():
             recall = boundary_recall(labels, truth, args.tolerance, args.void)
             leak = undersegmentation_error(labels, truth, args.void)
         rows.append(

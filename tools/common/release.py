@@ -3,7 +3,7 @@
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ PAPER_TOP1 = {
     "stvit_large.in1k": 85.3,
     "stvit_large.in1k_384": 86.4,
 }
-_WRITTEN = {"model.safetensors", "config.json", "model.pt", "example.jpg", hub.CARD}
+WRITTEN = {"model.safetensors", "config.json", "model.pt", "example.jpg", hub.CARD}
 _FIRST_CONV = ("stem.0.weight", "patch_embed.proj.0.weight")
 
 
@@ -168,12 +168,13 @@ def write_release(release: Release, folder: Path, name: str, license: str | None
 
 
 @contextmanager
-def fresh_folder(path: str | None, replace: bool = False) -> Iterator[Path]:
+def fresh_folder(path: str | None, replace: bool = False, ours: Set[str] = WRITTEN) -> Iterator[Path]:
     """A folder to write to: of that name, which holds nothing yet, or one that is gone afterwards.
 
     Args:
         path: Its name; None for one that is gone afterwards.
         replace: Whether it may hold what these commands have written, and nothing else.
+        ours: Names of what they have.
 
     Raises:
         CommandError: If something is in it.
@@ -185,7 +186,7 @@ def fresh_folder(path: str | None, replace: bool = False) -> Iterator[Path]:
     folder = Path(path).expanduser()
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     card = folder / hub.CARD
-    is_ours = names <= _WRITTEN and card.is_file() and hub.CARD_MARK in card.read_text(encoding="utf-8")
+    is_ours = names <= ours and card.is_file() and hub.CARD_MARK in card.read_text(encoding="utf-8")
     if folder.is_file() or (names and not (replace and is_ours)):
         raise CommandError(f"--output {folder} is there already: choose another, or move it away")
     yield folder
@@ -193,7 +194,7 @@ def fresh_folder(path: str | None, replace: bool = False) -> Iterator[Path]:
 
 def _put_in_place(fresh: Path, folder: Path) -> None:
     """Moves the files of a folder into another, which then holds no older ones of ours beside them."""
-    stale = _WRITTEN - {file.name for file in fresh.iterdir()}
+    stale = WRITTEN - {file.name for file in fresh.iterdir()}
     replace_files(fresh, folder)
     for name in stale:
         (folder / name).unlink(missing_ok=True)

@@ -109,6 +109,11 @@ def _open_hub(args: argparse.Namespace) -> Viewed:
             raise (error if isinstance(second.__cause__, stvit.PretrainedDownloadError) else second) from None
 
 
+def is_detector(name: str) -> bool:
+    """Whether a model file, or a run or a checkpoint of Ultralytics, is meant; of the Hub a name does not tell."""
+    return name.endswith((".yaml", ".yml")) or _detector_in(Path(name).expanduser()) is not None
+
+
 def _detector_in(path: Path) -> Path | None:
     """The checkpoint of Ultralytics that a path stands for: a run's folder, or the file; None if it is none."""
     if path.is_dir():
@@ -142,12 +147,22 @@ def _yolo(name: str) -> Any:
 
 
 @contextmanager
-def _ultralytics() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Words what a foreign model or library says as an error for the user."""
     try:
         yield
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CommandError(reason(error)) from error
+
+
+@contextmanager
+def _ultralytics() -> Iterator[None]:
+    try:
+        with explained():
+            yield
     except ImportError as error:
         raise CommandError(f"detectors need Ultralytics, pip install 'stvit[yolo]': {reason(error)}") from error
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except OSError as error:
         raise CommandError(reason(error)) from error
 
 

@@ -1,0 +1,664 @@
+"""The page of tools/demo.py in a real browser, and as a Space: upload, click, result, error.
+
+Needs chromium and its driver (Debian: chromium and chromium-driver), and is skipped where they are not installed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hub_server import Hub
+from PIL import Image
+from ultralytics.utils import ASSETS
+
+from stvit import hub as stvit_hub
+from stvit import visualize
+from stvit.adapters.yolo import YOLO
+from stvit.tools import demo, push_to_hub
+from stvit.tools.common.viewing import READERS, open_image
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None,
+    reason="no browser: it takes chromium and chromedriver (Debian: chromium, chromium-driver)",
+)
+SIZE = 160  # what the models are shown
+LABELS = ["tram", "bus", "bus", "cat", "dog", "ship"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(command: Sequence[str | Path], cwd: Path, log: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+    """The address of a page that a process serves, which is stopped by Ctrl-C at the end."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=cwd,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+        )
+    try:
+        end = time.monotonic() + 120
+        while (line := re.search(r"the page is at (\S+)/ until", log.read_text())) is None:
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield line[1]
+        assert process.poll() is None, log.read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier in its folder, and a detector's checkpoint, that finds a class everywhere."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    classifier: Any = timm.create_model("test_stvit", num_classes=len(LABELS))
+    torch.nn.init.normal_(classifier.head.fc.weight)  # classes far from each other
+    stvit_hub.save(classifier, folder / "runs/vehicles/best", label_names=LABELS)
+    detector: Any = YOLO("yolo26n-stokenattention.yaml")
+    head = detector.model.model[-1]
+    for layers in (*head.cv3, *head.one2one_cv3):
+        layers[-1].bias.data[5] = 9.0
+    detector.model.names = {**detector.model.names, 5: "bus"}
+    (folder / "runs/detect/train/weights").mkdir(parents=True)
+    detector.save(folder / "runs/detect/train/weights/best.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page's address; at its end the log has no traceback."""
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    flags = ["--max-megabytes=1", "--max-megapixels=2", f"--img-size={SIZE}", f"--port={free_port()}"]
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "GRADIO_SHARE": "true"}  # no share all the same
+    with serving([sys.executable, demo.__file__, "test_stvit", *flags], models, log, env) as address:
+        yield address
+    assert "Traceback" not in log.read_text()
+
+
+class Browser:
+    """Chromium, with what a user does on the page."""
+
+    def __init__(self, width: int, height: int, dark: bool = False) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(CHROMIUM)
+        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "no-proxy-server"):
+            options.add_argument(f"--{flag}")
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def until(self, found: Callable[[], Any], what: str) -> Any:
+        from selenium.common.exceptions import WebDriverException
+
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                if result := found():
+                    return result
+            except (WebDriverException, IndexError):  # what is being drawn anew
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"{what} did not come; the page says:\n{self.text('body')}")
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.driver.find_element("css selector", selector).text)
+
+    def open(self, address: str) -> None:
+        self.driver.get(address)
+        self.until(lambda: self.all("#upload input[type=file]"), "the page")
+
+    def upload(self, path: Path) -> None:
+        """Chooses a file, in place of the one that is there."""
+        for button in self.all("#upload button[aria-label='Remove Image']"):
+            button.click()
+        field = self.until(lambda: self.all("#upload input[type=file]"), "the field for a file")[0]
+        field.send_keys(str(path))
+
+    def upload_image(self, path: Path) -> None:
+        self.upload(path)
+        self.until(lambda: self.all("#upload img"), "the image")
+        time.sleep(1.0)  # until the server has it too, of which the page says nothing
+
+    def tab(self, name: str) -> None:
+        button = self.until(lambda: [b for b in self.all("button[role=tab]") if b.text == name], f"the tab {name}")[0]
+        button.click()
+        self.until(lambda: button.get_attribute("aria-selected") == "true", f"the tab {name}")
+
+    def click(self, selector: str) -> None:
+        self.until(lambda: self.all(selector), selector)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.all(selector)[0])
+        self.all(selector)[0].click()
+
+    def choose_model(self, name: str) -> None:
+        """Types a model's name into the field that is seen."""
+        from selenium.webdriver.common.keys import Keys
+
+        field = next(field for field in self.all("input[role=combobox]") if field.is_displayed())
+        field.click()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(name, Keys.ENTER)
+        field.send_keys(Keys.TAB)
+
+    def message(self) -> str:
+        """The message that the page shows, which is then closed."""
+
+        def shown() -> str:
+            return " ".join(str(item.text) for item in self.all("[data-testid=toast-text]"))
+
+        text = str(self.until(shown, "a message"))
+        for button in self.all("[data-testid=toast-close]"):
+            self.driver.execute_script("arguments[0].click()", button)
+        self.until(lambda: not shown(), "the message's end")
+        return text
+
+    def picture(self, selector: str) -> np.ndarray:
+        """The pixels of a picture that the page shows."""
+        image = self.until(lambda: self.all(f"{selector} img"), f"a picture in {selector}")[0]
+        with urllib.request.urlopen(image.get_attribute("src")) as answer:
+            path = Path(os.environ["TMPDIR"] if "TMPDIR" in os.environ else "/tmp") / f"picture-{os.getpid()}.png"
+            path.write_bytes(answer.read())
+        pixels = np.array(Image.open(path).convert("RGB"))
+        path.unlink()
+        return pixels
+
+
+@pytest.fixture(scope="module")
+def laptop(page: str) -> Iterator[Browser]:
+    browser = Browser(1366, 768)
+    try:
+        browser.open(page)
+        yield browser
+    finally:
+        browser.driver.quit()
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "bus.jpg"
+    Image.open(ASSETS / "bus.jpg").resize((120, 160)).save(path)
+    return path
+
+
+def viewed(models: Path, name: str) -> Any:
+    args = demo.create_parser().parse_args([str(models / name), "--no-random", "--runs="])
+    return demo.Models(args).open(str(models / name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the browser
+
+
+@needs_browser
+def test_classify(laptop: Browser, models: Path, photo: Path) -> None:
+    laptop.tab("Classify")
+    laptop.upload_image(photo)
+    assert "Random weights" not in laptop.text("body")
+    laptop.choose_model("runs/vehicles")
+    laptop.click("#classify")
+    laptop.until(lambda: "%" in laptop.text("#classes"), "the classes")
+    expected = demo.classify(viewed(models, "runs/vehicles"), open_image(photo))
+    assert len(expected) == 5 and {"bus (1)", "bus (2)"} & set(expected)
+    lines = laptop.text("#classes").splitlines()
+    for name, probability in expected.items():
+        assert name in lines and f"{round(probability * 100)}%" in lines
+    # The one with random weights says so.
+    laptop.choose_model("test_stvit (random weights)")
+    laptop.click("#classify")
+    laptop.until(
+        lambda: "class " in laptop.text("#classes") or "Random weights" in laptop.text("body"), "other classes"
+    )
+    assert "Random weights: nothing has trained this model" in laptop.text("body")
+
+
+@needs_browser
+def test_detect(laptop: Browser, models: Path, photo: Path) -> None:
+    laptop.upload_image(photo)
+    laptop.tab("Detect")
+    laptop.click("#detect")
+    laptop.until(lambda: laptop.text("#found"), "what was found")
+    assert re.fullmatch(r"Found: [1-9]\d* (bus|buss|buses)\.", laptop.text("#found")), laptop.text("#found")
+    picture, words = demo.detect(viewed(models, "runs/detect/train"), open_image(photo), 0.25, SIZE)
+    assert words == laptop.text("#found") and picture.size == (120, 160)
+    shown = laptop.picture("#boxes")
+    assert np.array_equal(shown, np.array(picture))
+    assert np.abs(shown.astype(int) - np.array(open_image(photo))).mean() > 5  # the boxes
+
+
+@needs_browser
+def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) -> None:
+    """The picture's tokens; another stage by the slider; and the token under the mouse, at known pixels."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    laptop.upload_image(photo)
+    laptop.tab("Super tokens")
+    laptop.choose_model("runs/vehicles")
+    for stage in (0, 1):
+        if stage == 0:
+            laptop.click("#look")
+        else:
+            laptop.all("#stage input[type=range]")[0].send_keys(Keys.ARROW_RIGHT)
+        view = visualize.super_tokens(viewed(models, "runs/vehicles").model, open_image(photo), stage)
+        laptop.until(
+            lambda view=view: demo.describe(view, view.center).replace("**", "") == laptop.text("#token"), "it"
+        )
+        assert np.array_equal(laptop.picture("#tokens"), np.array(view.draw_boundaries()))
+    assert view.scale == 3 and view.layer.startswith("stages.1")
+    image = laptop.all("#tokens img")[0]
+    laptop.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
+    for x, y in [(20, 30), (100, 150), (61, 12)]:
+        # Where that pixel is on the screen: the picture fits into its frame, in the middle.
+        box = laptop.driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", image)
+        shown = min(box["width"] / 120, box["height"] / 160)
+        offset = [int(((x + 0.5) - 60) * shown), int(((y + 0.5) - 80) * shown)]
+        ActionChains(laptop.driver).move_to_element_with_offset(image, *offset).click().perform()
+        token = view.token_at(x, y)
+        words = demo.describe(view, token).replace("**", "")
+        laptop.until(lambda words=words: laptop.text("#token") == words, words)
+        laptop.until(
+            lambda token=token: np.array_equal(laptop.picture("#association"), np.array(view.draw_association(token))),
+            "its association",
+        )
+        assert np.array_equal(laptop.picture("#attention"), np.array(view.draw_attention(token)))
+    next(button for button in laptop.all("label") if button.text == "mean colors").click()
+    laptop.until(lambda: np.array_equal(laptop.picture("#tokens"), np.array(view.draw_mean_colors())), "mean colors")
+
+
+@needs_browser
+def test_a_new_image_takes_the_results_of_the_old_one_away(laptop: Browser, photo: Path) -> None:
+    laptop.upload_image(photo)
+    laptop.tab("Detect")
+    laptop.click("#detect")
+    laptop.until(lambda: laptop.all("#boxes img"), "boxes")
+    laptop.upload_image(photo)
+    laptop.until(lambda: not laptop.all("#boxes img") and not laptop.text("#found"), "no boxes")
+
+
+def hostile_files(folder: Path) -> dict[str, tuple[bytes, str]]:
+    """Name, content and what the page is to say of each."""
+    whole = (ASSETS / "bus.jpg").read_bytes()
+    large, noise = folder / "large.png", folder / "noise.png"
+    Image.new("L", (1500, 1500)).save(large)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(noise)
+    png = large.read_bytes()
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]  # which promises 3.6 billion pixels
+    bomb = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    unknown = "is no image that can be read: give BMP, GIF, JPEG, PNG, TIFF or WebP"
+    return {
+        "text.png": (b"<script>alert(1)</script>", unknown),
+        "vector.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", unknown),
+        "empty.jpg": (b"", unknown),
+        "cut.jpg": (whole[: len(whole) // 2], "cannot be read: it is damaged or cut off"),
+        "broken.png": (b"\x89PNG\r\n\x1a\n" + bytes(500), "cannot be read: it is damaged or cut off"),
+        "program.webp": (b"RIFF\0\0\0\0WEBP" + bytes(100), "cannot be read: it is damaged or cut off"),
+        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", unknown),
+        "large.png": (png, "has 1500x1500 pixels, more than the 2 million that are taken: make it smaller"),
+        "bomb.png": (bomb, "has 60000x60000 pixels"),
+        "<img src=x onerror=alert(1)>.png": (b"no", unknown),
+        "heavy.png": (noise.read_bytes(), "maximum allowed size of 1.0"),  # Gradio's own words, with the limit
+    }
+
+
+@needs_browser
+def test_hostile_files_get_a_message(laptop: Browser, photo: Path, tmp_path: Path) -> None:
+    """Each of them; the page goes on, with no image, and takes the next one."""
+    from selenium.common.exceptions import NoAlertPresentException
+
+    for name, (content, words) in hostile_files(tmp_path).items():
+        path = tmp_path / "upload" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        laptop.upload(path)
+        message = laptop.message()
+        assert words in message and "Traceback" not in message and "unforeseen" not in message, f"{name}: {message}"
+        with pytest.raises(NoAlertPresentException):
+            _ = laptop.driver.switch_to.alert.text
+        laptop.until(lambda: not laptop.all("#upload img"), f"{name}'s end")
+    laptop.tab("Classify")
+    laptop.click("#classify")
+    assert "choose an image first" in laptop.message()
+    laptop.upload_image(photo)
+    laptop.choose_model("runs/vehicles")
+    laptop.click("#classify")
+    laptop.until(lambda: "%" in laptop.text("#classes"), "the classes")
+
+
+@needs_browser
+def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
+    laptop.upload_image(photo)
+    laptop.tab("Classify")
+    for name, words in (
+        ("/etc/passwd", "there is no model '/etc/passwd' here: choose one of the list, or type hf-hub:ORG/NAME"),
+        ("hf-hub:org/missing", "org/missing"),
+        ("local-dir:/etc", "there is no model"),
+    ):
+        laptop.choose_model(name)
+        laptop.click("#classify")
+        message = laptop.message()
+        assert words in message and "unforeseen" not in message, message
+    laptop.tab("Super tokens")
+    laptop.choose_model("hf-hub:org/missing")
+    laptop.click("#look")
+    assert "org/missing" in laptop.message()
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_legible_at_every_width_and_in_the_dark(page: str, photo: Path, width: int, height: int, dark: bool) -> None:
+    """Nothing to be scrolled sideways, no text smaller than 11 pixels, and contrast of at least 4.5 in what matters."""
+    browser = Browser(width, height, dark)
+    try:
+        browser.open(page)
+        browser.upload_image(photo)
+        for tab, button in (("Classify", "#classify"), ("Detect", "#detect"), ("Super tokens", "#look")):
+            browser.tab(tab)
+            browser.click(button)
+            shown = {"#classify": "#classes", "#detect": "#boxes img", "#look": "#attention img"}[button]
+            browser.until(lambda shown=shown: browser.all(shown), shown)
+            found = browser.driver.execute_script(LEGIBLE)
+            assert found["overflow"] <= 0, (tab, found)
+            assert found["background"] < 60 if dark else found["background"] > 230, found
+            assert not found["small"], (tab, found["small"])
+            assert not found["faint"], (tab, found["faint"])
+            picture = browser.all("#tokens img" if tab == "Super tokens" else "#upload img")[0].rect
+            assert picture["width"] > 100 and picture["x"] >= 0 and picture["x"] + picture["width"] <= width
+    finally:
+        browser.driver.quit()
+
+
+# Of each text that is seen: its size, and its contrast with the color behind it (WCAG 2). Large texts need 3.
+LEGIBLE = """
+const rgb = color => { const v = color.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
+const linear = v => v <= 10 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+const light = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
+const behind = element => {
+  for (let e = element; e; e = e.parentElement) {
+    const color = rgb(getComputedStyle(e).backgroundColor);
+    if (color[3] > .5) return color;
+  }
+  return rgb(getComputedStyle(document.body).backgroundColor);
+};
+const small = [], faint = [];
+for (const e of document.querySelectorAll('h1, h2, p, label, button, span, dt, dd, div')) {
+  const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(' ').trim();
+  const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+  if (!own || box.width < 2 || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+  const size = parseFloat(style.fontSize);
+  if (size < 11) small.push([own, size]);
+  const a = light(rgb(style.color)), b = light(behind(e));
+  const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  if (contrast < (size >= 18 || +style.fontWeight >= 600 ? 3 : 4.5)) faint.push([own, style.color, contrast]);
+}
+const background = behind(document.querySelector('.gradio-container'))[0];
+return {overflow: document.documentElement.scrollWidth - window.innerWidth, small, faint, background};
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
+    with urllib.request.urlopen(f"{page}/config") as answer:
+        config = json.load(answer)
+    assert config["analytics_enabled"] is False and config["root"] == page
+    assert all(item["api_visibility"] != "public" for item in config["dependencies"])
+    host, port = page.removeprefix("http://").split(":")
+    assert host == "127.0.0.1"
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        with pytest.raises(OSError, match="refused"):
+            probe.connect(("127.0.0.2", int(port)))
+    # No file of the machine is given out.
+    for path in ("/etc/passwd", "../../etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{page}/gradio_api/file={path}")
+
+
+def test_every_format_is_read_upright(tmp_path: Path) -> None:
+    """Whatever the name; transparent pixels are white."""
+    image = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((60, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in READERS:
+        path = tmp_path / kind
+        image.save(path, format=kind.upper(), **({"quality": 95} if kind == "JPEG" else {}))
+        assert np.abs(np.array(open_image(path)).astype(int) - np.array(image)).mean() < 30
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned", format="PNG", exif=exif)
+    assert np.array_equal(np.array(open_image(tmp_path / "turned")), np.array(image))
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear", format="PNG")
+    assert (np.array(open_image(tmp_path / "clear")) == 255).all()
+    for mode in ("1", "L", "LA", "P", "I;16", "CMYK"):
+        form = "TIFF" if mode == "CMYK" else "PNG"
+        Image.new(mode, (4, 4)).save(tmp_path / "mode", format=form)
+        assert open_image(tmp_path / "mode").mode == "RGB", mode
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["no-such-model"], "no-such-model: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME"),
+        (["--no-random", "--no-hub"], "no model: give one, or leave --no-random out"),
+        (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
+    ],
+)
+def test_bad_flags_are_named(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(flags) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words in line and "unforeseen" not in line, line
+
+
+def test_a_taken_port_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert demo.main([f"--port={port}"]) == 1
+    assert f"error: cannot listen on 127.0.0.1, port {port}: " in capsys.readouterr().err
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert demo.main([]) == 1
+    assert "pip install 'stvit[demo]'" in capsys.readouterr().err
+
+
+def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given, the runs, random weights; classifiers and detectors apart; the Hub's are in both lists."""
+    monkeypatch.chdir(models)
+    parse = demo.create_parser().parse_args
+    offered = demo.Models(parse(["hf-hub:ORG/a", "stvit_pico"]))
+    assert offered.choices() == [
+        ("hf-hub:ORG/a", "hf-hub:ORG/a"),
+        ("stvit_pico (random weights)", "stvit_pico"),
+        ("runs/detect/train", "runs/detect/train"),
+        ("runs/vehicles", "runs/vehicles"),
+        ("stvit_small (random weights)", "stvit_small"),
+        ("yolo26n-stvit_pico (random weights)", "yolo26n-stvit_pico.yaml"),
+    ]
+    names = [name for _, name in offered.choices(of_detectors=True)]
+    assert names == ["hf-hub:ORG/a", "runs/detect/train", "yolo26n-stvit_pico.yaml"]
+    names = [name for _, name in offered.choices(of_detectors=False)]
+    assert names == ["hf-hub:ORG/a", "stvit_pico", "runs/vehicles", "stvit_small"]
+    assert offered.open("stvit_pico").is_random and not offered.open("runs/vehicles").is_random
+    assert offered.open("stvit_pico") is offered.open(" stvit_pico ")
+    closed = demo.Models(parse(["runs/vehicles", "--no-hub", "--no-random", "--runs="]))
+    assert [name for _, name in closed.choices()] == ["runs/vehicles"]
+    for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
+        with pytest.raises(demo.CommandError, match=r"there is no model .* here: choose one of the list$"):
+            closed.open(name)
+
+
+def test_models_of_the_hub(hub: Hub, models: Path) -> None:
+    hub.create_repo("org/vehicles")
+    hub.commit("org/vehicles", {f.name: f.read_bytes() for f in (models / "runs/vehicles/best").iterdir()})
+    hub.create_repo("org/detector")
+    hub.commit("org/detector", {"model.pt": (models / "runs/detect/train/weights/best.pt").read_bytes()})
+    offered = demo.Models(demo.create_parser().parse_args(["--runs="]))
+    assert offered.open("hf-hub:org/vehicles").model.num_classes == len(LABELS)
+    assert offered.open("hf-hub:org/detector").is_yolo
+    image = Image.new("RGB", (64, 64))
+    with pytest.raises(demo.CommandError, match="choose a classifier"):
+        demo.classify(offered.open("hf-hub:org/detector"), image)
+    with pytest.raises(demo.CommandError, match="choose a detector"):
+        demo.detect(offered.open("hf-hub:org/vehicles"), image, 0.5, 64)
+
+
+def test_class_names() -> None:
+    """Of ImageNet those that timm knows; gray models see gray images; the five are in order."""
+    args = argparse.Namespace(title="it", model=timm.create_model("test_stvit").eval(), is_yolo=False, is_random=True)
+    classes = demo.classify(args, Image.new("RGB", (50, 50)))
+    assert len(classes) == 5 and list(classes.values()) == sorted(classes.values(), reverse=True)
+    known = timm.data.ImageNetInfo("imagenet-1k").label_descriptions()
+    assert all(name in known for name in classes)
+    args.model = timm.create_model("test_stvit", in_chans=1, num_classes=2).eval()
+    assert set(demo.classify(args, Image.new("RGB", (50, 50)))) == {"class 0", "class 1"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Space
+
+
+@pytest.fixture(scope="module")
+def space(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("space") / "it"
+    flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles", "--license=mit"]
+    assert push_to_hub.main([*flags, "--dry-run", f"--output={folder}"]) == 0
+    return folder
+
+
+def test_space_holds_what_it_needs(space: Path) -> None:
+    import gradio
+
+    names = {path.name for path in space.iterdir()}
+    assert names == {"app.py", "requirements.txt", "README.md", "LICENSE", "NOTICE", "stvit", "model"}
+    assert {path.name for path in (space / "model").iterdir()} == {"model.safetensors", "config.json"}
+    card = (space / "README.md").read_text()
+    for line in (
+        "sdk: gradio",
+        f"sdk_version: {gradio.__version__}",
+        "app_file: app.py",
+        "license: mit",
+        "title: vehicles",
+    ):
+        assert f"\n{line}\n" in card.split("---")[1]
+    needed = (space / "requirements.txt").read_text().splitlines()
+    assert {"torch>=2.6", "timm>=1.0.31", "ultralytics>=8.4.190"} <= set(needed) and "gradio>=6" not in needed
+    assert not list(space.rglob("*.pyc"))
+    assert (space / "stvit/adapters/yolo/modules.py").is_file() and (space / "stvit/tools/demo.py").is_file()
+
+
+@needs_browser
+def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> None:
+    """Its own stvit, in an interpreter that does not know of this one; it offers its model alone."""
+    where = "import stvit, stvit.tools.demo as d; print(stvit.__file__, d.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=space, capture_output=True, text=True, check=True).stdout
+    assert found.split() == [f"{space}/stvit/__init__.py", f"{space}/stvit/tools/demo.py"]
+    env = {"GRADIO_SERVER_PORT": str(free_port())}
+    browser = Browser(1366, 768)
+    try:
+        with serving([sys.executable, "app.py"], space, tmp_path / "log.txt", env) as address:
+            browser.open(address)
+            browser.upload_image(photo)
+            browser.click("#classify")
+            browser.until(lambda: "%" in browser.text("#classes"), "the classes")
+            best = next(iter(demo.classify(viewed(models, "runs/vehicles"), open_image(photo))))
+            assert best in browser.text("#classes").splitlines()
+            assert "hf-hub" not in browser.text("body")
+    finally:
+        browser.driver.quit()
+
+
+def test_space_of_a_detector_and_of_the_hub(models: Path, tmp_path: Path) -> None:
+    flags = ["--space", "--repo-id=org/demo", "--dry-run"]
+    weights = models / "runs/detect/train/weights/best.pt"
+    assert push_to_hub.main([str(weights), "--yolo", *flags, f"--output={tmp_path / 'a'}"]) == 0
+    assert [path.name for path in (tmp_path / "a/model").iterdir()] == ["model.pt"]
+    assert 'main(["model/model.pt", ' in (tmp_path / "a/app.py").read_text()
+    # The next one takes its place.
+    assert push_to_hub.main(["hf-hub:org/vehicles@v1", *flags, f"--output={tmp_path / 'a'}"]) == 0
+    assert not (tmp_path / "a/model").exists()
+    assert 'main(["hf-hub:org/vehicles@v1", ' in (tmp_path / "a/app.py").read_text()
+    (tmp_path / "a/own.txt").write_text("mine")
+    assert push_to_hub.main(["hf-hub:org/vehicles", *flags, f"--output={tmp_path / 'a'}"]) == 1
+    assert (tmp_path / "a/own.txt").exists()
+
+
+def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a Space; the same again sends nothing; what a former version left goes, one's own files stay."""
+    flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles"]
+    assert push_to_hub.main(flags) == 0
+    assert "spaces/org/vehicles/commit/" in capsys.readouterr().out
+    files = hub.files("org/vehicles")
+    assert {"app.py", "README.md", "model/model.safetensors", "stvit/ops/__init__.py"} <= set(files)
+    assert push_to_hub.main(flags) == 0
+    assert "nothing to push" in capsys.readouterr().out
+    hub.commit("org/vehicles", {"stvit/tools/common/old.py": b"1", "mine.txt": b"2"})
+    assert push_to_hub.main(flags) == 0
+    files = hub.files("org/vehicles")
+    assert "stvit/tools/common/old.py" not in files and "mine.txt" in files
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["runs/vehicles", "--example=a.jpg"], "--example is for a detector's card"),
+        (["hf-hub:a b"], "is no name of a repository"),
+        (["hf-hub:org/a", "--img-size=32"], "leave --img-size out"),
+        (["missing"], "there is no such file or folder"),
+    ],
+)
+def test_bad_flags_of_a_space_are_named(
+    flags: list[str], words: str, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(models)
+    assert push_to_hub.main([*flags, "--space", "--repo-id=org/demo", "--dry-run", "--output=out"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words in line, line
