@@ -627,6 +627,24 @@ def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.C
     assert [line.split()[0] for line in table[1:9]] == list("00001111")
 
 
+def test_images_that_cannot_be_measured_are_left_out(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mask of another size, and one without an outline: the others are measured all the same."""
+    masks_of(tmp_path / "masks")
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        photo().save(tmp_path / f"in/{name}.png")
+    Image.new("L", (120, 160)).save(tmp_path / "masks/b.png")
+    Image.new("L", (12, 16)).save(tmp_path / "masks/c.png")
+    flags = [f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--out={tmp_path}/out", "--stage=0"]
+    assert command.main([str(tmp_path / "in"), *flags]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: 2 of 3 images were left out: b.png: the segmentation has no boundary" in line
+    assert "c.png must hold one number for each of the image's 120x160 pixels" in line
+    assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

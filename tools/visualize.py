@@ -32,6 +32,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import stvit
 from stvit import visualize
@@ -39,7 +40,7 @@ from stvit.superpixels import boundaries, boundary_recall, undersegmentation_err
 from stvit.tools.common.checkpoint import replace_whole
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.model import add_model_arguments
-from stvit.tools.common.viewing import Viewed, explained, find_images, fitted, open_image, open_viewed
+from stvit.tools.common.viewing import ImageError, Viewed, explained, find_images, fitted, open_image, open_viewed
 
 DEFAULT_MODEL = "stvit_small"
 DEFAULT_SIZE = 1024
@@ -115,23 +116,26 @@ def draw(args: argparse.Namespace) -> None:
 
     bad: list[str] = []
     rows: list[dict[str, Any]] = []
-    with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
+    steps = len(images) * max(1, len(checkpoints))
+    with progress_bar(steps, "image" if not checkpoints else "checkpoint", is_shown=steps > 1) as bar:
         for path, folder, mask in zip(images, folders, masks, strict=True):
-            bar.update()
             try:
                 image = open_image(path)
-            except CommandError as error:
-                bad.append(str(error))
-                continue
-            if checkpoints:
-                _draw_checkpoints(args, checkpoints, stages, image, folder)
-                continue
-            for stage in stages:
-                view = _look(args, first, image, stage)
-                _draw_view(args, view, f"{first.title}, stage {stage}", image, folder, stage)
-                if mask is not None:
-                    measures = _measure(args, view, _open_mask(mask, image), folder / f"stage{stage}_measures.png")
-                    rows += [{"image": path.name, "stage": stage, **measure} for measure in measures]
+                if checkpoints:
+                    _draw_checkpoints(args, checkpoints, stages, image, folder, bar)
+                    continue
+                truth = None if mask is None else _open_mask(mask, image)
+                for stage in stages:
+                    view = _look(args, first, image, stage)
+                    _draw_view(args, view, f"{first.title}, stage {stage}", image, folder, stage)
+                    if truth is not None:
+                        measures = _measure(args, view, truth, folder / f"stage{stage}_measures.png")
+                        rows += [{"image": path.name, "stage": stage, **measure} for measure in measures]
+            except ImageError as error:
+                message = str(error)
+                bad.append(message if path.name in message else f"{path.name}: {message}")
+            finally:
+                bar.update(0 if checkpoints else 1)
     if rows:
         _write_measures(args, first, rows)
     done = len(images) - len(bad)
@@ -154,14 +158,15 @@ def _look(args: argparse.Namespace, viewed: Viewed, image: Image.Image, stage: i
 def _token(args: argparse.Namespace, view: visualize.SuperTokens, image: Image.Image) -> int:
     """The number of the token to show."""
     if args.token is not None:
-        with explained():
-            view.association(args.token)
+        last = view.grid[0] * view.grid[1] - 1
+        if args.token > last:
+            raise ImageError(f"--token must be from 0 to {last} there, got {args.token}")
         return int(args.token)
     if args.pixel is None:
         return view.center
     x, y = args.pixel
     if x >= image.width or y >= image.height:
-        raise CommandError(f"--pixel {x} {y} lies outside an image of {image.width}x{image.height}")
+        raise ImageError(f"--pixel {x} {y} lies outside an image of {image.width}x{image.height}")
     return view.token_at(x * view.image.width // image.width, y * view.image.height // image.height)
 
 
@@ -181,6 +186,7 @@ def _draw_checkpoints(
     stages: Sequence[int],
     image: Image.Image,
     folder: Path,
+    bar: tqdm,
 ) -> None:
     panels: dict[int, list[tuple[str, Image.Image]]] = {stage: [] for stage in stages}
     for label, path in checkpoints:
@@ -193,6 +199,7 @@ def _draw_checkpoints(
                 ("mean colors", view.draw_mean_colors()),
                 (f"association, up to {view.association(token).max():.2f}", view.draw_association(token)),
             ]
+        bar.update()
     for stage, row in panels.items():
         _save(visualize.contact_sheet(row, columns=3, panel_width=360), folder / f"stage{stage}_checkpoints.png")
 
@@ -291,9 +298,9 @@ def _open_mask(path: Path, image: Image.Image) -> np.ndarray:
         with Image.open(path) as file:
             mask = np.array(file)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise CommandError(f"cannot read the mask {path}: {reason(error)}") from error
+        raise ImageError(f"cannot read the mask {path}: {reason(error)}") from error
     if mask.ndim != 2 or mask.shape != (image.height, image.width):
-        raise CommandError(
+        raise ImageError(
             f"the mask {path} must hold one number for each of the image's {image.width}x{image.height} pixels, it has "
             f"shape {list(mask.shape)}"
         )
@@ -318,9 +325,11 @@ def _measure(
     }
     rows, panels = [], []
     for method, labels in maps.items():
-        with explained():
+        try:
             recall = boundary_recall(labels, truth, args.tolerance, args.void)
             leak = undersegmentation_error(labels, truth, args.void)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
         rows.append(
             {
                 "method": method,

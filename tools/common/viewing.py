@@ -40,6 +40,10 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PREFIXES = ("hf-hub:", "hf_hub:")
 
 
+class ImageError(CommandError):
+    """Something is wrong with one image; others may do."""
+
+
 @dataclass
 class Viewed:
     """A model, and what a reader of its results must know.
@@ -178,7 +182,7 @@ def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
         most_pixels: More than these are refused before any is decoded.
 
     Raises:
-        CommandError: If it is none, damaged, or too large.
+        ImageError: If it is none, damaged, or too large.
     """
     try:
         with path.open("rb") as file:
@@ -186,19 +190,19 @@ def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
         reader = next((kind for begin, kind in READERS.values() if re.match(begin, start, re.DOTALL)), None)
         if reader is None:
             *kinds, last = READERS
-            raise CommandError(f"{path.name} is no image that can be read: give {', '.join(kinds)} or {last}")
+            raise ImageError(f"{path.name} is no image that can be read: give {', '.join(kinds)} or {last}")
         with reader(path) as image:
             if image.width * image.height > most_pixels:
-                raise CommandError(
+                raise ImageError(
                     f"{path.name} has {image.width}x{image.height} pixels, more than the {most_pixels / 1e6:.0f} "
                     "million that are taken: make it smaller"
                 )
             return _on_white(ImageOps.exif_transpose(image))
-    except CommandError:
+    except ImageError:
         raise
     except Exception as error:  # a damaged or hostile file makes a reader raise nearly everything
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or cut off"
-        raise CommandError(f"{path.name} cannot be read: {why}") from error
+        raise ImageError(f"{path.name} cannot be read: {why}") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:
