@@ -190,7 +190,19 @@ def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
         rows, columns = torch.nonzero(gradient[0].abs().sum(0), as_tuple=True)
         middle = (int(rows.min() + rows.max()) // 2, int(columns.min() + columns.max()) // 2)
         assert middle == (4 * i, 4 * j) and numbers[middle] == i * 24 + j
-        assert (numbers == i * 24 + j).sum() == 16
+        rows, columns = np.nonzero(numbers == i * 24 + j)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * i - 2, 4 * i + 1, 4 * j - 2, 4 * j + 1)
+
+
+def test_the_rest_of_the_model_does_not_run() -> None:
+    """Where a large image would cost most."""
+    model: Any = timm.create_model("test_stvit")
+    ran: list[Any] = []
+    model.stages[1].register_forward_pre_hook(lambda *args: ran.append(args))
+    super_tokens(model, photo(), 0)
+    assert not ran
+    super_tokens(model, photo(), 1)
+    assert ran
 
 
 # ---------------------------------------------------------------------------------------------------------------------
