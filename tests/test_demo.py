@@ -33,7 +33,7 @@ from stvit import hub as stvit_hub
 from stvit import visualize
 from stvit.adapters.yolo import YOLO
 from stvit.tools import demo, push_to_hub
-from stvit.tools.common.viewing import READERS, open_image
+from stvit.tools.common.viewing import READERS, ImageError, open_image
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -453,6 +453,17 @@ def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
     for path in ("/etc/passwd", "../../etc/passwd"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"{page}/gradio_api/file={path}")
+
+
+def test_hostile_files_are_refused(tmp_path: Path) -> None:
+    """As the page does it, and before a pixel is decoded."""
+    for name, (content, words) in hostile_files(tmp_path).items():
+        if name != "heavy.png":  # whose size Gradio limits
+            path = tmp_path / "upload" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            with pytest.raises(ImageError, match=re.escape(words)):
+                open_image(path, most_pixels=2_000_000)
 
 
 def test_every_format_is_read_upright(tmp_path: Path) -> None:
