@@ -41,6 +41,7 @@ __all__ = [
     "check_options",
     "check_push",
     "check_repo_id",
+    "check_there",
     "check_token",
     "compare_files_with_hub",
     "compare_with_hub",
@@ -332,6 +333,19 @@ def check_options(revision: str | None, tag: str | None, create_pr: bool, licens
             raise HubError(f"{kind} {name!r} is no name of a branch or tag: use letters, digits and . _ - / +")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise HubError(f"license {license!r} is no identifier of the Hub's, such as mit, apache-2.0 or other")
+
+
+def check_there(repo_id: str, revision: str | None) -> None:
+    """Refuses a repository of a model that cannot be had.
+
+    Raises:
+        HubError: If it, or the revision, is missing or out of reach.
+    """
+    try:
+        HfApi(library_name="stvit").model_info(repo_id, revision=revision)
+    except Exception as error:  # of any of the libraries below
+        why = hub_reason(error, repo_id, revision, from_cache=False)
+        raise HubError(f"cannot take {repo_id} (revision {revision or 'main'}): {why}") from error
 
 
 def check_token() -> None:

@@ -7,7 +7,8 @@ Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/22
 
 Shapes:
     H, W     pixels of the image
-    h, w     pixels of the layer's map, H and W over its stride, rounded up
+    h, w     pixels of the layer's map, H and W over its stride, rounded up; for a detector, of the image with the gray
+             that Ultralytics adds around it
     Hs, Ws   super tokens; number row * Ws + column, from 0
     N        super tokens, Hs * Ws
     C        channels of the layer
@@ -18,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from torch import nn
 from stvit.ops import SuperTokenAttention, sample_super_tokens
 from stvit.stvit import STViT
 
-__all__ = ["SuperTokens", "contact_sheet", "draw_boundaries", "find_layers", "stages", "super_tokens"]
+__all__ = ["SuperTokens", "contact_sheet", "draw_boundaries", "find_layers", "stages", "super_tokens", "to_rgb"]
 
 LINE = (255, 225, 25)
 MARK = (0, 229, 255)
-# Of a detector's images what is added to reach a multiple of its stride, as Ultralytics' letterbox does.
+# The gray around a detector's images, Ultralytics'.
 PADDING = 114
 # Smaller images are shown enlarged.
 MIN_SHOWN = 384
@@ -52,10 +53,11 @@ class SuperTokens:
     """The super tokens of one layer over one image.
 
     Attributes:
-        image: The image that the model saw, RGB, without what was added to reach a detector's stride.
+        image: The image that the model saw, RGB, without the gray around it.
         layer: Name of the layer, a `SuperTokenAttention`, in the model.
         stoken_size: Pixels of the map in a cell, high and wide.
         stride: Pixels of the image for a pixel of the map, along an axis.
+        offset: Rows of gray above the image, and columns left of it; (0, 0) but for detectors.
         soft: (9, h, w), how much each pixel of the map belongs to each of the nine super tokens around its cell, row
             by row (equation 3). The nine add up to 1; what points outside the grid belongs to no token.
         tokens: (C, Hs, Ws), the super tokens as they are sampled (equation 4).
@@ -68,11 +70,12 @@ class SuperTokens:
     layer: str
     stoken_size: tuple[int, int]
     stride: int
-    soft: np.ndarray
-    tokens: np.ndarray
-    features: np.ndarray
-    queries: np.ndarray
-    keys: np.ndarray
+    offset: tuple[int, int]
+    soft: np.ndarray = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    features: np.ndarray = field(repr=False)
+    queries: np.ndarray = field(repr=False)
+    keys: np.ndarray = field(repr=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -157,17 +160,31 @@ class SuperTokens:
     # -----------------------------------------------------------------------------------------------------------------
     # Pictures, of the image's size times `scale`
 
-    def draw_boundaries(self) -> Image.Image:
-        """The image, with lines between the super tokens (each pixel's hard one)."""
-        return draw_boundaries(self.image, self.labels)
+    def draw_boundaries(self, token: int | None = None) -> Image.Image:
+        """The image, with lines between the super tokens (each pixel's hard one).
 
-    def draw_mean_colors(self) -> Image.Image:
-        """The mean color of each super token's pixels in their place."""
+        Args:
+            token: One to mark, with a line of another color; None for none.
+
+        Raises:
+            ValueError: If there is no such token.
+        """
+        return self._marked(draw_boundaries(self.image, self.labels), token)
+
+    def draw_mean_colors(self, token: int | None = None) -> Image.Image:
+        """The mean color of each super token's pixels in their place.
+
+        Args:
+            token: One to mark, as above.
+
+        Raises:
+            ValueError: If there is no such token.
+        """
         labels, n = self.labels.ravel(), math.prod(self.grid)
         pixels = np.asarray(self.image).reshape(-1, 3)
         sums = np.stack([np.bincount(labels, weights=pixels[:, c], minlength=n) for c in range(3)], axis=1)
         means = sums / np.maximum(np.bincount(labels, minlength=n), 1)[:, None]
-        return Image.fromarray(_enlarged(means[self.labels].round().astype(np.uint8), self.scale))
+        return self._marked(Image.fromarray(_enlarged(means[self.labels].round().astype(np.uint8), self.scale)), token)
 
     def draw_association(self, token: int | None = None) -> Image.Image:
         """How much each pixel belongs to one super token: bright from 0 to the most, with a line around it.
@@ -231,8 +248,16 @@ class SuperTokens:
         color = np.stack([np.interp(at[..., 0], steps, _HEAT[:, c]) for c in range(3)], axis=-1)
         gray = np.asarray(self.image.convert("L"), dtype=np.float32)[..., None] * 0.55
         picture = _enlarged((gray * (1 - at) + color * at).round().astype(np.uint8), self.scale)
-        picture[_lines(_enlarged(self.labels == token, self.scale))] = MARK
-        return Image.fromarray(picture)
+        return self._marked(Image.fromarray(picture), token)
+
+    def _marked(self, picture: Image.Image, token: int | None) -> Image.Image:
+        """A picture with a line around the pixels of a token."""
+        if token is None:
+            return picture
+        self._check(token)
+        pixels = np.array(picture)
+        pixels[_lines(_enlarged(self.labels == token, self.scale))] = MARK
+        return Image.fromarray(pixels)
 
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows, (h, 1), and columns, (1, w), of the cells that the pixels of the map lie in."""
@@ -244,10 +269,15 @@ class SuperTokens:
 
         Pixel (i, j) of the map looks at the image around pixel (stride * i, stride * j), where 3x3 convolutions of
         stride 2 and padding 1 put it.
+
+        Raises:
+            ValueError: If there are not as many.
         """
+        if values.shape != self.soft.shape[1:]:
+            raise ValueError(f"values must be those of the map's pixels, {self.soft.shape[1:]}, got {values.shape}")
         rows, columns = (
-            np.minimum((np.arange(size) + self.stride // 2) // self.stride, limit - 1)
-            for size, limit in zip((self.image.height, self.image.width), values.shape, strict=True)
+            np.minimum((np.arange(size) + before + self.stride // 2) // self.stride, limit - 1)
+            for size, before, limit in zip(self.image.size[::-1], self.offset, values.shape, strict=True)
         )
         return values[rows[:, None], columns[None]]
 
@@ -272,32 +302,30 @@ def super_tokens(
         model: A classifier, its features (`features_only=True`), a detector on an STViT backbone or with super token
             attention as a block, Ultralytics' YOLO of one, or any module that contains super token attention.
         image: A path, PIL's image, an array (H, W, 3) or (H, W) of dtype uint8; or a tensor (C, H, W) or (1, C, H, W)
-            as the model takes it. Of any size; it is not resized.
+            as the model takes it. Of any size; it is not resized. What is transparent becomes white.
         stage: Which of `find_layers(model)`: of an STViT its stages, as in `model.stages`; elsewhere the layers of
             super token attention, in order. Negative ones count from the last.
         block: Which block of the stage.
-        data_config: 'mean' and 'std' of what the model takes; None for the model's own (timm), and images from 0 to 1
-            where it has none (Ultralytics).
+        data_config: 'mean' and 'std' of what the model takes, of each channel; None for those of the model of timm that
+            this is or contains. Images are from 0 to 1 where there are none, or a layer brings its own mean and std, as
+            in Ultralytics.
 
     Raises:
         ValueError: If the model has no such stage or block, its tokens are single pixels there, or the image is not as
             described.
         TypeError: If the model cannot be looked into, as scripted ones.
-        OSError: If the image cannot be read.
+        OSError: If the image's file cannot be read.
     """
     net = _unwrap(model)
     layer = _choose(net, stage, block)
     attention: Any = net.get_submodule(layer)
     config = _data_config(net, data_config)
     x, shown = _prepare(image, config)
-    height, width = x.shape[2:]
-    x = _padded(x, net, config)
+    x, offset = _padded(x, net, config)
     parameter = next(net.parameters())
     seen = _run_to(net, attention, x.to(parameter.device, parameter.dtype))
-
     stride = _stride(x.shape[2:], seen["soft"].shape[1:])
-    seen["soft"] = seen["soft"][:, : -(-height // stride), : -(-width // stride)]
-    return SuperTokens(shown, layer, attention.stoken_size, stride, **seen)
+    return SuperTokens(shown, layer, attention.stoken_size, stride, offset, **seen)
 
 
 def stages(model: nn.Module) -> list[int]:
@@ -328,10 +356,15 @@ def draw_boundaries(image: Image.Image, labels: np.ndarray) -> Image.Image:
     """An image with lines between regions.
 
     Args:
-        image: RGB, of H x W pixels; small ones are enlarged.
+        image: Of H x W pixels; small ones are enlarged.
         labels: (H, W)
+
+    Raises:
+        ValueError: If the two are of different size.
     """
-    picture = _enlarged(np.asarray(image), _scale(image))
+    if labels.shape != (image.height, image.width):
+        raise ValueError(f"labels must be ({image.height}, {image.width}) as the image, got {labels.shape}")
+    picture = _enlarged(np.asarray(image.convert("RGB")), _scale(image))
     picture[_lines(_enlarged(labels, _scale(image)))] = LINE
     return Image.fromarray(picture)
 
@@ -345,21 +378,24 @@ def contact_sheet(
         panels: Captions and pictures.
         columns: Pictures in a row.
         title: What stands above them.
-        panel_width: To which every picture is scaled, in pixels.
+        panel_width: Pixels to whose width each picture is scaled, or to twice whose height, if it is narrow.
 
     Raises:
-        ValueError: If there is none, or `columns` is less than 1.
+        ValueError: If there is none, `columns` is less than 1, or `panel_width` less than 100.
     """
     if not panels or columns < 1:
         raise ValueError(f"a sheet needs pictures and columns, got {len(panels)} and {columns}")
+    if panel_width < 100:
+        raise ValueError(f"panel_width must be at least 100 pixels, got {panel_width}")
     gap, columns = panel_width // 30, min(columns, len(panels))
     width = columns * panel_width + (columns + 1) * gap
     size = width // 36  # to be read where the sheet is as wide as a phone
     pictures = []
     for _, picture in panels:
-        height = max(1, round(picture.height * panel_width / picture.width))
-        way = Image.Resampling.NEAREST if picture.width < panel_width else Image.Resampling.LANCZOS
-        pictures.append(picture.convert("RGB").resize((panel_width, height), way))
+        factor = min(panel_width / picture.width, 2 * panel_width / picture.height)
+        fitted = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        way = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+        pictures.append(picture.convert("RGB").resize(fitted, way))
     font, captions = _fit([caption for caption, _ in panels], size, panel_width)
     line = size * 3 // 2
     heights = [max(p.height for p in pictures[i : i + columns]) + line for i in range(0, len(pictures), columns)]
@@ -372,7 +408,7 @@ def contact_sheet(
     for row, height in enumerate(heights):
         for column, picture in enumerate(pictures[row * columns : (row + 1) * columns]):
             left = gap + column * (panel_width + gap)
-            sheet.paste(picture, (left, top))
+            sheet.paste(picture, (left + (panel_width - picture.width) // 2, top))
             middle = (left + panel_width // 2, top + picture.height + line // 2)
             draw.text(middle, captions[row * columns + column], fill="black", font=font, anchor="mm")
         top += height + gap
@@ -433,22 +469,26 @@ def _unwrap(model: Any) -> nn.Module:
         inner = model._orig_mod
     elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
-    elif hasattr(model, "predictor"):  # calling it predicts, and its train() trains
+    elif _is_of(model, "ultralytics.engine."):  # YOLO: calling it predicts, and its train() trains
         inner = model.model
     if inner is None:
         return model
     return _unwrap(inner)
 
 
+def _is_of(model: Any, package: str) -> bool:
+    return any(f"{kind.__module__}.".startswith(package) for kind in type(model).__mro__)
+
+
 def _choose(net: nn.Module, stage: int, block: int) -> str:
     layers = find_layers(net)
     if not layers:
         raise ValueError("the model has no super token attention")
-    if not -len(layers) <= stage < len(layers):
-        raise ValueError(f"stage must be from {-len(layers)} to {len(layers) - 1}, got {stage}")
+    if not isinstance(stage, int) or not -len(layers) <= stage < len(layers):
+        raise ValueError(f"stage must be from {-len(layers)} to {len(layers) - 1}, got {stage!r}")
     blocks = layers[stage]
-    if not -len(blocks) <= block < len(blocks):
-        raise ValueError(f"block of stage {stage} must be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
+    if not isinstance(block, int) or not -len(blocks) <= block < len(blocks):
+        raise ValueError(f"block of stage {stage} must be from {-len(blocks)} to {len(blocks) - 1}, got {block!r}")
     if not _has_tokens(net, blocks[block]):
         which = [str(i) for i in stages(net)]
         raise ValueError(
@@ -467,22 +507,36 @@ def _data_config(net: nn.Module, given: Mapping[str, Any] | None) -> dict[str, A
     """'mean', 'std' and 'in_chans' of what a model takes."""
     conv = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
     in_chans = 3 if conv is None else conv.in_channels
-    mean: Sequence[float]
-    std: Sequence[float]
-    if given is not None:
-        try:
-            mean, std = given["mean"], given["std"]
-        except KeyError as error:
-            raise ValueError(f"data_config must have 'mean' and 'std', got {sorted(given)}") from error
-    elif getattr(net, "pretrained_cfg", None):
-        config = resolve_data_config(model=net)
-        mean, std = config["mean"], config["std"]
-    elif isinstance(net, STViT):
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    else:
-        mean, std = (0.0,), (1.0,)
+    mean, std = _statistics(net) if given is None else _checked(given, in_chans)
     values = [torch.tensor(_for_channels(stat, in_chans)).reshape(1, in_chans, 1, 1) for stat in (mean, std)]
     return {"mean": values[0], "std": values[1], "in_chans": in_chans}
+
+
+def _statistics(net: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of a model's images."""
+    modules = list(net.modules())
+    if not any(
+        hasattr(module, "mean") and hasattr(module, "std") for module in modules
+    ):  # which normalize by themselves
+        for module in modules:
+            if getattr(module, "pretrained_cfg", None):
+                config = resolve_data_config(pretrained_cfg=module.pretrained_cfg)
+                return config["mean"], config["std"]
+        if any(isinstance(module, STViT) for module in modules):
+            return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.0,), (1.0,)
+
+
+def _checked(given: Mapping[str, Any], in_chans: int) -> tuple[Sequence[float], Sequence[float]]:
+    try:
+        mean, std = ([float(value) for value in given[name]] for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data_config must have 'mean' and 'std', a number for each channel, got {given}") from error
+    if not (len(mean) == len(std) == in_chans and all(value > 0 for value in std)):
+        raise ValueError(
+            f"data_config must have 'mean' and 'std', above 0, of each of the {in_chans} channels, got {mean} and {std}"
+        )
+    return mean, std
 
 
 def _for_channels(values: Sequence[float], in_chans: int) -> list[float]:
@@ -509,7 +563,10 @@ def _prepare(image: Any, config: Mapping[str, Any]) -> tuple[torch.Tensor, Image
         return x, Image.fromarray(pixels.numpy())
     shown = _open(image)
     if channels not in (1, 3):
-        raise ValueError(f"the model takes images of {channels} channels: give a normalized tensor ({channels}, H, W)")
+        raise ValueError(
+            f"the model takes images of {channels} channels: those can be given as a normalized tensor alone, "
+            f"({channels}, H, W)"
+        )
     pixels = torch.from_numpy(np.array(shown.convert("L" if channels == 1 else "RGB")))
     pixels = pixels.reshape(1, *pixels.shape[:2], channels).permute(0, 3, 1, 2)
     return (pixels.float() / 255 - config["mean"]) / config["std"], shown
@@ -517,8 +574,14 @@ def _prepare(image: Any, config: Mapping[str, Any]) -> tuple[torch.Tensor, Image
 
 def _open(image: Any) -> Image.Image:
     if isinstance(image, (str, Path)):
-        with Image.open(Path(image).expanduser()) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+        path = Path(image).expanduser()
+        try:
+            with Image.open(path) as file:
+                return to_rgb(ImageOps.exif_transpose(file))
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of a damaged file nearly everything, and more where Ultralytics has put its own
+            raise OSError(f"cannot read the image {path}: {error}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2 or 0 in image.shape:
             raise ValueError(
@@ -526,19 +589,45 @@ def _open(image: Any) -> Image.Image:
             )
         return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     raise ValueError(f"image must be a path, PIL's image, an array or a tensor, got {type(image).__name__}")
 
 
-def _padded(x: torch.Tensor, net: nn.Module, config: Mapping[str, Any]) -> torch.Tensor:
-    """The image with gray at the right and at the bottom, to a multiple of a detector's stride."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits, with white behind what is transparent.
+
+    Raises:
+        ValueError: If the image is empty, or has pixels of 32 bits, whose black and white nobody knows.
+    """
+    if 0 in image.size:
+        raise ValueError(f"the image is empty, {image.width}x{image.height} pixels")
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("the image has pixels of 32 bits: convert it to 8 or 16")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _padded(x: torch.Tensor, net: nn.Module, config: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The image as Ultralytics letterboxes it, in the middle of gray, to a multiple of a detector's stride.
+
+    Returns:
+        The image, and the rows above and the columns left of it.
+    """
     strides = getattr(net, "stride", None)
-    multiple = int(strides.max()) if isinstance(strides, torch.Tensor) else 1
+    if not _is_of(net, "ultralytics.") or not isinstance(strides, torch.Tensor):
+        return x, (0, 0)
+    multiple = int(strides.max())
     height, width = (-(-size // multiple) * multiple for size in x.shape[2:])
+    # Of an odd number the larger half comes after.
+    top, left = (height - x.shape[2]) // 2, (width - x.shape[3]) // 2
     gray = (PADDING / 255 - config["mean"]) / config["std"]
     whole = gray.expand(1, x.shape[1], height, width).clone()
-    whole[:, :, : x.shape[2], : x.shape[3]] = x
-    return whole
+    whole[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
+    return whole, (top, left)
 
 
 class _Reached(Exception):

@@ -468,11 +468,9 @@ class Hub:
     # What a request does
 
     def _find(self, repo_id: str) -> _Repository:
-        return next(
-            self._repositories[prefix + repo_id]
-            for prefix in _PREFIXES.values()
-            if prefix + repo_id in self._repositories
-        )
+        found = [name for prefix in _PREFIXES.values() if (name := prefix + repo_id) in self._repositories]
+        assert len(found) == 1, f"{len(found)} repositories are called {repo_id}: say spaces/… or datasets/…"
+        return self._repositories[found[0]]
 
     def _log(self, method: str, path: str, status: int, token: str | None) -> None:
         # Which agents there are the client may ask at any time: it says nothing of what a test does.

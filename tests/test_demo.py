@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from hub_server import Hub
 from PIL import Image
 from ultralytics.utils import ASSETS
@@ -54,8 +55,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: Sequence[str | Path], cwd: Path, log: Path, env: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a page that a process serves, which is stopped by Ctrl-C at the end."""
+def serving(
+    command: Sequence[str | Path], cwd: Path, log: Path, env: dict[str, str] | None = None, end: int = signal.SIGINT
+) -> Iterator[str]:
+    """The address of a page that a process serves, which is stopped by a signal at the end, as by Ctrl-C."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -65,13 +68,13 @@ def serving(command: Sequence[str | Path], cwd: Path, log: Path, env: dict[str, 
             env={**os.environ, **(env or {})},
         )
     try:
-        end = time.monotonic() + 120
+        latest = time.monotonic() + 120
         while (line := re.search(r"the page is at (\S+)/ until", log.read_text())) is None:
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            assert process.poll() is None and time.monotonic() < latest, log.read_text()
             time.sleep(0.2)
         yield line[1]
         assert process.poll() is None, log.read_text()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         assert process.wait(30) == 0, log.read_text()
     finally:
         process.kill()
@@ -104,7 +107,7 @@ def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "GRADIO_SHARE": "true"}  # no share all the same
     with serving([sys.executable, demo.__file__, "test_stvit", *flags], models, log, env) as address:
         yield address
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
 
 
 class Browser:
@@ -150,13 +153,16 @@ class Browser:
         """Chooses a file, in place of the one that is there."""
         for button in self.all("#upload button[aria-label='Remove Image']"):
             button.click()
+            self.until(lambda: not self.is_on("#classify"), "the old image's end")
         field = self.until(lambda: self.all("#upload input[type=file]"), "the field for a file")[0]
         field.send_keys(str(path))
 
     def upload_image(self, path: Path) -> None:
         self.upload(path)
-        self.until(lambda: self.all("#upload img"), "the image")
-        time.sleep(1.0)  # until the server has it too, of which the page says nothing
+        self.until(lambda: self.all("#upload img") and self.is_on("#classify"), "the image")
+
+    def is_on(self, selector: str) -> bool:
+        return bool(self.all(selector)[0].is_enabled())
 
     def tab(self, name: str) -> None:
         button = self.until(lambda: [b for b in self.all("button[role=tab]") if b.text == name], f"the tab {name}")[0]
@@ -281,7 +287,7 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
         laptop.until(
             lambda view=view: demo.describe(view, view.center).replace("**", "") == laptop.text("#token"), "it"
         )
-        assert np.array_equal(laptop.picture("#tokens"), np.array(view.draw_boundaries()))
+        assert np.array_equal(laptop.picture("#tokens"), np.array(view.draw_boundaries(view.center)))
     assert view.scale == 3 and view.layer.startswith("stages.1")
     image = laptop.all("#tokens img")[0]
     laptop.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
@@ -299,8 +305,11 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
             "its association",
         )
         assert np.array_equal(laptop.picture("#attention"), np.array(view.draw_attention(token)))
+        assert np.array_equal(laptop.picture("#tokens"), np.array(view.draw_boundaries(token)))
     next(button for button in laptop.all("label") if button.text == "mean colors").click()
-    laptop.until(lambda: np.array_equal(laptop.picture("#tokens"), np.array(view.draw_mean_colors())), "mean colors")
+    laptop.until(
+        lambda: np.array_equal(laptop.picture("#tokens"), np.array(view.draw_mean_colors(token))), "mean colors"
+    )
 
 
 @needs_browser
@@ -311,6 +320,14 @@ def test_a_new_image_takes_the_results_of_the_old_one_away(laptop: Browser, phot
     laptop.until(lambda: laptop.all("#boxes img"), "boxes")
     laptop.upload_image(photo)
     laptop.until(lambda: not laptop.all("#boxes img") and not laptop.text("#found"), "no boxes")
+    # Nor does a result come that was asked for of the one before: networks take turns, the last one has the last word.
+    laptop.click("#detect")
+    laptop.upload_image(photo)
+    laptop.tab("Classify")
+    laptop.click("#classify")
+    laptop.until(lambda: "%" in laptop.text("#classes"), "the classes")
+    laptop.tab("Detect")
+    assert not laptop.all("#boxes img") and not laptop.text("#found")
 
 
 def hostile_files(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -354,8 +371,7 @@ def test_hostile_files_get_a_message(laptop: Browser, photo: Path, tmp_path: Pat
             _ = laptop.driver.switch_to.alert.text
         laptop.until(lambda: not laptop.all("#upload img"), f"{name}'s end")
     laptop.tab("Classify")
-    laptop.click("#classify")
-    assert "choose an image first" in laptop.message()
+    assert not laptop.is_on("#classify")
     laptop.upload_image(photo)
     laptop.choose_model("runs/vehicles")
     laptop.click("#classify")
@@ -368,6 +384,7 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
     laptop.tab("Classify")
     for name, words in (
         ("/etc/passwd", "there is no model '/etc/passwd' here: choose one of the list, or type hf-hub:ORG/NAME"),
+        ("<b>bold</b>", "there is no model '<b>bold</b>' here"),
         ("hf-hub:org/missing", "org/missing"),
         ("local-dir:/etc", "there is no model"),
     ):
@@ -449,10 +466,55 @@ def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
         probe.settimeout(5)
         with pytest.raises(OSError, match="refused"):
             probe.connect(("127.0.0.2", int(port)))
-    # No file of the machine is given out.
-    for path in ("/etc/passwd", "../../etc/passwd"):
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{page}/gradio_api/file={path}")
+
+
+def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> None:
+    """Neither by its address, nor by a message that calls it uploaded; nothing tells whether one is there."""
+    flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
+    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log") as page:
+        for name in ("/etc/passwd", "../../etc/passwd"):
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(f"{page}/gradio_api/file={name}")
+        with urllib.request.urlopen(f"{page}/config") as answer:
+            config = json.load(answer)
+        (upload,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == "upload")
+        (receive,) = (d["id"] for d in config["dependencies"] if d["inputs"][:1] == [upload])
+        os.mkfifo(tmp_path / "pipe")
+        for path in (ASSETS / "bus.jpg", tmp_path / "missing", tmp_path / "pipe", Path("/proc/self/environ"), None):
+            for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
+                value = {"path": str(path) if isinstance(path, Path) else path, "orig_name": "a.jpg", **meta}
+                said = post(page, receive, [value, None])
+                assert said["success"] is False, (path, said)
+                assert str(ASSETS) not in json.dumps(said) and "is no file" not in json.dumps(said)
+
+
+def post(page: str, function: int, data: list[Any]) -> dict[str, Any]:
+    """What the server answers to a message that no page would send."""
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": "abc"}).encode()
+    kind = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{page}/gradio_api/queue/join", body, kind)).read()
+    with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash=abc", timeout=30) as stream:
+        for line in stream:
+            message = json.loads(line.removeprefix(b"data: ") or b"{}") if line.startswith(b"data: ") else {}
+            if message.get("msg") == "process_completed":
+                return dict(message)
+    raise AssertionError("no answer")
+
+
+def test_nothing_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
+    """By a signal that asks it to: what was uploaded is gone from the disk."""
+    flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
+    (tmp_path / "temporary").mkdir()
+    env = {"TMPDIR": str(tmp_path / "temporary")}
+    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGTERM) as page:
+        boundary = "----it"
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+        body = head.encode() + photo.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        request = urllib.request.Request(f"{page}/gradio_api/upload", body, kind)
+        (path,) = json.load(urllib.request.urlopen(request))
+        assert Path(path).read_bytes() == photo.read_bytes()
+    assert not list((tmp_path / "temporary").rglob("*.jpg"))
 
 
 def test_hostile_files_are_refused(tmp_path: Path) -> None:
@@ -480,16 +542,24 @@ def test_every_format_is_read_upright(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear", format="PNG")
     assert (np.array(open_image(tmp_path / "clear")) == 255).all()
-    for mode in ("1", "L", "LA", "P", "I;16", "CMYK"):
+    values = {"1": 1, "L": 99, "LA": (99, 255), "P": 99, "I;16": 99 * 256 + 5, "CMYK": (156, 156, 156, 0)}
+    for mode, value in values.items():
         form = "TIFF" if mode == "CMYK" else "PNG"
-        Image.new(mode, (4, 4)).save(tmp_path / "mode", format=form)
-        assert open_image(tmp_path / "mode").mode == "RGB", mode
+        Image.new(mode, (4, 4), value).save(tmp_path / "mode", format=form)
+        expected = {"1": 255, "P": Image.new("P", (1, 1), 99).convert("RGB").getpixel((0, 0))}.get(mode, 99)
+        assert (np.array(open_image(tmp_path / "mode")) == expected).all(), mode
+    for mode in ("I", "F"):
+        Image.new(mode, (4, 4)).save(tmp_path / "mode", format="TIFF")
+        with pytest.raises(ImageError, match="pixels of 32 bits: convert it to 8 or 16"):
+            open_image(tmp_path / "mode")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["no-such-model"], "no-such-model: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME"),
+        (["no-such-model"], "'no-such-model': there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME"),
+        ([""], "'': there is no such run, file or model"),
+        (["."], "neither it nor its folder best/ holds a config.json"),
         (["--no-random", "--no-hub"], "no model: give one, or leave --no-random out"),
         (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
     ],
@@ -498,6 +568,7 @@ def test_bad_flags_are_named(
     flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert demo.main(flags) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and words in line and "unforeseen" not in line, line
@@ -507,6 +578,7 @@ def test_a_taken_port_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -592,14 +664,9 @@ def test_space_holds_what_it_needs(space: Path) -> None:
     assert names == {"app.py", "requirements.txt", "README.md", "LICENSE", "NOTICE", "stvit", "model"}
     assert {path.name for path in (space / "model").iterdir()} == {"model.safetensors", "config.json"}
     card = (space / "README.md").read_text()
-    for line in (
-        "sdk: gradio",
-        f"sdk_version: {gradio.__version__}",
-        "app_file: app.py",
-        "license: mit",
-        "title: vehicles",
-    ):
-        assert f"\n{line}\n" in card.split("---")[1]
+    facts = yaml.safe_load(card.split("---")[1])
+    expected = {"sdk": "gradio", "sdk_version": gradio.__version__, "app_file": "app.py", "license": "mit"}
+    assert expected.items() <= facts.items() and facts["title"] == "vehicles"
     needed = (space / "requirements.txt").read_text().splitlines()
     assert {"torch>=2.6", "timm>=1.0.31", "ultralytics>=8.4.190"} <= set(needed) and "gradio>=6" not in needed
     assert not list(space.rglob("*.pyc"))
@@ -623,6 +690,8 @@ def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> N
             best = next(iter(demo.classify(viewed(models, "runs/vehicles"), open_image(photo))))
             assert best in browser.text("#classes").splitlines()
             assert "hf-hub" not in browser.text("body")
+            # It has no detector, and no tab for one.
+            assert [tab.text for tab in browser.all("button[role=tab]") if tab.text] == ["Classify", "Super tokens"]
     finally:
         browser.driver.quit()
 
@@ -634,9 +703,11 @@ def test_space_of_a_detector_and_of_the_hub(models: Path, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "a/model").iterdir()] == ["model.pt"]
     assert 'main(["model/model.pt", ' in (tmp_path / "a/app.py").read_text()
     # The next one takes its place.
+    flags[1] = "--repo-id=org/no"
     assert push_to_hub.main(["hf-hub:org/vehicles@v1", *flags, f"--output={tmp_path / 'a'}"]) == 0
     assert not (tmp_path / "a/model").exists()
     assert 'main(["hf-hub:org/vehicles@v1", ' in (tmp_path / "a/app.py").read_text()
+    assert yaml.safe_load((tmp_path / "a/README.md").read_text().split("---")[1])["title"] == "no"
     (tmp_path / "a/own.txt").write_text("mine")
     assert push_to_hub.main(["hf-hub:org/vehicles", *flags, f"--output={tmp_path / 'a'}"]) == 1
     assert (tmp_path / "a/own.txt").exists()
@@ -647,14 +718,17 @@ def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[s
     flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles"]
     assert push_to_hub.main(flags) == 0
     assert "spaces/org/vehicles/commit/" in capsys.readouterr().out
-    files = hub.files("org/vehicles")
+    files = hub.files("spaces/org/vehicles")
     assert {"app.py", "README.md", "model/model.safetensors", "stvit/ops/__init__.py"} <= set(files)
     assert push_to_hub.main(flags) == 0
     assert "nothing to push" in capsys.readouterr().out
-    hub.commit("org/vehicles", {"stvit/tools/common/old.py": b"1", "mine.txt": b"2"})
+    hub.commit("spaces/org/vehicles", {"stvit/tools/common/old.py": b"1", "mine.txt": b"2"})
     assert push_to_hub.main(flags) == 0
-    files = hub.files("org/vehicles")
+    files = hub.files("spaces/org/vehicles")
     assert "stvit/tools/common/old.py" not in files and "mine.txt" in files
+    # One that could never run is not pushed.
+    assert push_to_hub.main(["hf-hub:org/missing", "--space", "--repo-id=org/other"]) == 1
+    assert "cannot take org/missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -662,6 +736,8 @@ def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[s
     [
         (["runs/vehicles", "--example=a.jpg"], "--example is for a detector's card"),
         (["hf-hub:a b"], "is no name of a repository"),
+        (['hf-hub:org/a@v"1'], "is no name of a branch or tag"),
+        (["runs/detect/train/weights/best.pt"], "give --yolo"),
         (["hf-hub:org/a", "--img-size=32"], "leave --img-size out"),
         (["missing"], "there is no such file or folder"),
     ],

@@ -157,7 +157,7 @@ def test_other_channels() -> None:
     assert np.array_equal(super_tokens(gray, np.array(photo())).soft, view.soft)
     four = timm.create_model("test_stvit", in_chans=4)
     assert super_tokens(four, torch.randn(4, 64, 64)).image.size == (64, 64)
-    with pytest.raises(ValueError, match="takes images of 4 channels: give a normalized tensor"):
+    with pytest.raises(ValueError, match="takes images of 4 channels: those can be given as a normalized tensor alone"):
         super_tokens(four, photo())
 
 
@@ -170,14 +170,15 @@ def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) 
             view = super_tokens(net, image, stage)
             n = view.grid[0] * view.grid[1]
             assert view.labels.shape == size[::-1] == view.association(0).shape
-            assert view.soft.shape[1:] == tuple(-(-side // view.stride) for side in size[::-1])
+            padded = tuple(side if net is model else -(-side // 32) * 32 for side in size[::-1])
+            assert view.soft.shape[1:] == tuple(-(-side // view.stride) for side in padded)
             np.testing.assert_allclose(view.soft.sum(axis=0), 1, rtol=1e-5)
             shares = np.stack([view.association(token) for token in range(n)])
             assert (shares.sum(axis=0) <= 1 + 1e-5).all()
             assert np.array_equal(shares.argmax(axis=0), view.labels) or np.allclose(
                 shares.max(axis=0), np.take_along_axis(shares, view.labels[None], 0)[0]
             )
-            assert view.draw().size[0] > 0
+            assert max(view.draw().size) < 3000
 
 
 def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
@@ -190,8 +191,8 @@ def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
         rows, columns = torch.nonzero(gradient[0].abs().sum(0), as_tuple=True)
         middle = (int(rows.min() + rows.max()) // 2, int(columns.min() + columns.max()) // 2)
         assert middle == (4 * i, 4 * j) and numbers[middle] == i * 24 + j
-        rows, columns = np.nonzero(numbers == i * 24 + j)
-        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * i - 2, 4 * i + 1, 4 * j - 2, 4 * j + 1)
+        lines, places = np.nonzero(numbers == i * 24 + j)
+        assert (lines.min(), lines.max(), places.min(), places.max()) == (4 * i - 2, 4 * i + 1, 4 * j - 2, 4 * j + 1)
 
 
 def test_the_rest_of_the_model_does_not_run() -> None:
@@ -235,20 +236,80 @@ def test_the_same_layer_in_every_dress(model: Any) -> None:
         np.testing.assert_allclose(view.features, expected.features, atol=1e-4, err_msg=name)
 
 
-def test_detectors(detectors: dict[str, Any]) -> None:
-    """Of YOLO, and of the module in it; both kinds; the images are those that Ultralytics would give."""
-    assert visualize.stages(detectors["stvit_pico"]) == [0, 1]
-    assert visualize.stages(detectors["stokenattention"]) == [0, 1, 2, 3]  # the fifth attends among pixels
-    for yolo in detectors.values():
-        view = super_tokens(yolo, photo(), 1)
+@pytest.mark.parametrize("size", [(480, 313), (313, 480), (160, 160)])
+def test_detectors(size: tuple[int, int]) -> None:
+    """Of YOLO, and of the module in it; both kinds; the pixels are those that Ultralytics gives its network."""
+    for name, stages in (("stvit_pico", [0, 1]), ("stokenattention", [0, 1, 2, 3])):  # the fifth attends among pixels
+        yolo = YOLO(f"yolo26n-{name}.yaml")
+        assert visualize.stages(yolo) == visualize.stages(yolo.model) == stages
+        view = super_tokens(yolo, photo(*size), 1)
         layer = yolo.model.get_submodule(view.layer)
-        pixels = torch.full((1, 3, 160, 128), 114 / 255)
-        pixels[:, :, :, :120] = torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 255
-        inside, output = run_through(layer, lambda yolo=yolo, pixels=pixels: yolo.model.eval()(pixels))
-        features, soft = (torch.tensor(a)[None] for a in (view.features, super_tokens(yolo.model, pixels, 1).soft))
+        seen: list[torch.Tensor] = []
+        images = yolo.model.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].clone()))
+        yolo.predict(photo(*size), imgsz=max(size), verbose=False)
+        images.remove()
+        inside, output = run_through(layer, lambda yolo=yolo, seen=seen: yolo.model.eval()(seen[-1]))
+        features, soft = (torch.tensor(a)[None] for a in (view.features, view.soft))
         expected = upsample_super_tokens(features, soft, view.stoken_size)
         torch.testing.assert_close(expected, output, rtol=1e-4, atol=1e-5)
-        assert view.soft.shape[2] == -(-120 // view.stride) < inside.shape[3] + 1
+        assert view.soft.shape[1:] == inside.shape[2:]
+        top, left = view.offset
+        pixels = (seen[-1][0, :, top : top + size[1], left : left + size[0]] * 255).round().byte()
+        assert np.array_equal(pixels.permute(1, 2, 0), np.array(photo(*size)))
+        place = (100, 60)
+        pixel = [(i + before + view.stride // 2) // view.stride for i, before in zip(place, view.offset, strict=True)]
+        assert view.labels[place] == view.hard[tuple(pixel)]
+
+
+def test_wrappers_keep_the_normalization(model: Any) -> None:
+    """Of images that are not tensors: by what the model inside was made for, unless a layer does it."""
+    from torch.optim.swa_utils import AveragedModel
+    from torchvision.transforms import Normalize
+
+    other = timm.create_model("test_stvit", pretrained_cfg_overlay={"mean": (0.3, 0.4, 0.5), "std": (0.1, 0.2, 0.3)})
+    for net in (model, other.eval()):
+        expected = super_tokens(net, photo())
+        for dressed in (nn.Sequential(net), AveragedModel(net), timm.utils.ModelEmaV3(net), nn.DataParallel(net)):
+            np.testing.assert_allclose(super_tokens(dressed, photo()).soft, expected.soft, atol=1e-6)
+        cfg = net.pretrained_cfg
+        inside = nn.Sequential(Normalize(cfg["mean"], cfg["std"]), net)
+        np.testing.assert_allclose(super_tokens(inside, photo()).soft, expected.soft, atol=1e-5)
+    assert not np.allclose(super_tokens(model, photo()).soft, super_tokens(other, photo()).soft, atol=1e-3)
+    bare = stvit.STViT(dims=(16, 32), depths=(1, 1), num_heads=(1, 1), stoken_size=(8, 4)).eval()
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = (torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 255 - mean) / std
+    np.testing.assert_allclose(super_tokens(bare, photo()).soft, super_tokens(bare, pixels).soft, atol=1e-6)
+
+
+def test_a_predictor_is_not_yolo(model: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.predictor, self.model = model, nn.Linear(2, 2), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x)
+
+    np.testing.assert_array_equal(super_tokens(Net(), photo()).soft, super_tokens(model, photo()).soft)
+
+
+def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
+    """16 bits become 8, what is transparent white; of 32 bits nobody knows the range."""
+    gray = np.array(photo().convert("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) << 8 | 77)
+    deep.save(tmp_path / "deep.png")
+    for given in (deep, tmp_path / "deep.png"):
+        assert np.array_equal(np.array(super_tokens(model, given).image), np.repeat(gray[..., None], 3, axis=2))
+    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    assert (np.array(super_tokens(model, clear).image) == 255).all()
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match="pixels of 32 bits: convert it"):
+            super_tokens(model, Image.new(mode, (40, 40)))
+    with pytest.raises(ValueError, match="is empty, 0x5 pixels"):
+        super_tokens(model, Image.new("RGB", (0, 5)))
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    with pytest.raises(OSError, match=r"junk\.png"):
+        super_tokens(model, tmp_path / "junk.png")
 
 
 def test_blocks_of_a_stage() -> None:
@@ -315,7 +376,11 @@ def test_low_precision(model: Any) -> None:
         ({"image": np.zeros((8, 8, 3))}, r"an array must be \(H, W, 3\) .* got \[8, 8, 3\] of float64"),
         ({"image": np.zeros((0, 8, 3), np.uint8)}, "an array must be"),
         ({"image": 5}, "image must be a path, PIL's image, an array or a tensor, got int"),
-        ({"data_config": {"mean": (0,)}}, "data_config must have 'mean' and 'std'"),
+        ({"stage": 0.5}, "stage must be from -4 to 3, got 0.5"),
+        ({"data_config": {"mean": (0,)}}, "data_config must have 'mean' and 'std', a number for each channel"),
+        ({"data_config": {"mean": 0.5, "std": 0.5}}, "a number for each channel"),
+        ({"data_config": {"mean": (), "std": ()}}, "of each of the 3 channels"),
+        ({"data_config": {"mean": (0, 0, 0), "std": (1, 1, 0)}}, "above 0, of each of the 3 channels"),
     ],
 )
 def test_bad_arguments_are_named(model: Any, arguments: dict[str, Any], words: str) -> None:
@@ -375,6 +440,11 @@ def test_pictures_show_the_arrays(model: Any) -> None:
         where = view.labels == token
         assert np.abs(colors[where] - original[where].mean(axis=0)).max() <= 0.5 + 1e-9
 
+    marked = np.array(view.draw_boundaries(view.center)), np.array(view.draw_mean_colors(view.center))
+    for pixels, plain in zip(marked, (lines, colors), strict=True):
+        changed = (pixels != plain).any(axis=2)
+        assert changed.any() and (pixels[changed] == visualize.MARK).all()
+
     token = view.token_at(250, 200)
     assert token == view.center == view.labels[200, 250]
     association, weights = view.association(token), view.attention(token)
@@ -416,6 +486,14 @@ def test_sheet(model: Any) -> None:
     assert long.width == 3 * 480 + 4 * 16
     gaps = np.concatenate([np.array(long)[:, i * 496 : i * 496 + 16] for i in range(4)], axis=1)
     assert gaps.min() == 255  # no caption leaves its column
+    # Of narrow and of flat pictures, too, it stays one that can be looked at.
+    for size in ((1, 1000), (1000, 1)):
+        assert max(super_tokens(model, photo(*size)).draw().size) < 3000
+    assert len(repr(view)) < 400
+    with pytest.raises(ValueError, match="panel_width must be at least 100"):
+        visualize.contact_sheet([("a", photo())], columns=1, panel_width=5)
+    with pytest.raises(ValueError, match=r"labels must be \(160, 120\) as the image, got \(3, 3\)"):
+        visualize.draw_boundaries(photo(), np.zeros((3, 3), int))
     with pytest.raises(ValueError, match="needs pictures and columns, got 0 and 2"):
         visualize.contact_sheet([], columns=2)
 
@@ -522,6 +600,16 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
         "that can be read: give BMP, GIF, JPEG, PNG, TIFF or WebP"
     )
     assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
+
+
+def test_its_own_pictures_are_no_images(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo(40, 30).save("a.png")
+    for _ in range(2):
+        assert command.main([".", f"--checkpoint={digits_run}", "--stage=0"]) == 0
+        assert capsys.readouterr().out.strip() == "wrote the pictures of 1 image to super_tokens"
 
 
 def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -> None:
@@ -634,6 +722,11 @@ def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.C
         assert int(ours["regions"]) == len(np.unique(view.labels))
         assert abs(int(slic["regions"]) - int(ours["regions"])) <= 0.2 * int(ours["regions"])
         assert int(rows[4 * stage + 3]["regions"]) == view.grid[0] * view.grid[1]
+        h, w = view.hard.shape
+        coarse = command._slic(photo().resize((w, h), Image.Resampling.BOX), int(ours["regions"]))
+        assert float(rows[4 * stage + 2]["boundary_recall"]) == pytest.approx(
+            stvit.superpixels.boundary_recall(view.to_image(coarse), truth, 1, void=255), abs=1e-4
+        )
     assert rows[0]["model"] == str(digits_run) and rows[0]["versions"].startswith("stvit ") and rows[0]["date"]
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:9]] == list("00001111")
@@ -649,11 +742,14 @@ def test_images_that_cannot_be_measured_are_left_out(
         photo().save(tmp_path / f"in/{name}.png")
     Image.new("L", (120, 160)).save(tmp_path / "masks/b.png")
     Image.new("L", (12, 16)).save(tmp_path / "masks/c.png")
+    photo().save(tmp_path / "in/d.png")
+    (tmp_path / "masks/d.png").write_bytes(b"junk")
     flags = [f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--out={tmp_path}/out", "--stage=0"]
     assert command.main([str(tmp_path / "in"), *flags]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "error: 2 of 3 images were left out: b.png: the segmentation has no boundary" in line
+    assert "error: 3 of 4 images were left out: b.png: the segmentation has no boundary" in line
     assert "c.png must hold one number for each of the image's 120x160 pixels" in line
+    assert "d.png is no image that can be read" in line
     assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
 
 

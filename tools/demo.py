@@ -15,12 +15,16 @@ then random. `push_to_hub.py --space` makes a Space of the Hugging Face Hub of t
 import argparse
 import errno
 import html
+import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from timm.data import ImageNetInfo, create_transform
 from stvit import visualize
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
 from stvit.tools.common.data import resolve_images
+from stvit.tools.common.model import find_weights
 from stvit.tools.common.viewing import READERS, Viewed, explained, fitted, is_detector, open_image, open_viewed
 
 PORTS = range(7860, 7960)
@@ -39,12 +44,14 @@ RANDOM_MODELS = ("stvit_small", "yolo26n-stvit_pico.yaml")
 HUB_ID = re.compile(r"hf-hub:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What is kept of an image: more than a screen shows, or a network is given here.
 MOST_SHOWN = 1280
+TITLE = "What the model sees"
 OVERLAYS = ("boundaries", "mean colors")
 RANDOM_NOTE = "⚠️ **Random weights:** nothing has trained this model, what it says means nothing."
 # No picture is higher than the screen, and lines are not too long.
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
 .result img {max-height: 75vh; object-fit: contain}
+.result {min-height: 5rem}
 .dark {--color-accent: var(--primary-400)}
 """
 
@@ -85,8 +92,13 @@ def serve(args: argparse.Namespace) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise CommandError(f"the page needs Gradio, pip install 'stvit[demo]': {reason(error)}") from error
-    page = create_page(Models(args), args)
-    port = _free_port(args.host, args.port)
+    # What is uploaded and drawn is gone when the page ends.
+    with TemporaryDirectory(prefix="stvit-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        _serve(create_page(Models(args), args), args, _free_port(args.host, args.port))
+
+
+def _serve(page: Any, args: argparse.Namespace, port: int) -> None:
     try:
         _, url, _ = page.launch(
             server_name=args.host,
@@ -105,6 +117,7 @@ def serve(args: argparse.Namespace) -> None:
         )
     except OSError as error:
         raise CommandError(f"cannot listen on {args.host}, port {port}: {reason(error)}") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends it as Ctrl-C does
     print(f"the page is at {url} until Ctrl-C", flush=True)
     page.block_thread()
 
@@ -169,8 +182,10 @@ class Models:
         if not self.names and not args.hub:
             raise CommandError("no model: give one, or leave --no-random out")
         for name in self.names:
-            if not _is_source(name) and not is_detector(name) and not timm.is_model(name):
-                raise CommandError(f"{name}: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME")
+            if not name or not (_is_source(name) or is_detector(name) or timm.is_model(name)):
+                raise CommandError(f"{name!r}: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME")
+            if _is_source(name) and not is_detector(name):
+                find_weights(name, None)  # which says what is missing
         # The last few stay in memory.
         self._open = lru_cache(maxsize=3)(_open)
 
@@ -185,7 +200,9 @@ class Models:
             for name in self.names
             if of_detectors is None or HUB_ID.fullmatch(name) or is_detector(name) == of_detectors
         ]
-        return [(name if _is_source(name) else f"{name.split('.')[0]} (random weights)", name) for name in wanted]
+        return [
+            (name if _is_source(name) else f"{name.removesuffix('.yaml')} (random weights)", name) for name in wanted
+        ]
 
     def open(self, name: str | None) -> Viewed:
         """The model of a name.
@@ -193,7 +210,7 @@ class Models:
         Raises:
             CommandError: If it is not offered, or cannot be had.
         """
-        name = (name or "").strip()
+        name = name.strip() if isinstance(name, str) else ""
         if name not in self.names and not (self.takes_hub_ids and HUB_ID.fullmatch(name)):
             hub = ", or type hf-hub:ORG/NAME" if self.takes_hub_ids else ""
             raise CommandError(f"there is no model {name[:80]!r} here: choose one of the list{hub}")
@@ -202,7 +219,8 @@ class Models:
 
 def _is_source(name: str) -> bool:
     """Whether a name is that of weights, and not of a model alone."""
-    return name.startswith("hf-hub:") or Path(name).expanduser().exists()
+    is_path = not name.endswith((".yaml", ".yml")) and Path(name).expanduser().exists()
+    return name.startswith("hf-hub:") or is_path
 
 
 def _open(name: str) -> Viewed:
@@ -268,22 +286,24 @@ def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int)
         size = -(-img_size // 32) * 32
         (result,) = viewed.model.predict(image, conf=confidence, imgsz=size, verbose=False, save=False)
     found = result.verbose().strip(" ,")
-    words = f"Found: {found}." if len(result) else f"Nothing was found with a confidence of {confidence:g} or more."
+    if result.boxes is not None and len(result.boxes) == 0:
+        words = f"Nothing was found with a confidence of {confidence:g} or more."
+    else:  # masks of the whole image, depths and so on have no boxes, and may have no words
+        words = f"Found: {found}." if found else "The picture shows what was found."
     return Image.fromarray(np.ascontiguousarray(result.plot()[..., ::-1])), words
 
 
-def look(viewed: Viewed, image: Image.Image, stage: int, img_size: int) -> tuple[visualize.SuperTokens, list[int], int]:
-    """The super tokens of a stage, the stages that have any, and the stage: the first of these if it has none.
+def stages_of(viewed: Viewed) -> list[int]:
+    """The stages that have super tokens.
 
     Raises:
-        CommandError: If no stage has any.
+        CommandError: If none has.
     """
     with explained():
         stages = visualize.stages(viewed.model)
-        if not stages:
-            raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
-        stage = stage if stage in stages else stages[0]
-        return visualize.super_tokens(viewed.model, fitted(image, img_size), stage), stages, stage
+    if not stages:
+        raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
+    return stages
 
 
 def describe(view: visualize.SuperTokens, token: int) -> str:
@@ -309,6 +329,7 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         args: The flags.
     """
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         """Words an error as a message on the page, which is one of HTML."""
@@ -325,53 +346,78 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
 
         return call
 
-    def receive(upload: Any) -> Image.Image | None:
-        if upload is None:
-            return None
-        path = upload.get("path")
-        if not isinstance(path, str):
-            raise CommandError("that is no image: upload a file")
-        return fitted(open_image(Path(path), args.max_megapixels * 10**6), MOST_SHOWN)
+    # Of the session, since a result may come after the next image.
+    @dataclass
+    class Session:
+        image: Image.Image | None = None
+        view: visualize.SuperTokens | None = None
+        token: int = 0
 
-    def need(image: Image.Image | None) -> Image.Image:
-        if image is None:
+    def receive(upload: Any, session: Session) -> Any:
+        session.image = session.view = None
+        path = Path(str(upload.get("path"))).resolve() if isinstance(upload, dict) else None
+        if path is not None:
+            # Gradio believes the path of a message that it takes for no file.
+            if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+                raise CommandError("that is no image: upload a file")
+            session.image = fitted(open_image(path, args.max_megapixels * 10**6), MOST_SHOWN)
+        return [gr.Button(interactive=session.image is not None)] * 3
+
+    def need(session: Session) -> Image.Image:
+        if session.image is None:
             raise CommandError("choose an image first")
-        return image
+        return session.image
 
     def note(viewed: Viewed) -> str:
         return RANDOM_NOTE if viewed.is_random else ""
 
-    def on_classify(image: Image.Image | None, name: str) -> Any:
-        image, viewed = need(image), models.open(name)
-        return classify(viewed, image), note(viewed)
+    def on_classify(session: Session, name: str) -> Any:
+        image, viewed = need(session), models.open(name)
+        result = classify(viewed, image), note(viewed)
+        return result if session.image is image else (None, None)
 
-    def on_detect(image: Image.Image | None, name: str, confidence: float) -> Any:
-        image, viewed = need(image), models.open(name)
+    def on_detect(session: Session, name: str, confidence: float) -> Any:
+        image, viewed = need(session), models.open(name)
         picture, words = detect(viewed, image, confidence, args.img_size)
-        return picture, f"{words}\n\n{note(viewed)}"
+        return (picture, f"{words}\n\n{note(viewed)}") if session.image is image else (None, None)
 
-    def on_look(image: Image.Image | None, name: str, stage: float, overlay: str) -> Any:
-        image, viewed = need(image), models.open(name)
-        view, stages, stage = look(viewed, image, int(stage), args.img_size)
-        slider = gr.Slider(maximum=max(1, stages[-1]), value=stage)
-        return view, slider, note(viewed), on_overlay(view, overlay), *show(view, view.center)
+    def on_model(session: Session, name: str) -> Any:
+        session.view = None
+        stages = stages_of(models.open(name))
+        return gr.Slider(minimum=stages[0], maximum=max(stages[-1], stages[0] + 1), value=stages[0])
 
-    def on_overlay(view: visualize.SuperTokens | None, overlay: str) -> Any:
-        if view is None:
-            return None
-        return view.draw_mean_colors() if overlay == OVERLAYS[1] else view.draw_boundaries()
+    def on_look(session: Session, name: str, stage: float, overlay: str) -> Any:
+        image, viewed = need(session), models.open(name)
+        stages_of(viewed)
+        with explained():
+            view = visualize.super_tokens(viewed.model, fitted(image, args.img_size), int(stage))
+        if session.image is not image:
+            return [None] * 5
+        session.view = view
+        return note(viewed), *show(session, view, view.center, overlay)
 
-    def on_click(view: visualize.SuperTokens | None, event: gr.SelectData) -> Any:
+    def on_overlay(session: Session, overlay: str) -> Any:
+        return None if session.view is None else draw_overlay(session.view, session.token, overlay)
+
+    def on_click(session: Session, overlay: str, event: gr.SelectData) -> Any:
+        view, place = session.view, event.index
         if view is None:
             raise CommandError("show the super tokens first")
-        x, y = (int(position) // view.scale for position in event.index)
-        return show(view, view.token_at(min(x, view.image.width - 1), min(y, view.image.height - 1)))
+        if not isinstance(place, list | tuple) or len(place) != 2:
+            raise CommandError("that is no place in the picture: click on it")
+        sides = zip(place, view.image.size, strict=True)
+        x, y = (min(max(int(position) // view.scale, 0), side - 1) for position, side in sides)
+        return show(session, view, view.token_at(x, y), overlay)
 
-    def show(view: visualize.SuperTokens, token: int) -> tuple[Image.Image, Image.Image, str]:
-        return view.draw_association(token), view.draw_attention(token), describe(view, token)
+    def draw_overlay(view: visualize.SuperTokens, token: int, overlay: str) -> Image.Image:
+        return view.draw_mean_colors(token) if overlay == OVERLAYS[1] else view.draw_boundaries(token)
 
-    def model_choice(of_detectors: bool | None) -> gr.Dropdown:
-        choices = models.choices(of_detectors)
+    def show(session: Session, view: visualize.SuperTokens, token: int, overlay: str) -> tuple[Any, ...]:
+        session.token = token
+        pictures = draw_overlay(view, token, overlay), view.draw_association(token), view.draw_attention(token)
+        return describe(view, token), *pictures
+
+    def model_choice(choices: list[tuple[str, str]]) -> gr.Dropdown:
         return gr.Dropdown(
             choices,
             value=choices[0][1] if choices else None,
@@ -380,73 +426,86 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
             info="One of the list, or hf-hub:ORG/NAME" if models.takes_hub_ids else None,
         )
 
-    def picture(label: str, **kwargs: Any) -> gr.Image:
-        return gr.Image(
-            label=label,
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            format="png",
-            elem_classes="result",
-            **kwargs,
-        )
+    def picture(caption: str, elem_id: str, **kwargs: Any) -> gr.Image:
+        """A picture below its caption, which Gradio would put on top of it."""
+        gr.Markdown(caption)
+        buttons = ["download", "fullscreen"]
+        look: dict[str, Any] = {"show_label": False, "buttons": buttons, "elem_classes": "result", "format": "png"}
+        return gr.Image(label=caption, interactive=False, elem_id=elem_id, **look, **kwargs)
 
     # Networks take turns.
     heavy: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}
-    light: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    kinds = list(READERS)
-    with gr.Blocks(title="What the model sees", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        image: Any = gr.State(time_to_live=3600)
-        view: Any = gr.State(time_to_live=3600)
-        gr.Markdown("# What the model sees\nClasses, boxes and super tokens of your image.")
+    light: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+    *kinds, last_kind = READERS
+    of_classifiers, of_detectors = models.choices(of_detectors=False), models.choices(of_detectors=True)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as page:
+        session: Any = gr.State(Session(), time_to_live=3600)
+        gr.Markdown(f"# {TITLE}\nClasses, boxes and super tokens of your image.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 upload = gr.Image(label="Image", type="filepath", height=340, buttons=[], elem_id="upload")
                 gr.Markdown(
-                    f"{', '.join(kinds[:-1])} or {kinds[-1]}, at most {args.max_megabytes} MB and "
-                    f"{args.max_megapixels} million pixels. Deleted from this machine within the hour."
+                    f"{', '.join(kinds)} or {last_kind}, at most {args.max_megabytes} MB and {args.max_megapixels} "
+                    "million pixels. Deleted from this machine within the hour."
                 )
             with gr.Column(scale=3, min_width=300), gr.Tabs():
-                with gr.Tab("Classify"):
-                    classifier = model_choice(of_detectors=False)
-                    classify_button = gr.Button("Classify", variant="primary", elem_id="classify")
+                with gr.Tab("Classify", visible=bool(of_classifiers) or models.takes_hub_ids):
+                    classifier = model_choice(of_classifiers)
+                    classify_button = gr.Button("Classify", variant="primary", interactive=False, elem_id="classify")
                     classifier_note = gr.Markdown()
                     classes = gr.Label(label="Five likeliest classes", num_top_classes=5, elem_id="classes")
-                with gr.Tab("Detect"):
-                    detector = model_choice(of_detectors=True)
+                with gr.Tab("Detect", visible=bool(of_detectors) or models.takes_hub_ids):
+                    detector = model_choice(of_detectors)
                     confidence = gr.Slider(0.05, 0.95, value=0.25, step=0.05, label="Least confidence")
-                    detect_button = gr.Button("Detect", variant="primary", elem_id="detect")
+                    detect_button = gr.Button("Detect", variant="primary", interactive=False, elem_id="detect")
                     found = gr.Markdown(elem_id="found")
-                    boxes = picture("What it found, and where", elem_id="boxes")
+                    boxes = picture("What it found, and where:", "boxes")
                 with gr.Tab("Super tokens"):
-                    of_tokens = model_choice(of_detectors=None)
+                    of_tokens = model_choice(models.choices())
                     with gr.Row():
-                        stage = gr.Slider(0, 1, value=0, step=1, label="Stage", min_width=160, elem_id="stage")
-                        overlay = gr.Radio(OVERLAYS, value=OVERLAYS[0], label="Picture", min_width=160)
-                    look_button = gr.Button("Show super tokens", variant="primary", elem_id="look")
+                        stage = gr.Slider(0, 1, value=0, step=1, label="Stage", min_width=140, elem_id="stage")
+                        overlay = gr.Radio(OVERLAYS, value=OVERLAYS[0], label="Picture", min_width=140)
+                    look_button = gr.Button("Show super tokens", variant="primary", interactive=False, elem_id="look")
                     tokens_note = gr.Markdown()
-                    tokens = picture("Super tokens. Click on one.", elem_id="tokens")
                     token = gr.Markdown(elem_id="token")
+                    tokens = picture("Super tokens. **Click on one:**", "tokens")
                     with gr.Row():
-                        association = picture("Its association with the pixels", min_width=240, elem_id="association")
-                        attention = picture("Its attention to the tokens", min_width=240, elem_id="attention")
+                        with gr.Column(min_width=240):
+                            association = picture("Its association with the pixels:", "association")
+                        with gr.Column(min_width=240):
+                            attention = picture("Its attention to the others:", "attention")
 
-        # Gradio would open what is uploaded by itself: unprocessed it is a path, and is opened with care.
-        receiving = upload.input(guarded(receive), upload, image, preprocess=False, **light)
-        receiving.failure(lambda: (None, None), None, [upload, image], **light)
-        results = [classes, classifier_note, boxes, found, view, tokens_note, tokens, association, attention, token]
-        upload.input(lambda: [None] * len(results), None, results, **light)
-        classify_button.click(guarded(on_classify), [image, classifier], [classes, classifier_note], **heavy)
-        detect_button.click(guarded(on_detect), [image, detector, confidence], [boxes, found], **heavy)
+        buttons: list[Any] = [classify_button, detect_button, look_button]
+        of_view: list[Any] = [token, tokens, association, attention]
+        results: list[Any] = [classes, classifier_note, boxes, found, tokens_note, *of_view]
+        # Gradio would open what is uploaded by itself: unprocessed it is a path, and is opened with care. Until it is
+        # there the buttons are off.
+        upload.input(
+            lambda: [gr.Button(interactive=False)] * 3 + [None] * len(results), None, buttons + results, **light
+        )
+        receiving = upload.input(guarded(receive), [upload, session], buttons, preprocess=False, **light)
+        receiving.failure(lambda: None, None, upload, **light)
+        classify_button.click(guarded(on_classify), [session, classifier], [classes, classifier_note], **heavy)
+        detect_button.click(guarded(on_detect), [session, detector, confidence], [boxes, found], **heavy)
+        gr.on(
+            [page.load, of_tokens.input],
+            guarded(on_model),
+            [session, of_tokens],
+            stage,
+            show_progress="hidden",
+            **heavy,
+        )
+        of_tokens.input(lambda: [None] * (1 + len(of_view)), None, [tokens_note, *of_view], **light)
         gr.on(
             [look_button.click, stage.input],
             guarded(on_look),
-            [image, of_tokens, stage, overlay],
-            [view, stage, tokens_note, tokens, association, attention, token],
+            [session, of_tokens, stage, overlay],
+            [tokens_note, *of_view],
             trigger_mode="always_last",
             **heavy,
         )
-        overlay.input(guarded(on_overlay), [view, overlay], tokens, **light)
-        tokens.select(guarded(on_click), view, [association, attention, token], **light)
+        overlay.input(guarded(on_overlay), [session, overlay], tokens, **light)
+        tokens.select(guarded(on_click), [session, overlay], of_view, **light)
     return page
 
 

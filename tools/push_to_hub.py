@@ -41,6 +41,7 @@ from stvit.tools.common.release import (
     write_detector,
     write_release,
 )
+from stvit.tools.common.viewing import is_detector
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +125,7 @@ def push(args: argparse.Namespace) -> None:
 def _write_classifier(args: argparse.Namespace, folder: Path) -> str:
     if args.example:
         raise CommandError("--example is for a detector: leave it out, or give --yolo")
+    _refuse_detector(args)
     release = open_release(args, args.weights)
     if not write_release(release, folder, f"hf-hub:{args.repo_id}", args.license):
         print(f"the card {hub.CARD} of the folder was changed by hand, and goes as it is")
@@ -131,6 +133,11 @@ def _write_classifier(args: argparse.Namespace, folder: Path) -> str:
         print("the card states no license: --license NAME does")
     print(f"weights: {release.details.get('weights', 'those of the folder')}")
     return release.name
+
+
+def _refuse_detector(args: argparse.Namespace) -> None:
+    if is_detector(args.source):
+        raise CommandError(f"{args.source} is of Ultralytics: give --yolo, and its checkpoint")
 
 
 def _write_detector(args: argparse.Namespace, folder: Path) -> str:
@@ -146,7 +153,11 @@ def _write_space(args: argparse.Namespace, folder: Path) -> str:
     for name in ("model", "stvit"):  # of a former dry run
         shutil.rmtree(folder / name, ignore_errors=True)
     if args.source.startswith("hf-hub:"):
-        hub.check_repo_id(args.source.removeprefix("hf-hub:").partition("@")[0])
+        repo_id, _, revision = args.source.removeprefix("hf-hub:").partition("@")
+        hub.check_repo_id(repo_id)
+        hub.check_options(revision or None, None, create_pr=False)
+        if not args.dry_run:
+            hub.check_there(repo_id, revision or None)
         refuse_flags(args, args.source, "results", "example")
         name = model = args.source
     elif args.yolo:
@@ -156,6 +167,7 @@ def _write_space(args: argparse.Namespace, folder: Path) -> str:
     else:
         if args.example:
             raise CommandError("--example is for a detector's card: leave it out")
+        _refuse_detector(args)
         release = open_release(args, args.weights)
         with TemporaryDirectory() as temporary:
             write_release(release, Path(temporary) / "model", f"hf-hub:{args.repo_id}", license)

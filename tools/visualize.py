@@ -40,7 +40,16 @@ from stvit.superpixels import boundaries, boundary_recall, undersegmentation_err
 from stvit.tools.common.checkpoint import replace_whole
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.model import add_model_arguments
-from stvit.tools.common.viewing import ImageError, Viewed, explained, find_images, fitted, open_image, open_viewed
+from stvit.tools.common.viewing import (
+    ImageError,
+    Viewed,
+    explained,
+    find_images,
+    fitted,
+    open_image,
+    open_mask,
+    open_viewed,
+)
 
 DEFAULT_MODEL = "stvit_small"
 DEFAULT_SIZE = 1024
@@ -100,8 +109,9 @@ def draw(args: argparse.Namespace) -> None:
     if args.masks is None and (args.void is not None or args.tolerance is not None):
         raise CommandError("--void and --tolerance are about masks: give --masks")
     root = Path(args.image).expanduser()
-    images = find_images(root)
-    folders = _folders(root, images, Path(args.out).expanduser())
+    out = Path(args.out).expanduser()
+    images = find_images(root, out)
+    folders = _folders(root, images, out)
     if args.masks is not None:
         _require_slic()
         masks: list[Path | None] = list(_find_masks(Path(args.masks).expanduser(), images))
@@ -294,11 +304,7 @@ def _find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
 
 
 def _open_mask(path: Path, image: Image.Image) -> np.ndarray:
-    try:
-        with Image.open(path) as file:
-            mask = np.array(file)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read the mask {path}: {reason(error)}") from error
+    mask = open_mask(path)
     if mask.ndim != 2 or mask.shape != (image.height, image.width):
         raise ImageError(
             f"the mask {path} must hold one number for each of the image's {image.width}x{image.height} pixels, it has "

@@ -1,5 +1,6 @@
 """The page of tools/demo.py as a Space of the Hugging Face Hub: a folder that runs by itself."""
 
+import json
 import re
 import shutil
 from importlib import metadata
@@ -30,10 +31,10 @@ HOST = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in os.enviro
 PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
 
 if __name__ == "__main__":
-    sys.exit(main(["{model}", "--runs=", "--no-hub", "--no-random", "--host", HOST, "--port", PORT]))
+    sys.exit(main([{model}, "--runs=", "--no-hub", "--no-random", "--host", HOST, "--port", PORT]))
 '''
 _CARD = """---
-title: {title}
+title: {quoted}
 emoji: 🧩
 colorFrom: yellow
 colorTo: gray
@@ -48,7 +49,7 @@ pinned: false
 
 # {title}
 
-Classes, boxes and super tokens of your image, as {model} sees them. An image is deleted within the hour.
+Classes, boxes and super tokens of your image, as {model} sees them. It is deleted within the hour.
 
 It runs on your machine, too: `pip install -r requirements.txt gradio=={gradio} && python app.py`.
 """
@@ -68,12 +69,19 @@ def write_space(folder: Path, repo_id: str, model: str, what: str, license: str 
         CommandError: If Gradio is missing, or it cannot be written.
     """
     try:
-        gradio = metadata.version("gradio")
+        gradio, requirements = metadata.version("gradio"), _requirements()
     except metadata.PackageNotFoundError as error:
-        raise CommandError("a Space runs the Gradio that is installed here: pip install 'stvit[demo]'") from error
+        raise CommandError(
+            f"a Space runs what is installed here, pip install 'stvit[demo]': {reason(error)}"
+        ) from error
     title = repo_id.rsplit("/", 1)[-1]
     card = _CARD.format(
-        title=title, gradio=gradio, mark=hub.CARD_MARK, model=what, license=f"license: {license}\n" if license else ""
+        title=title,
+        quoted=json.dumps(title),  # no and 123 are others in YAML
+        gradio=gradio,
+        mark=hub.CARD_MARK,
+        model=what,
+        license=f"license: {license}\n" if license else "",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +95,8 @@ def write_space(folder: Path, repo_id: str, model: str, what: str, license: str 
         for file in metadata.files("stvit") or []:
             if file.name in ("LICENSE", "NOTICE"):
                 shutil.copyfile(str(file.locate()), folder / file.name)
-        (folder / "app.py").write_text(_APP.replace("{model}", model), encoding="utf-8")
-        (folder / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")
+        (folder / "app.py").write_text(_APP.replace("{model}", json.dumps(model)), encoding="utf-8")
+        (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         (folder / hub.CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"cannot write {folder}: {reason(error)}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -23,6 +24,7 @@ import stvit
 from stvit import hub
 from stvit.tools.common.cli import CommandError, reason
 from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
+from stvit.visualize import to_rgb
 
 # Of an image that a model is shown; the network's time and memory grow with them.
 MOST_PIXELS = 64 * 2**20
@@ -175,7 +177,7 @@ def _ultralytics() -> Iterator[None]:
 
 
 def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """An image of a file, RGB, upright.
+    """An image of a file, RGB, upright, with white behind what is transparent.
 
     Args:
         path: Of a format of `READERS`, whatever its name.
@@ -184,7 +186,29 @@ def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
     Raises:
         ImageError: If it is none, damaged, or too large.
     """
+    with _reading(path, most_pixels) as image:
+        upright = ImageOps.exif_transpose(image)
     try:
+        return to_rgb(upright)
+    except ValueError as error:
+        raise ImageError(f"{path.name}: {error}") from error
+
+
+def open_mask(path: Path) -> np.ndarray:
+    """The numbers in an image, (H, W) if there is one for each pixel.
+
+    Raises:
+        ImageError: If the file is no image, damaged, or too large.
+    """
+    with _reading(path, MOST_PIXELS) as image:
+        return np.array(image)
+
+
+@contextmanager
+def _reading(path: Path, most_pixels: int) -> Iterator[ImageFile]:
+    try:
+        if not path.is_file():  # others may never end, or not begin
+            raise ImageError(f"{path.name} is no file")
         with path.open("rb") as file:
             start = file.read(12)
         reader = next((kind for begin, kind in READERS.values() if re.match(begin, start, re.DOTALL)), None)
@@ -197,21 +221,13 @@ def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
                     f"{path.name} has {image.width}x{image.height} pixels, more than the {most_pixels / 1e6:.0f} "
                     "million that are taken: make it smaller"
                 )
-            return _on_white(ImageOps.exif_transpose(image))
+            image.load()
+            yield image
     except ImageError:
         raise
     except Exception as error:  # a damaged or hostile file makes a reader raise nearly everything
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or cut off"
         raise ImageError(f"{path.name} cannot be read: {why}") from error
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, with white behind what is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
@@ -222,8 +238,12 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def find_images(path: Path) -> list[Path]:
+def find_images(path: Path, out: Path) -> list[Path]:
     """The image file itself, or all below a folder, in order of their names.
+
+    Args:
+        path: File or folder.
+        out: Where results go; if that is a folder below, its images do not count.
 
     Raises:
         CommandError: If there is none.
@@ -235,6 +255,7 @@ def find_images(path: Path) -> list[Path]:
     found = [
         Path(folder) / name
         for folder, _, names in sorted(os.walk(path, followlinks=True))
+        if out.resolve() == path.resolve() or not Path(folder).resolve().is_relative_to(out.resolve())
         for name in sorted(names)
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
     ]
