@@ -256,7 +256,7 @@ class SuperTokens:
             return picture
         self._check(token)
         pixels = np.array(picture)
-        pixels[_lines(_enlarged(self.labels == token, self.scale))] = MARK
+        pixels[_lines(_enlarged(self.labels == token, self.scale), more=1)] = MARK
         return Image.fromarray(pixels)
 
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
@@ -441,12 +441,12 @@ def _stretched(values: np.ndarray, least: float) -> np.ndarray:
     return (values - least) / max(values.max() - least, 1e-12)
 
 
-def _lines(labels: np.ndarray) -> np.ndarray:
-    """Where lines between labels go, thick enough to be seen when the picture is scaled down."""
+def _lines(labels: np.ndarray, more: int = 0) -> np.ndarray:
+    """Where lines between labels go, thick enough to be seen when the picture is scaled down, and thicker by `more`."""
     lines = np.zeros(labels.shape, dtype=bool)
     lines[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     lines[:-1] |= labels[:-1] != labels[1:]
-    for _ in range(1, max(labels.shape) // 400):
+    for _ in range(1, max(1, max(labels.shape) // 400) + more):
         grown = lines.copy()
         grown[1:] |= lines[:-1]
         grown[:, 1:] |= lines[:, :-1]

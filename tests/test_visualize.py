@@ -580,6 +580,10 @@ def test_nothing_but_an_image_says_that_weights_are_random(
     assert command.main(["a.png", "--stage", "1"]) == 0
     assert files(tmp_path / "super_tokens/a") == pictures(1)
     assert "warning: stvit_small, random weights: nothing has trained it, give --checkpoint" in capsys.readouterr().err
+    # They are the same each time.
+    first = Path("super_tokens/a/stage1.png").read_bytes()
+    assert command.main(["a.png", "--stage", "1"]) == 0
+    assert Path("super_tokens/a/stage1.png").read_bytes() == first
 
 
 def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -722,8 +726,7 @@ def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.C
         assert int(ours["regions"]) == len(np.unique(view.labels))
         assert abs(int(slic["regions"]) - int(ours["regions"])) <= 0.2 * int(ours["regions"])
         assert int(rows[4 * stage + 3]["regions"]) == view.grid[0] * view.grid[1]
-        h, w = view.hard.shape
-        coarse = command._slic(photo().resize((w, h), Image.Resampling.BOX), int(ours["regions"]))
+        coarse = command._slic(command.reduced(view), int(ours["regions"]))
         assert float(rows[4 * stage + 2]["boundary_recall"]) == pytest.approx(
             stvit.superpixels.boundary_recall(view.to_image(coarse), truth, 1, void=255), abs=1e-4
         )
@@ -751,6 +754,20 @@ def test_images_that_cannot_be_measured_are_left_out(
     assert "c.png must hold one number for each of the image's 120x160 pixels" in line
     assert "d.png is no image that can be read" in line
     assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
+
+
+def test_reduced_images_lie_on_the_map(model: Any) -> None:
+    """Of a classifier, and of a detector with gray around the image: the mean of the pixels that a value goes to."""
+    for net, stage in ((model, 1), (YOLO("yolo26n-stokenattention.yaml"), 0)):
+        view = super_tokens(net, photo(130, 99), stage)
+        h, w = view.hard.shape
+        place = view.to_image(np.arange(h * w).reshape(h, w))
+        small = np.array(command.reduced(view)).astype(int)
+        inner = [number for number in np.unique(place) if (place == number).sum() == view.stride**2]
+        assert len(inner) > 100
+        for number in inner:
+            mean = np.array(view.image)[place == number].mean(axis=0)
+            assert np.abs(small.reshape(-1, 3)[number] - mean).max() <= 0.51
 
 
 @pytest.mark.parametrize(

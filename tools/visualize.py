@@ -320,13 +320,12 @@ def _measure(
     width, height = view.image.size
     truth = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     regions = len(np.unique(view.labels))
-    coarse = view.image.resize(view.hard.shape[::-1], Image.Resampling.BOX)
     h, w = view.hard.shape
     cells = np.arange(h)[:, None] // view.stoken_size[0] * w + np.arange(w)[None] // view.stoken_size[1]
     maps = {
         "super tokens": view.labels,
         "SLIC": _slic(view.image, regions),
-        "SLIC at the map's resolution": view.to_image(_slic(coarse, regions)),
+        "SLIC at the map's resolution": view.to_image(_slic(reduced(view), regions)),
         "cells": view.to_image(cells),
     }
     rows, panels = [], []
@@ -351,6 +350,19 @@ def _measure(
         panels.append((f"{name}: BR {recall:.3f}, UE {leak:.3f}", Image.fromarray(picture)))
     _save(visualize.contact_sheet(panels, columns=2), path)
     return rows
+
+
+def reduced(view: visualize.SuperTokens) -> Image.Image:
+    """The image at the map's resolution, (h, w): each pixel the mean of those that `to_image` gives its value to."""
+    pixels, stride = np.asarray(view.image), view.stride
+    padding = []
+    for size, before, cells in zip(pixels.shape, view.offset, view.hard.shape, strict=False):
+        start = before + stride // 2
+        padding.append((start, max(0, cells * stride - start - size)))
+    h, w = view.hard.shape
+    whole = np.pad(pixels, (*padding, (0, 0)), mode="edge")[: h * stride, : w * stride]
+    means = whole.reshape(h, stride, w, stride, 3).mean(axis=(1, 3))
+    return Image.fromarray(means.round().astype(np.uint8))
 
 
 def _slic(image: Image.Image, regions: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -80,7 +81,8 @@ def open_viewed(args: argparse.Namespace) -> Viewed:
         if path is not None:
             return Viewed(source, _open_detector(path), is_yolo=True, is_random=False)
     elif model is not None and model.endswith((".yaml", ".yml")):
-        return Viewed(f"{Path(model).stem}, random weights", _yolo(model), is_yolo=True, is_random=True)
+        with _drawn():
+            return Viewed(f"{Path(model).stem}, random weights", _yolo(model), is_yolo=True, is_random=True)
     return _open_classifier(args)
 
 
@@ -89,16 +91,25 @@ def _open_classifier(args: argparse.Namespace) -> Viewed:
     weights = choose_weights(argparse.Namespace(**{**dict.fromkeys(RECIPE_KEYS), **vars(args)}))
     content = read_weights(weights.file, weights.use_ema)[0] if weights.file is not None else None
     pretrained = args.pretrained or args.checkpoint is not None
-    model = create_model(
-        weights.model,
-        pretrained=pretrained,
-        weights=content,
-        num_classes=args.num_classes or weights.recipe.get("num_classes"),
-        in_chans=args.in_chans or weights.recipe.get("in_chans"),
-        model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
-    )
+    with _drawn():
+        model = create_model(
+            weights.model,
+            pretrained=pretrained,
+            weights=content,
+            num_classes=args.num_classes or weights.recipe.get("num_classes"),
+            in_chans=args.in_chans or weights.recipe.get("in_chans"),
+            model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
+        )
     title = args.checkpoint or (args.model if pretrained else f"{args.model}, random weights")
     return Viewed(title, model.eval().requires_grad_(False), is_yolo=False, is_random=not pretrained)
+
+
+@contextmanager
+def _drawn() -> Iterator[None]:
+    """Random weights are the same each time, and take no number from others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _open_hub(args: argparse.Namespace) -> Viewed:
