@@ -66,6 +66,8 @@ def serving(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
+            # Shells have programs in the background ignore Ctrl-C, the tests' among them.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         latest = time.monotonic() + 120

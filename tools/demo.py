@@ -353,8 +353,11 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         view: visualize.SuperTokens | None = None
         token: int = 0
 
-    def receive(upload: Any, session: Session) -> Any:
+    def forget(session: Session, results: int) -> Any:
         session.image = session.view = None
+        return [gr.Button(interactive=False)] * 3 + [None] * results
+
+    def receive(upload: Any, session: Session) -> Any:
         path = Path(str(upload.get("path"))).resolve() if isinstance(upload, dict) else None
         if path is not None:
             # Gradio believes the path of a message that it takes for no file.
@@ -385,6 +388,12 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         session.view = None
         stages = stages_of(models.open(name))
         return gr.Slider(minimum=stages[0], maximum=max(stages[-1], stages[0] + 1), value=stages[0])
+
+    def on_load(session: Session, name: str) -> Any:
+        try:
+            return on_model(session, name)
+        except CommandError:  # which nobody has asked about yet
+            return gr.Slider()
 
     def on_look(session: Session, name: str, stage: float, overlay: str) -> Any:
         image, viewed = need(session), models.open(name)
@@ -480,21 +489,14 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         results: list[Any] = [classes, classifier_note, boxes, found, tokens_note, *of_view]
         # Gradio would open what is uploaded by itself: unprocessed it is a path, and is opened with care. Until it is
         # there the buttons are off.
-        upload.input(
-            lambda: [gr.Button(interactive=False)] * 3 + [None] * len(results), None, buttons + results, **light
-        )
-        receiving = upload.input(guarded(receive), [upload, session], buttons, preprocess=False, **light)
+        emptied = upload.input(lambda session: forget(session, len(results)), session, buttons + results, **light)
+        receiving = emptied.then(guarded(receive), [upload, session], buttons, preprocess=False, **light)
         receiving.failure(lambda: None, None, upload, **light)
         classify_button.click(guarded(on_classify), [session, classifier], [classes, classifier_note], **heavy)
         detect_button.click(guarded(on_detect), [session, detector, confidence], [boxes, found], **heavy)
-        gr.on(
-            [page.load, of_tokens.input],
-            guarded(on_model),
-            [session, of_tokens],
-            stage,
-            show_progress="hidden",
-            **heavy,
-        )
+        quiet: dict[str, Any] = {**heavy, "show_progress": "hidden"}
+        page.load(on_load, [session, of_tokens], stage, **quiet)
+        of_tokens.input(guarded(on_model), [session, of_tokens], stage, **quiet)
         of_tokens.input(lambda: [None] * (1 + len(of_view)), None, [tokens_note, *of_view], **light)
         gr.on(
             [look_button.click, stage.input],
