@@ -85,7 +85,8 @@ class SuperTokens:
     @cached_property
     def candidates(self) -> np.ndarray:
         """(9, h, w), the numbers of the nine super tokens that `soft` speaks of; -1 outside the grid."""
-        rows, columns = self._cells()
+        _, h, w = self.soft.shape
+        rows, columns = np.arange(h)[:, None] // self.stoken_size[0], np.arange(w)[None] // self.stoken_size[1]
         found = []
         for i in (-1, 0, 1):
             for j in (-1, 0, 1):
@@ -258,11 +259,6 @@ class SuperTokens:
         pixels = np.array(picture)
         pixels[_lines(_enlarged(self.labels == token, self.scale), more=1)] = MARK
         return Image.fromarray(pixels)
-
-    def _cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows, (h, 1), and columns, (1, w), of the cells that the pixels of the map lie in."""
-        _, h, w = self.soft.shape
-        return np.arange(h)[:, None] // self.stoken_size[0], np.arange(w)[None] // self.stoken_size[1]
 
     def to_image(self, values: np.ndarray) -> np.ndarray:
         """Values of the map's pixels, (h, w), for those of the image, (H, W): each takes the nearest.
