@@ -446,7 +446,8 @@ for (const e of document.querySelectorAll('h1, h2, p, label, button, span, dt, d
   if (size < 11) small.push([own, size]);
   const a = light(rgb(style.color)), b = light(behind(e));
   const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  if (contrast < (size >= 18 || +style.fontWeight >= 600 ? 3 : 4.5)) faint.push([own, style.color, contrast]);
+  const isLarge = size >= 24 || (size >= 18.6 && +style.fontWeight >= 700);
+  if (contrast < (isLarge ? 3 : 4.5)) faint.push([own, style.color, contrast]);
 }
 const background = behind(document.querySelector('.gradio-container'))[0];
 return {overflow: document.documentElement.scrollWidth - window.innerWidth, small, faint, background};
@@ -468,6 +469,51 @@ def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
         probe.settimeout(5)
         with pytest.raises(OSError, match="refused"):
             probe.connect(("127.0.0.2", int(port)))
+
+
+def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio
+
+    asked: dict[str, Any] = {}
+
+    def launch(_: Any, **kwargs: Any) -> None:
+        asked.update(kwargs)
+        raise OSError("not now")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    assert demo.main(["--runs=", "stvit_pico", "--max-megabytes=3"]) == 1
+    expected = {"share": False, "server_name": "127.0.0.1", "max_file_size": "3mb", "mcp_server": False}
+    assert expected.items() <= asked.items() and asked["server_port"] in demo.PORTS
+
+
+def test_results_of_a_former_image_are_dropped(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the buttons' functions give when the image changes while they work."""
+    args = demo.create_parser().parse_args(["--runs=", "--no-random", str(models / "runs/vehicles")])
+    page = demo.create_page(demo.Models(args), args)
+    functions = {function.fn.__name__: function.fn for function in page.fns.values()}
+    name = str(models / "runs/vehicles")
+    former, new = Image.new("RGB", (40, 40)), Image.new("RGB", (50, 50))
+
+    for change in (False, True):
+        sessions = [block.value for block in page.blocks.values() if type(block).__name__ == "State"]
+        (session,) = sessions
+
+        def work(result: Any, session: Any = session, change: bool = change) -> Any:
+            session.image = new if change else session.image
+            return result
+
+        session.image = former
+        monkeypatch.setattr(demo, "classify", lambda *_, work=work: work({"cat": 1.0}))
+        assert functions["on_classify"](session, name) == ((None, None) if change else ({"cat": 1.0}, ""))
+        session.image = former
+        monkeypatch.setattr(demo, "detect", lambda *_, work=work: work((former, "Found.")))
+        assert (functions["on_detect"](session, name, 0.5)[0] is None) == change
+        session.image = former
+        monkeypatch.setattr(demo, "stages_of", work)
+        shown = functions["on_look"](session, name, 0, "boundaries")
+        assert (shown[1] is None) == change and (session.view is None or not change)
+        session.view = None
 
 
 def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> None:
@@ -515,8 +561,8 @@ def test_nothing_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path:
         kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
         request = urllib.request.Request(f"{page}/gradio_api/upload", body, kind)
         (path,) = json.load(urllib.request.urlopen(request))
-        assert Path(path).read_bytes() == photo.read_bytes()
-    assert not list((tmp_path / "temporary").rglob("*.jpg"))
+        assert Path(path).read_bytes() == photo.read_bytes() and "/stvit-demo-" in path  # not other pages' folder
+    assert not list((tmp_path / "temporary").glob("stvit-demo-*"))
 
 
 def test_hostile_files_are_refused(tmp_path: Path) -> None:
