@@ -574,6 +574,9 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
             path.write_bytes(content)
             with pytest.raises(ImageError, match=re.escape(words)):
                 open_image(path, most_pixels=2_000_000)
+    os.mkfifo(tmp_path / "pipe.png")  # which would be waited for without end
+    with pytest.raises(ImageError, match=r"pipe\.png is no file"):
+        open_image(tmp_path / "pipe.png")
 
 
 def test_every_format_is_read_upright(tmp_path: Path) -> None:
