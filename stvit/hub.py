@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,7 +417,7 @@ def push(
         is_new = branch not in branches
         head = branches.get("main" if is_new else branch)  # where a new branch begins
         there = _files_there(api, repo_id, head, repo_type)
-        sent = [path for path in files if there.get(path) != _hash_as(folder / path, there.get(path))]
+        sent = _changed(folder, files, there)
         kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, folder / CARD, repo_type)
         if kept_card:
             sent.remove(CARD)
@@ -482,7 +482,7 @@ def compare_files_with_hub(folder: Path, pushed: Pushed, repo_type: str) -> int:
     with _explained(pushed.repo_id, pushed.commit, "the files were sent, and could not be compared"):
         there = _files_there(HfApi(library_name="stvit"), pushed.repo_id, pushed.commit, repo_type)
     files = [path for path in list_files(folder) if not (pushed.kept_card and path == CARD)]
-    wrong = [path for path in files if there.get(path) != _hash_as(folder / path, there.get(path))]
+    wrong = _changed(folder, files, there)
     if wrong:
         raise HubError(f"pushed, but {', '.join(wrong[:5])} of {pushed.repo_id} are otherwise there: push again")
     return len(files)
@@ -586,6 +586,11 @@ def _commit_url(api: HfApi, repo_id: str, commit: str | None, repo_type: str) ->
     return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}/commit/{commit}"
 
 
+def _changed(folder: Path, paths: Iterable[str], there: Mapping[str, str]) -> list[str]:
+    """Those files of a folder that the Hub does not have as they are here, by its hashes."""
+    return [path for path in paths if there.get(path) != _hash_as(folder / path, there.get(path))]
+
+
 def _hash_as(path: Path, there: str | None) -> str | None:
     """A file's hash, of the kind that the Hub has of it."""
     if there is None:
@@ -631,8 +636,7 @@ def _commit(
             raise
         now = _head_after(api, repo_id, branch, head, error, repo_type)
         if now != head:
-            hashes = _files_there(api, repo_id, now, repo_type)
-            if all(hashes.get(path) == _hash_as(folder / path, hashes.get(path)) for path in sent):
+            if not _changed(folder, sent, _files_there(api, repo_id, now, repo_type)):
                 return now, _commit_url(api, repo_id, now, repo_type)  # it stands, and only the answer was lost
         elif is_new:
             with suppress(Exception):  # what was wrong with the commit says more

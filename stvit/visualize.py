@@ -223,19 +223,26 @@ class SuperTokens:
         Raises:
             ValueError: If there is no such token.
         """
+        return contact_sheet(self.panels(token), columns=2, title=title)
+
+    def panels(self, token: int | None = None) -> list[tuple[str, Image.Image]]:
+        """What they are, and the pictures: boundaries, mean colors, a token's association, its attention.
+
+        Args:
+            token: As for `draw`.
+
+        Raises:
+            ValueError: If there is no such token.
+        """
         token = self.center if token is None else token
         most, weights = self.association(token).max(), self.attention(token)
         rows, columns = self.grid
-        return contact_sheet(
-            [
-                (f"{rows}x{columns} super tokens", self.draw_boundaries()),
-                ("mean colors", self.draw_mean_colors()),
-                (f"association with token {token}, up to {most:.2f}", self.draw_association(token)),
-                (f"its attention, {weights.min():.2g} to {weights.max():.2g}", self.draw_attention(token)),
-            ],
-            columns=2,
-            title=title,
-        )
+        return [
+            (f"{rows}x{columns} super tokens", self.draw_boundaries()),
+            ("mean colors", self.draw_mean_colors()),
+            (f"association with token {token}, up to {most:.2f}", self.draw_association(token)),
+            (f"its attention, {weights.min():.2g} to {weights.max():.2g}", self.draw_attention(token)),
+        ]
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -511,15 +518,14 @@ def _data_config(net: nn.Module, given: Mapping[str, Any] | None) -> dict[str, A
 def _statistics(net: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of a model's images."""
     modules = list(net.modules())
-    if not any(
-        hasattr(module, "mean") and hasattr(module, "std") for module in modules
-    ):  # which normalize by themselves
-        for module in modules:
-            if getattr(module, "pretrained_cfg", None):
-                config = resolve_data_config(pretrained_cfg=module.pretrained_cfg)
-                return config["mean"], config["std"]
-        if any(isinstance(module, STViT) for module in modules):
-            return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if any(hasattr(module, "mean") and hasattr(module, "std") for module in modules):  # which normalize by themselves
+        return (0.0,), (1.0,)
+    cfg = next((module.pretrained_cfg for module in modules if getattr(module, "pretrained_cfg", None)), None)
+    if cfg is not None:
+        config = resolve_data_config(pretrained_cfg=cfg)
+        return config["mean"], config["std"]
+    if any(isinstance(module, STViT) for module in modules):
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return (0.0,), (1.0,)
 
 

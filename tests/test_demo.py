@@ -4,6 +4,7 @@ Needs chromium and its driver (Debian: chromium and chromium-driver), and is ski
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -202,11 +203,7 @@ class Browser:
         """The pixels of a picture that the page shows."""
         image = self.until(lambda: self.all(f"{selector} img"), f"a picture in {selector}")[0]
         with urllib.request.urlopen(image.get_attribute("src")) as answer:
-            path = Path(os.environ["TMPDIR"] if "TMPDIR" in os.environ else "/tmp") / f"picture-{os.getpid()}.png"
-            path.write_bytes(answer.read())
-        pixels = np.array(Image.open(path).convert("RGB"))
-        path.unlink()
-        return pixels
+            return np.array(Image.open(io.BytesIO(answer.read())).convert("RGB"))
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,16 @@ from stvit import visualize
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
 from stvit.tools.common.data import resolve_images
 from stvit.tools.common.model import find_weights
-from stvit.tools.common.viewing import READERS, Viewed, explained, fitted, is_detector, open_image, open_viewed
+from stvit.tools.common.viewing import (
+    READERS,
+    Viewed,
+    explained,
+    fitted,
+    is_detector,
+    open_image,
+    open_viewed,
+    stages_of,
+)
 
 PORTS = range(7860, 7960)
 RANDOM_MODELS = ("stvit_small", "yolo26n-stvit_pico.yaml")
@@ -293,19 +302,6 @@ def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int)
     return Image.fromarray(np.ascontiguousarray(result.plot()[..., ::-1])), words
 
 
-def stages_of(viewed: Viewed) -> list[int]:
-    """The stages that have super tokens.
-
-    Raises:
-        CommandError: If none has.
-    """
-    with explained():
-        stages = visualize.stages(viewed.model)
-    if not stages:
-        raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
-    return stages
-
-
 def describe(view: visualize.SuperTokens, token: int) -> str:
     """A token in words."""
     row, column = divmod(token, view.grid[1])
@@ -435,12 +431,12 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
             info="One of the list, or hf-hub:ORG/NAME" if models.takes_hub_ids else None,
         )
 
-    def picture(caption: str, elem_id: str, **kwargs: Any) -> gr.Image:
+    def picture(caption: str, elem_id: str) -> gr.Image:
         """A picture below its caption, which Gradio would put on top of it."""
         gr.Markdown(caption)
         buttons = ["download", "fullscreen"]
         look: dict[str, Any] = {"show_label": False, "buttons": buttons, "elem_classes": "result", "format": "png"}
-        return gr.Image(label=caption, interactive=False, elem_id=elem_id, **look, **kwargs)
+        return gr.Image(label=caption, interactive=False, elem_id=elem_id, **look)
 
     # Networks take turns.
     heavy: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}

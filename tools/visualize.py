@@ -49,10 +49,12 @@ from stvit.tools.common.viewing import (
     open_image,
     open_mask,
     open_viewed,
+    stages_of,
 )
 
 DEFAULT_MODEL = "stvit_small"
 DEFAULT_SIZE = 1024
+# As `SuperTokens.panels` has them.
 PICTURES = ("boundaries", "mean_colors", "association", "attention")
 
 
@@ -183,11 +185,10 @@ def _token(args: argparse.Namespace, view: visualize.SuperTokens, image: Image.I
 def _draw_view(
     args: argparse.Namespace, view: visualize.SuperTokens, title: str, image: Image.Image, folder: Path, stage: int
 ) -> None:
-    token = _token(args, view, image)
-    _save(view.draw(token, title), folder / f"stage{stage}.png")
-    for name in PICTURES:
-        of_token = (token,) if name in ("association", "attention") else ()
-        _save(getattr(view, f"draw_{name}")(*of_token), folder / f"stage{stage}_{name}.png")
+    panels = view.panels(_token(args, view, image))
+    _save(visualize.contact_sheet(panels, columns=2, title=title), folder / f"stage{stage}.png")
+    for name, (_, picture) in zip(PICTURES, panels, strict=True):
+        _save(picture, folder / f"stage{stage}_{name}.png")
 
 
 def _draw_checkpoints(
@@ -235,10 +236,7 @@ def _folders(root: Path, images: Sequence[Path], out: Path) -> list[Path]:
 
 def _choose_stages(asked: Sequence[int] | None, viewed: Viewed) -> list[int]:
     """The stages to draw: those asked for, else all that have super tokens."""
-    with explained():
-        stages = visualize.stages(viewed.model)
-    if not stages:
-        raise CommandError(f"{viewed.title} has no super tokens: give an STViT, or a detector with one")
+    stages = stages_of(viewed)
     for stage in asked or []:
         if stage not in stages:
             raise CommandError(

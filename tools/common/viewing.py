@@ -22,10 +22,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 import stvit
-from stvit import hub
+from stvit import hub, visualize
 from stvit.tools.common.cli import CommandError, reason
 from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
-from stvit.visualize import to_rgb
 
 # Of an image that a model is shown; the network's time and memory grow with them.
 MOST_PIXELS = 64 * 2**20
@@ -172,6 +171,19 @@ def explained() -> Iterator[None]:
         raise CommandError(reason(error)) from error
 
 
+def stages_of(viewed: Viewed) -> list[int]:
+    """The stages that have super tokens.
+
+    Raises:
+        CommandError: If none has.
+    """
+    with explained():
+        stages = visualize.stages(viewed.model)
+    if not stages:
+        raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
+    return stages
+
+
 @contextmanager
 def _ultralytics() -> Iterator[None]:
     try:
@@ -200,7 +212,7 @@ def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
     with _reading(path, most_pixels) as image:
         upright = ImageOps.exif_transpose(image)
     try:
-        return to_rgb(upright)
+        return visualize.to_rgb(upright)
     except ValueError as error:
         raise ImageError(f"{path.name}: {error}") from error
 
