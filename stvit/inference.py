@@ -1,11 +1,11 @@
-"""Models rewritten for inference: everything that is constant then is folded away, in the fastest memory format.
+"""An optimized copy of a model for inference: constants folded, channels_last weights, tiled MLPs.
 
 Shapes: as in stvit/stvit.py, and
     D        hidden channels of an MLP
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,35 +15,38 @@ from torch import nn
 from stvit.fold import fold_batch_norms
 from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
 
-__all__ = ["TiledConvMlp", "fold_constants", "optimize_for_inference"]
+__all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_constants", "optimize_for_inference"]
 
-# Bytes of an MLP's hidden map computed at a time: of so much, the few maps that follow each other stay in the
-# last-level cache. docs/speed.md has the sizes that were tried.
+# Size of the part of an MLP's hidden map that is computed at a time. The few maps of this size that an MLP holds stay
+# in the last-level cache. docs/speed.md lists the sizes that were tried.
 TILE_BYTES = 8 * 2**20
-# A tile's first and last row are computed once more for its neighbors.
+# Neighboring tiles both compute the rows at their border, so short tiles waste work.
 MIN_TILE_ROWS = 8
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """A copy of a model that computes the same in less time and memory, and can no longer be trained.
+    """Returns an optimized copy of a model for inference, which takes less time and memory and cannot be trained.
 
-    Batch normalizations go into the convolutions that they follow, or the 1x1 convolutions that they precede;
-    `x + depthwise(x)` becomes one depthwise convolution (a 1 is added to the kernel's center); layer scale goes into
-    the projection before it; dropout and stochastic depth go. Weights are laid out channels_last. On a CPU the MLPs
-    compute their hidden maps in tiles. All of it is exact, to rounding: float32 outputs stay within 1e-4 of their
-    standard deviation. A batch normalization after an activation and before a padded convolution (four, in the stem)
-    stays, since the padding is not normalized.
+    - Batch normalizations are folded into the convolution before them, or into a 1x1 convolution after them.
+    - `x + depthwise(x)` becomes one depthwise convolution, with a 1 added to the center of its kernel, in float32 and
+      float64. A center in bfloat16 or float16 would lose bits to the 1: there, the addition stays.
+    - Layer scale is folded into the projection before it. Dropout and stochastic depth are removed.
+    - Weights become channels_last. On a CPU the MLPs compute their hidden maps in tiles.
 
-    The result is a model of the same class, with the same methods, that exports, compiles, scripts and pickles. Its
-    state dict is another one: load weights before, not after.
+    All of it is exact up to rounding: float32 outputs stay within 1e-4 of their standard deviation, and outputs in
+    reduced precision are as close to float32 as those of the plain model. Four batch normalizations of the stem stay:
+    each follows an activation and precedes a padded convolution, whose padding is not normalized.
+
+    The copy is a model of the same class, with the same methods. It exports, compiles, scripts and pickles. Its state
+    dict differs: load weights first.
 
     Args:
-        model: An `STViT`, or what contains one (`features_only=True`, a detector's backbone, …), in evaluation mode.
-            Other models that torch.fx can trace have their batch normalizations folded.
+        model: An `STViT` in evaluation mode, or a module that contains one (`features_only=True`, a detector). The
+            batch normalizations of other models are folded too, if torch.fx can trace them.
 
     Raises:
         ValueError: If the model is in training mode, or torch.fx cannot trace it.
-        TypeError: If it is compiled or scripted already.
+        TypeError: If the model is already compiled or scripted.
     """
     if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise TypeError(
@@ -63,13 +66,16 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_constants(model: nn.Module) -> int:
-    """Does `optimize_for_inference`'s folding in place, whichever mode the model is in; the results are for evaluation.
+    """Folds constants in place, see `optimize_for_inference`. The result is for evaluation.
+
+    Args:
+        model: In either mode.
 
     Returns:
-        How many batch normalizations were folded.
+        The number of batch normalizations folded.
 
     Raises:
-        ValueError: If torch.fx cannot trace the model; it is then as it was.
+        ValueError: If torch.fx cannot trace the model. The model is then unchanged.
     """
     folded = fold_batch_norms(model)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, STViTBlock)]
@@ -79,32 +85,75 @@ def fold_constants(model: nn.Module) -> int:
             block.ls2 = _fold_layer_scale(block.mlp.fc2, block.ls2)
             block.mlp = TiledConvMlp(block.mlp)
         if isinstance(block.cpe, ResidualDepthwiseConv):
-            block.cpe = _fold_residual(block.cpe)
-        for module in (block, block.attn):  # others' may ask their dropout for its rate
+            block.cpe = FoldedResidualConv(block.cpe)
+        block.attn.attn_drop.p = 0.0  # the fused attention reads it
+        for module in (block, block.attn):  # modules of other models may read the rate of their dropout
             for name, child in module.named_children():
-                if isinstance(child, (nn.Dropout, DropPath)):
+                if isinstance(child, (nn.Dropout, DropPath)) and name != "attn_drop":
                     setattr(module, name, nn.Identity())
-        block.attn.attn_drop = 0.0
     return folded
 
 
-class TiledConvMlp(nn.Module):
-    """1x1 up, activation, depthwise 3x3, 1x1 down, (B, C, H, W) to the same, a part of the map after the other.
+class FoldedResidualConv(nn.Module):
+    """x + depthwise(x), as one convolution in float32 and float64, (B, C, H, W) to the same shape.
 
-    The hidden map is four times as large as the input. Computed whole it goes through the memory three times; a tile
-    of it stays in the cache, and no more than a tile is ever held. Where that is of no use (a GPU, gradients) or
-    would freeze sizes (compilation, export, tracing), the map is computed whole.
+    The 1 of the residual is added to the center of the kernel. In reduced precision the sum would cost the center
+    three of its eight bits (bfloat16), so the addition stays there, under autocast too.
+    """
+
+    def __init__(self, module: ResidualDepthwiseConv) -> None:
+        """
+        Args:
+            module: Its convolution is shared, not copied.
+        """
+        super().__init__()
+        self.conv = module.conv
+        self.folded = copy.deepcopy(module.conv)
+        self._fold()
+
+    def _fold(self) -> None:
+        with torch.no_grad():
+            self.folded.weight.copy_(self.conv.weight)
+            self.folded.weight[:, 0, 1, 1] += 1
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FoldedResidualConv":
+        super()._apply(fn, recurse)
+        self._fold()  # a cast to reduced precision and back must not leave a rounded sum
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and _is_precise(x):
+            return self.folded(x)
+        return x + self.conv(x)
+
+
+@torch.jit.unused
+def _is_precise(x: torch.Tensor) -> bool:
+    """Whether a convolution of x is computed in float32 or float64."""
+    if isinstance(x, torch.fx.Proxy):  # the graph must serve every dtype
+        return False
+    device = x.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype in (torch.float32, torch.float64) and not is_autocast
+
+
+class TiledConvMlp(nn.Module):
+    """1x1 up, activation, residual depthwise 3x3, 1x1 down, computed in tiles, (B, C, H, W) to the same shape.
+
+    The hidden map is four times as large as the input. A tile of it stays in the cache, while the whole map would
+    pass through memory three times. The map is computed whole on a GPU and for gradients, where tiles gain nothing,
+    and under compilation, export and tracing, where they would fix the sizes.
     """
 
     def __init__(self, mlp: ConvMlp) -> None:
         """
         Args:
-            mlp: Whose convolutions are taken over; its dropout is not.
+            mlp: Its convolutions are shared, not copied. Its dropout is left out.
         """
         super().__init__()
         self.fc1 = mlp.fc1
         self.act = mlp.act
-        self.conv = _fold_residual(mlp.conv)
+        self.conv = FoldedResidualConv(mlp.conv)
         self.fc2 = mlp.fc2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,11 +170,11 @@ class TiledConvMlp(nn.Module):
         row_bytes = W * self.fc1.out_channels * x.element_size()
         if B * H * row_bytes <= TILE_BYTES:
             return self._whole(x)
+        halo = self.conv.conv.dilation[0]  # rows above and below that the depthwise convolution reads
         out = x.new_empty((B, self.fc2.out_channels, H, W)).to(memory_format=torch.channels_last)
         for images in _parts(B, max(1, TILE_BYTES // (H * row_bytes))):
             for rows in _parts(H, max(MIN_TILE_ROWS, TILE_BYTES // (len(images) * row_bytes))):
-                # With the row above and the row below, which the depthwise convolution looks at.
-                top, bottom = max(rows.start - 1, 0), min(rows.stop + 1, H)
+                top, bottom = max(rows.start - halo, 0), min(rows.stop + halo, H)
                 tile = x[images.start : images.stop, :, top:bottom]
                 tile = self.conv(self.act(self.fc1(tile)))
                 tile = self.fc2(tile[:, :, rows.start - top : rows.stop - top])
@@ -145,21 +194,14 @@ def _may_tile(x: torch.Tensor) -> bool:
 
 
 def _parts(length: int, limit: int) -> Iterator[range]:
-    """`range(length)` in as few parts as possible of at most `limit`, of equal size but for one."""
+    """Splits `range(length)` into the fewest parts of at most `limit`, whose sizes differ by at most one."""
     count = -(-length // limit)
     for i in range(count):
         yield range(length * i // count, length * (i + 1) // count)
 
 
-def _fold_residual(module: ResidualDepthwiseConv) -> nn.Conv2d:
-    """x + conv(x) as one convolution."""
-    conv = module.conv
-    conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
-    return conv
-
-
 def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
-    """Scales the outputs of the convolution; returns what takes the place of the layer scale."""
+    """Folds a layer scale into the convolution before it, and returns the module that replaces it."""
     if not isinstance(scale, LayerScale2d):
         return scale
     gamma = scale.gamma.double()

@@ -15,7 +15,7 @@ are this project's.
 Shapes:
     B        batch
     C        channels of a stage
-    H, W     pixels of the stage's map: of the image, 1/4, 1/8, 1/16 and 1/32, rounded up
+    H, W     pixels of the stage's map: 1/4, 1/8, 1/16 and 1/32 of the image, rounded up
 """
 
 import math
@@ -26,7 +26,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -57,24 +56,12 @@ __all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
 Device = torch.device | str | None
 
 
-class StemConv(nn.Conv2d):
-    """The first convolution, whose output is channels_last: what follows keeps that, whatever the weights' own format.
-
-    It is the format that normalization over channels, attention and super tokens work in, and the one that convolutions
-    are fastest in.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Not super().forward, which TorchScript does not know.
-        x = self._conv_forward(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
-        return x.contiguous(memory_format=torch.channels_last)  # images of one channel cannot show their format
-
-
 class PixelAct(nn.Module):
-    """An activation of each number by itself, (B, C, H, W) to the same.
+    """Applies an activation elementwise and returns a channels_last map, (B, C, H, W) to the same shape.
 
-    Of a map that is channels_last it is given the view (B, H, W, C): for tensors that are contiguous as they stand
-    PyTorch has a faster GELU on CPUs, forward and backward.
+    The activation sees the contiguous view (B, H, W, C), for which PyTorch has a faster GELU on CPUs, forward and
+    backward. The first activation thus also makes every later map of the model channels_last, whatever the memory
+    format of the images: normalization over channels, attention and most convolutions are fastest in it.
     """
 
     def __init__(self, act: nn.Module) -> None:
@@ -82,43 +69,34 @@ class PixelAct(nn.Module):
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # which fuse it with what is before
+        # A compiler fuses the activation and chooses the layout itself; an exported graph needs no transposes.
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return self.act(x)
-        return self.act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # Not contiguous(memory_format=channels_last): torch.func.vmap refuses it, and it ignores maps of one channel.
+        return self.act(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 class ResidualDepthwiseConv(nn.Module):
-    """x + depthwise 3x3 convolution of x, (B, C, H, W) to the same: a block's position information (section 3.1)."""
+    """x + depthwise 3x3 convolution of x: encodes the position (section 3.1), (B, C, H, W) to the same shape."""
 
-    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, dilation: int = 1, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(
+            dim, dim, kernel_size=3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if not isinstance(x, torch.fx.Proxy) and self._is_precise():
-                # One pass over the map, with a 1 more at the kernel's center.
-                kernel = self.conv.weight + F.pad(self.conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-                return F.conv2d(x, kernel, self.conv.bias, padding=1, groups=self.conv.groups)
         return x + self.conv(x)
-
-    @torch.jit.unused
-    def _is_precise(self) -> bool:
-        """Whether the kernel keeps its bits beside a 1: at lower precisions the center would lose three of eight."""
-        weight = self.conv.weight
-        device = weight.device.type
-        if device not in ("cpu", "cuda"):  # of which autocast may know nothing
-            return False
-        return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
 
 
 class ConvMlp(nn.Module):
-    """1x1 up, activation, residual depthwise 3x3, 1x1 down (section 3.1), (B, C, H, W) to the same."""
+    """1x1 up, activation, residual depthwise 3x3, 1x1 down (section 3.1), (B, C, H, W) to the same shape."""
 
     def __init__(
         self,
         dim: int,
         hidden_dim: int,
+        dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop: float = 0.0,
         device: Device = None,
@@ -128,7 +106,7 @@ class ConvMlp(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, device=device, dtype=dtype)
         self.act = PixelAct(act_layer())
         self.drop1 = nn.Dropout(drop)
-        self.conv = ResidualDepthwiseConv(hidden_dim, device=device, dtype=dtype)
+        self.conv = ResidualDepthwiseConv(hidden_dim, dilation=dilation, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1, device=device, dtype=dtype)
         self.drop2 = nn.Dropout(drop)
 
@@ -138,7 +116,7 @@ class ConvMlp(nn.Module):
 
 
 class STViTBlock(nn.Module):
-    """Position embedding, super token attention, convolutional MLP (figure 2), (B, C, H, W) to the same."""
+    """Position encoding, super token attention, convolutional MLP (figure 2), (B, C, H, W) to the same shape."""
 
     def __init__(
         self,
@@ -146,6 +124,7 @@ class STViTBlock(nn.Module):
         num_heads: int,
         stoken_size: int | tuple[int, int] = 1,
         n_iter: int = 1,
+        dilation: int = 1,
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = None,
         attn_drop: float = 0.0,
@@ -154,12 +133,13 @@ class STViTBlock(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         attn_norm_layer: Callable[..., nn.Module] = LayerNorm2d,
+        backend: str = "auto",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.cpe = ResidualDepthwiseConv(dim, **dd)
+        self.cpe = ResidualDepthwiseConv(dim, dilation=dilation, **dd)
 
         self.norm1 = attn_norm_layer(dim, **dd)
         self.attn = SuperTokenAttention(
@@ -170,13 +150,14 @@ class STViTBlock(nn.Module):
             qkv_bias=True,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
+            backend=backend,
             **dd,
         )
         self.ls1 = LayerScale2d(dim, ls_init_value, **dd) if ls_init_value is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), dilation=dilation, act_layer=act_layer, drop=proj_drop, **dd)
         self.ls2 = LayerScale2d(dim, ls_init_value, **dd) if ls_init_value is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -188,7 +169,7 @@ class STViTBlock(nn.Module):
 
 
 class STViTStage(nn.Module):
-    """Down-sampling by 2 (except in the first stage), then blocks at one resolution."""
+    """Downsampling (except in the first stage), then blocks at one resolution."""
 
     def __init__(
         self,
@@ -197,23 +178,48 @@ class STViTStage(nn.Module):
         depth: int,
         drop_path_rates: list[float],
         downsample: bool = True,
+        stride: int = 2,
+        dilation: tuple[int, int] = (1, 1),
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: Device = None,
         dtype: torch.dtype | None = None,
         **block_kwargs: Any,
     ) -> None:
+        """
+        Args:
+            in_chs: Channels of the input.
+            out_chs: Channels of the blocks and of the output.
+            depth: Number of blocks.
+            drop_path_rates: Stochastic depth rate of each block.
+            downsample: Whether the stage begins with a 3x3 convolution from `in_chs` to `out_chs`.
+            stride: Stride of this convolution.
+            dilation: Dilation of this convolution, and of the depthwise convolutions in the blocks.
+            norm_layer: Normalization after the convolution and before the MLPs.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+            block_kwargs: Further arguments of `STViTBlock`.
+        """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
         if downsample:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_chs, out_chs, kernel_size=3, stride=2, padding=1, **dd),
+                nn.Conv2d(
+                    in_chs, out_chs, kernel_size=3, stride=stride, padding=dilation[0], dilation=dilation[0], **dd
+                ),
                 norm_layer(out_chs, **dd),
             )
         self.blocks = nn.Sequential(
             *[
-                STViTBlock(out_chs, drop_path=drop_path_rates[i], norm_layer=norm_layer, **block_kwargs, **dd)
+                STViTBlock(
+                    out_chs,
+                    dilation=dilation[1],
+                    drop_path=drop_path_rates[i],
+                    norm_layer=norm_layer,
+                    **block_kwargs,
+                    **dd,
+                )
                 for i in range(depth)
             ]
         )
@@ -239,6 +245,7 @@ class STViT(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        output_stride: int = 32,
         dims: tuple[int, ...] = (64, 128, 320, 512),
         depths: tuple[int, ...] = (3, 5, 9, 3),
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
@@ -254,6 +261,7 @@ class STViT(nn.Module):
         attn_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        backend: str = "auto",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -262,6 +270,8 @@ class STViT(nn.Module):
             in_chans: Channels of the input image.
             num_classes: Classes of the classifier, 0 for none.
             global_pool: Pooling before the classifier, '' for none.
+            output_stride: Greatest stride of a feature map: 8, 16 or 32. A stage that would exceed it keeps the
+                resolution of the previous stage; its convolutions are dilated instead. The weights are the same.
             dims: Channels of each stage.
             depths: Blocks of each stage.
             num_heads: Attention heads of each stage; each must divide the stage's channels.
@@ -278,13 +288,17 @@ class STViT(nn.Module):
             attn_drop_rate: Dropout rate of the attention weights.
             proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
             drop_path_rate: Stochastic depth rate of the last block; grows linearly from 0 at the first.
+            backend: Backend of super token attention in all blocks, see `stvit.sample_super_tokens`.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If an argument does not fit the number of stages, or the attention refuses its own.
+            ValueError: If an argument does not fit the number of stages, `output_stride` or `backend` has another
+                value, or `SuperTokenAttention` refuses an argument.
         """
         super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         num_stages = len(dims)
         per_stage = {
@@ -310,14 +324,20 @@ class STViT(nn.Module):
         prev_chs = in_chans
         for i, chs in enumerate(stem_chs):
             stride = 2 if i % 2 == 0 else 1
-            conv = StemConv if i == 0 else nn.Conv2d
-            stem += [conv(prev_chs, chs, 3, stride=stride, padding=1, **dd), PixelAct(act()), norm(chs, **dd)]
+            stem += [nn.Conv2d(prev_chs, chs, 3, stride=stride, padding=1, **dd), PixelAct(act()), norm(chs, **dd)]
             prev_chs = chs
         self.stem = nn.Sequential(*stem)
 
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(per_stage["depths"]), stagewise=True)
         stages = []
+        reduction, dilation = 4, 1
         for i in range(num_stages):
+            # A stride of 2 that is removed doubles the dilation of everything after it. Every second row and column of
+            # each convolution's output is then what it is with the stride.
+            stride, first_dilation = (2 if i > 0 else 1), dilation
+            if reduction * stride > output_stride:
+                dilation, stride = dilation * stride, 1
+            reduction *= stride
             stages.append(
                 STViTStage(
                     prev_chs,
@@ -325,6 +345,8 @@ class STViT(nn.Module):
                     depth=per_stage["depths"][i],
                     drop_path_rates=drop_path_rates[i],
                     downsample=i > 0,
+                    stride=stride,
+                    dilation=(first_dilation, dilation),
                     num_heads=per_stage["num_heads"][i],
                     stoken_size=per_stage["stoken_size"][i],
                     n_iter=per_stage["n_iter"][i],
@@ -335,11 +357,12 @@ class STViT(nn.Module):
                     act_layer=act,
                     norm_layer=norm,
                     attn_norm_layer=attn_norm,
+                    backend=backend,
                     **dd,
                 )
             )
             prev_chs = dims[i]
-            self.feature_info.append({"num_chs": prev_chs, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+            self.feature_info.append({"num_chs": prev_chs, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
 
         self.num_features = head_hidden_size

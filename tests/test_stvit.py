@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import stvit
 from stvit import STViT
 from stvit.stvit import _official_key, checkpoint_filter_fn
 
@@ -440,6 +441,51 @@ def test_script_features_only(feature_cls: str) -> None:
         torch.testing.assert_close(list(scripted(x)), list(model(x)))
 
 
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("name", ["test_stvit", "test_convnext", "resnet18"])
+def test_output_stride(name: str, output_stride: int) -> None:
+    model = create(name, features_only=True, output_stride=output_stride).eval()
+    strides = [min(stride, output_stride) for stride in (4, 8, 16, 32)]
+    assert model.feature_info.reduction()[-4:] == strides
+    for height, width in ((64, 96), (75, 50)):
+        maps = model(images(height, width))[-4:]
+        if name == "test_stvit" or height == 64:  # test_convnext rounds other sizes down
+            assert [tuple(f.shape[2:]) for f in maps] == [(-(-height // s), -(-width // s)) for s in strides]
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_output_stride_keeps_what_convolutions_compute(output_stride: int) -> None:
+    """Without attention, the map of a lower stride holds the map of stride 32 at every second (fourth) pixel."""
+    plain, dilated = create().eval(), create(output_stride=output_stride).eval()
+    for name, p in plain.named_parameters():
+        if ".attn.proj." in name:
+            nn.init.zeros_(p)
+    dilated.load_state_dict(plain.state_dict())
+    for size in ((64, 96), (75, 50)):
+        x = images(*size)
+        with torch.inference_mode():
+            coarse, fine = (model.forward_intermediates(x, intermediates_only=True) for model in (plain, dilated))
+        for stride, expected, actual in zip((4, 8, 16, 32), coarse, fine, strict=True):
+            step = max(1, stride // output_stride)
+            torch.testing.assert_close(actual[:, :, ::step, ::step], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_stride_trains_and_scripts() -> None:
+    model = create(output_stride=8, num_classes=3)
+    x = images(75, 50)
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_backend_reaches_every_block() -> None:
+    model = create(backend="reference", features_only=True)
+    attentions = [module for module in model.modules() if isinstance(module, stvit.SuperTokenAttention)]
+    assert [module.backend for module in attentions] == ["reference"] * 4
+    assert {block.attn.backend for stage in create().stages for block in stage.blocks} == {"auto"}
+
+
 @pytest.mark.parametrize("indices", [0, 5, -1, [4], [0, -5]], ids=str)
 def test_forward_intermediates_refuses_other_stages(indices: int | list[int]) -> None:
     with pytest.raises(ValueError, match=rf"indices.*{indices if isinstance(indices, int) else indices[-1]}"):
@@ -460,7 +506,7 @@ def test_rates() -> None:
     model = create("stvit_pico", drop_rate=0.1, attn_drop_rate=0.2, proj_drop_rate=0.3, drop_path_rate=0.6)
     blocks = [block for stage in model.stages for block in stage.blocks]
     for block in blocks:
-        assert block.attn.attn_drop == 0.2
+        assert block.attn.attn_drop.p == 0.2
         assert block.attn.proj_drop.p == block.mlp.drop1.p == block.mlp.drop2.p == 0.3
     for paths in ([block.drop_path1 for block in blocks], [block.drop_path2 for block in blocks]):
         rates = [getattr(path, "drop_prob", 0.0) for path in paths]
@@ -515,6 +561,8 @@ def test_attention_overrides(kwargs: dict[str, Any], stoken_size: list[tuple[int
         ({"depths": (1, 1)}, r"depths.*4 stages.*\(1, 1\)"),
         ({"num_heads": (1, 1, 5, 2)}, r"num_heads.*\b5\b"),
         ({"ls_init_values": (None, 1e-6)}, r"ls_init_values.*4 stages.*\(None, 1e-06\)"),
+        ({"output_stride": 4}, r"output_stride must be 8, 16 or 32, got 4"),
+        ({"backend": "cuda"}, r"backend must be one of .*'cuda'"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.adapters.yolo import modules
 from stvit.adapters.yolo.config import RATES
-from stvit.inference import TiledConvMlp
+from stvit.inference import FoldedResidualConv, TiledConvMlp
 
 __all__ = ["allow_modules", "register"]
 
@@ -84,7 +84,7 @@ def _rates(model: Any) -> dict[str, float]:
 def _classes_of_stvit() -> list[Any]:
     with torch.device("meta"):
         net = timm.create_model("stvit_base", drop_path_rate=0.1)  # a variant with layer scale
-    found = {type(module) for module in net.modules()} | {TiledConvMlp}  # as made, and as fused
+    found = {type(module) for module in net.modules()} | {FoldedResidualConv, TiledConvMlp}  # as made, and as fused
     ours = [getattr(modules, name) for name in modules.__all__]
     return [
         *ours,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from torch import nn
 
 from stvit.ops import reference, triton
@@ -100,9 +101,12 @@ class SuperTokenAttention(nn.Module):
     """Multi-head self-attention among super tokens (section 3): sample, attend, upsample.
 
     With a `stoken_size` of 1x1 every pixel is its own token, and this is plain multi-head self-attention.
+
+    The attribute `fused_attn` selects PyTorch's fused attention. A new module takes it from timm's switch
+    (`timm.layers.set_fused_attn`, TIMM_FUSED_ATTN).
     """
 
-    backend: str = "auto"  # of modules pickled before there was a choice
+    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -126,7 +130,7 @@ class SuperTokenAttention(nn.Module):
             qkv_bias: Whether the projection to queries, keys and values has a bias.
             attn_drop: Dropout rate of the attention weights.
             proj_drop: Dropout rate of the output.
-            backend: What samples and upsamples, as in `sample_super_tokens`.
+            backend: Backend that samples and upsamples, see `sample_super_tokens`.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 
@@ -145,9 +149,10 @@ class SuperTokenAttention(nn.Module):
         self.stoken_size = _cell_size(stoken_size)
         self.n_iter = _check_n_iter(n_iter)
         self.num_heads = num_heads
-        self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
         # Channels of qkv: for each head its queries, then its keys, then its values (the published order).
         self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -169,10 +174,17 @@ class SuperTokenAttention(nn.Module):
         return upsample_super_tokens(self.attend(tokens), association, self.stoken_size, self.backend)
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same."""
+        """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same shape.
+
+        Fused, it holds no attention matrix. Unfused, it has derivatives of every order and in every mode.
+        """
         B, C, Hs, Ws = tokens.shape
-        q, k, v = self.project(tokens)
-        tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        q, k, v = self.project(tokens)  # (B, heads, Hs * Ws, dim / heads)
+        if self.fused_attn:
+            tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Hs * Ws, Hs * Ws)
+            tokens = self.attn_drop(attn.softmax(dim=-1)) @ v
         tokens = tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
         return self.proj_drop(self.proj(tokens))
 

@@ -15,7 +15,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 import stvit
-from stvit.stvit import StemConv
+from stvit.stvit import PixelAct
 
 __all__ = ["PublishedAttention", "published"]
 
@@ -35,7 +35,7 @@ class PublishedAttention(nn.Module):
         self.n_iter = attention.n_iter
         self.num_heads = attention.num_heads
         self.qkv = attention.qkv
-        self.attn_drop = nn.Dropout(attention.attn_drop)
+        self.attn_drop = attention.attn_drop
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
         # Kernel k picks neighbor k, row by row.
@@ -107,13 +107,13 @@ class PublishedLayerNorm(nn.Module):
 
 
 def published(model: nn.Module) -> nn.Module:
-    """A copy of a model, or of a module of it, in the published formulation.
+    """Copies a model or module into the published formulation.
 
     Args:
-        model: An `stvit.STViT`, or what holds `stvit.SuperTokenAttention`.
+        model: An `stvit.STViT`, or a module that contains `stvit.SuperTokenAttention`.
 
     Returns:
-        A module of the same outputs (and training behavior) from weights of its own.
+        A copy with the same outputs and the same training behavior.
     """
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     if isinstance(model, stvit.SuperTokenAttention):
@@ -123,6 +123,6 @@ def published(model: nn.Module) -> nn.Module:
             model.set_submodule(name, PublishedAttention(module))
         elif isinstance(module, LayerNorm2d):
             model.set_submodule(name, PublishedLayerNorm(module))
-        elif isinstance(module, StemConv):
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # which leaves the memory format as it is
+        elif isinstance(module, PixelAct):
+            model.set_submodule(name, module.act)  # keeps the maps channel-first
     return model
