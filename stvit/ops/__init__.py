@@ -6,8 +6,9 @@ Pixels are softly grouped into a few super tokens (`sample_super_tokens`), self-
 each pixel is given back the mixture of the refined tokens that it belongs to (`upsample_super_tokens`).
 `SuperTokenAttention` is the three together, as a module.
 
-The two functions check their arguments and hand them to a backend: `stvit.ops.reference`, the definition in plain
-PyTorch, or the Triton kernels of `stvit.ops.triton`. `stvit.ops.backends` chooses.
+The two functions check their arguments and call a backend: `stvit.ops.reference`, the definition in plain PyTorch, or
+the Triton kernels of `stvit.ops.triton`. `stvit.ops.backends` chooses. Tracing and exporting record
+`stvit.ops.portable` in place of the reference.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import nn
 
-from stvit.ops import reference, triton
+from stvit.ops import portable, reference, triton
 from stvit.ops.backends import can_run_triton, check_backend, choose_backend, why_not_triton
 
 __all__ = [
@@ -61,6 +62,8 @@ def sample_super_tokens(
     if not torch.jit.is_scripting():
         if choose_backend(backend, x) == "triton":
             return triton.sample_super_tokens(x, size, n_iter)
+        if portable.is_exporting():
+            return portable.sample_super_tokens(x, size, n_iter)
     return reference.sample_super_tokens(x, size, n_iter)
 
 
@@ -94,6 +97,8 @@ def upsample_super_tokens(
     if not torch.jit.is_scripting():
         if choose_backend(backend, tokens) == "triton":
             return triton.upsample_super_tokens(tokens, association, (h, w))
+        if portable.is_exporting():
+            return portable.upsample_super_tokens(tokens, association, (h, w))
     return reference.upsample_super_tokens(tokens, association, (h, w))
 
 
@@ -192,8 +197,8 @@ class SuperTokenAttention(nn.Module):
         """Queries, keys and values (B, heads, Hs * Ws, dim / heads) of tokens (B, dim, Hs, Ws)."""
         # A copy of channel-first maps alone; without it PyTorch's CPU would hold their attention matrix.
         qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
-        qkv = qkv.unflatten(2, (self.num_heads, 3, self.dim // self.num_heads))
-        q, k, v = qkv.transpose(1, 2).unbind(3)
+        qkv = qkv.unflatten(2, (self.num_heads, 3 * self.dim // self.num_heads)).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=3)
         return q, k, v
 
     def extra_repr(self) -> str:

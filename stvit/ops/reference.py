@@ -1,5 +1,7 @@
 """Super token sampling and upsampling in plain PyTorch: the definition every backend is held to.
 
+Exported graphs use `stvit.ops.portable`, which needs fewer axes.
+
 Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/2211.11167, sections 3.2 and 3.3.
 
 Shapes:
@@ -18,10 +20,8 @@ happen even where they change nothing.
 import torch
 import torch.nn.functional as F
 
-# Two questions whose answers choose between equal ways. torch 2.6 cannot tell export from compilation, and its
-# compiler mistakes the strides of what is cropped by padding: there, everything goes the way of eager execution.
+# The compiler of torch 2.6 mistakes the strides of what is cropped by padding: there, `_crop` slices as in eager mode.
 _is_new_torch = hasattr(torch.compiler, "is_exporting")
-_torch_is_exporting = torch.compiler.is_exporting if _is_new_torch else lambda: False
 _torch_is_compiling = torch.compiler.is_compiling if _is_new_torch else lambda: False
 
 
@@ -95,10 +95,7 @@ def _to_cells(x: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
     B, C, H, W = x.shape
     Hs, Ws = (H + h - 1) // h, (W + w - 1) // w
     x = F.pad(x, (0, Ws * w - W, 0, Hs * h - H))
-    if _is_exporting():
-        x = x.unfold(2, h, h).unfold(3, w, w).permute(0, 2, 3, 4, 5, 1)  # (B, Hs, Ws, h, w, C)
-    else:
-        x = x.reshape(B, C, Hs, h, Ws, w).permute(0, 2, 4, 3, 5, 1)  # (B, Hs, Ws, h, w, C)
+    x = x.reshape(B, C, Hs, h, Ws, w).permute(0, 2, 4, 3, 5, 1)  # (B, Hs, Ws, h, w, C)
     return x.reshape(B, Hs, Ws, h * w, C)
 
 
@@ -107,7 +104,7 @@ def _from_cells(cells: torch.Tensor, stoken_size: tuple[int, int], height: int, 
     h, w = stoken_size
     B, Hs, Ws, _, C = cells.shape
     x = cells.reshape(B, Hs, Ws, h, w, C).permute(0, 1, 3, 2, 4, 5)  # (B, Hs, h, Ws, w, C)
-    # Flat, then in two dimensions: on this way torch.export needs no proof that Hs * h is divisible by Hs.
+    # Flat first: a dynamic graph needs no proof that Hs * h is divisible by Hs.
     x = x.contiguous().flatten().view(B * Hs * h * Ws * w, C).view(B, Hs * h, Ws * w, C)
     return _crop(x, height, width).permute(0, 3, 1, 2)
 
@@ -116,21 +113,10 @@ def _crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The first `height` rows and `width` columns of (B, H, W, C)."""
     if not torch.jit.is_scripting():
         if _torch_is_compiling():
-            # The strides of a slice depend on whether anything is cut off: torch.compile would need a graph for each
-            # case, and torch.export a proof that it does not find. Padding by a negative number is a copy, fused away.
+            # The strides of a slice depend on whether anything is cut off, and torch.compile would need a graph for
+            # each case. Padding by a negative number is a copy, which the compiler fuses away.
             return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x[:, :height, :width]
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export is tracing.
-
-    It proves each size relation that an operation relies on, for all sizes, or refuses, and finds no proof that Hs * h
-    can be reshaped to (Hs, h).
-    """
-    if torch.jit.is_scripting():
-        return False
-    return _torch_is_exporting()
 
 
 def _gather_neighbors(tokens: torch.Tensor) -> torch.Tensor:
