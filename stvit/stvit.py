@@ -49,6 +49,7 @@ from timm.models import (
 from torch import nn
 
 from stvit.ops import SuperTokenAttention
+from stvit.ops.portable import is_exporting
 from stvit.pretrained import explained
 
 __all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
@@ -69,9 +70,15 @@ class PixelAct(nn.Module):
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A compiler fuses the activation and chooses the layout itself; an exported graph needs no transposes.
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return self.act(x)
+        if not torch.jit.is_scripting():
+            if not is_exporting():  # the runtime of an exported graph chooses the layout
+                return self._in_channels_last(x)
+        return self.act(x)
+
+    @torch.jit.unused
+    def _in_channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # a view would hide the convolution that the activation is fused with
+            return self.act(x.contiguous(memory_format=torch.channels_last))
         # Not contiguous(memory_format=channels_last): torch.func.vmap refuses it, and it ignores maps of one channel.
         return self.act(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
