@@ -26,14 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from torch import nn
 
+from stvit.images import convert_image, open_image
 from stvit.ops import SuperTokenAttention, sample_super_tokens
 from stvit.stvit import STViT
 
-__all__ = ["SuperTokens", "contact_sheet", "draw_boundaries", "find_layers", "stages", "super_tokens", "to_rgb"]
+__all__ = ["SuperTokens", "contact_sheet", "draw_boundaries", "find_layers", "stages", "super_tokens"]
 
 LINE = (255, 225, 25)
 MARK = (0, 229, 255)
@@ -305,7 +306,8 @@ def super_tokens(
         model: A classifier, its features (`features_only=True`), a detector on an STViT backbone or with super token
             attention as a block, Ultralytics' YOLO of one, or any module that contains super token attention.
         image: A path, PIL's image, an array (H, W, 3) or (H, W) of dtype uint8; or a tensor (C, H, W) or (1, C, H, W)
-            as the model takes it. Of any size; it is not resized. What is transparent becomes white.
+            as the model takes it. Of any size; it is not resized. Paths and PIL's images become RGB by the rules of
+            `stvit.images`.
         stage: Which of `find_layers(model)`: of an STViT its stages, as in `model.stages`; elsewhere the layers of
             super token attention, in order. Negative ones count from the last.
         block: Which block of the stage.
@@ -315,9 +317,9 @@ def super_tokens(
 
     Raises:
         ValueError: If the model has no such stage or block, its tokens are single pixels there, or the image is not as
-            described.
+            described. It is an `UnreadableImageError` for a file that is not an image or is damaged.
         TypeError: If the model cannot be looked into, as scripted ones.
-        OSError: If the image's file cannot be read.
+        OSError: If the image's file cannot be opened.
     """
     net = _unwrap(model)
     layer = _choose(net, stage, block)
@@ -576,14 +578,7 @@ def _prepare(image: Any, config: Mapping[str, Any]) -> tuple[torch.Tensor, Image
 
 def _open(image: Any) -> Image.Image:
     if isinstance(image, (str, Path)):
-        path = Path(image).expanduser()
-        try:
-            with Image.open(path) as file:
-                return to_rgb(ImageOps.exif_transpose(file))
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # of a damaged file nearly everything, and more where Ultralytics has put its own
-            raise OSError(f"cannot read the image {path}: {error}") from error
+        return open_image(Path(image).expanduser())
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2 or 0 in image.shape:
             raise ValueError(
@@ -591,26 +586,8 @@ def _open(image: Any) -> Image.Image:
             )
         return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return convert_image(image)
     raise ValueError(f"image must be a path, PIL's image, an array or a tensor, got {type(image).__name__}")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits, with white behind what is transparent.
-
-    Raises:
-        ValueError: If the image is empty, or has pixels of 32 bits, whose black and white nobody knows.
-    """
-    if 0 in image.size:
-        raise ValueError(f"the image is empty, {image.width}x{image.height} pixels")
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError("the image has pixels of 32 bits: convert it to 8 or 16")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _padded(x: torch.Tensor, net: nn.Module, config: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -35,7 +35,7 @@ from stvit import hub as stvit_hub
 from stvit import visualize
 from stvit.adapters.yolo import YOLO
 from stvit.tools import demo, push_to_hub
-from stvit.tools.common.viewing import READERS, ImageError, open_image
+from stvit.tools.common.viewing import ImageError, open_image
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -338,17 +338,17 @@ def hostile_files(folder: Path) -> dict[str, tuple[bytes, str]]:
     png = large.read_bytes()
     header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]  # which promises 3.6 billion pixels
     bomb = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
-    unknown = "is no image that can be read: give BMP, GIF, JPEG, PNG, TIFF or WebP"
+    unknown = "not an image of a supported format (BMP, GIF, JPEG, PNG, TIFF or WebP)"
     return {
         "text.png": (b"<script>alert(1)</script>", unknown),
         "vector.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", unknown),
         "empty.jpg": (b"", unknown),
-        "cut.jpg": (whole[: len(whole) // 2], "cannot be read: it is damaged or cut off"),
-        "broken.png": (b"\x89PNG\r\n\x1a\n" + bytes(500), "cannot be read: it is damaged or cut off"),
-        "program.webp": (b"RIFF\0\0\0\0WEBP" + bytes(100), "cannot be read: it is damaged or cut off"),
+        "cut.jpg": (whole[: len(whole) // 2], "damaged, cut off or of a kind of JPEG"),
+        "broken.png": (b"\x89PNG\r\n\x1a\n" + bytes(500), "damaged, cut off or of a kind of PNG"),
+        "program.webp": (b"RIFF\0\0\0\0WEBP" + bytes(100), "damaged, cut off or of a kind of WebP"),
         "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", unknown),
-        "large.png": (png, "has 1500x1500 pixels, more than the 2 million that are taken: make it smaller"),
-        "bomb.png": (bomb, "has 60000x60000 pixels"),
+        "large.png": (png, "1500x1500 pixels, more than the limit of 2 million; make it smaller"),
+        "bomb.png": (bomb, "60000x60000 pixels, more than"),
         "<img src=x onerror=alert(1)>.png": (b"no", unknown),
         "heavy.png": (noise.read_bytes(), "maximum allowed size of 1.0"),  # Gradio's own words, with the limit
     }
@@ -570,36 +570,10 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             with pytest.raises(ImageError, match=re.escape(words)):
-                open_image(path, most_pixels=2_000_000)
+                open_image(path, max_pixels=2_000_000)
     os.mkfifo(tmp_path / "pipe.png")  # which would be waited for without end
-    with pytest.raises(ImageError, match=r"pipe\.png is no file"):
+    with pytest.raises(ImageError, match=r"pipe\.png: not a regular file"):
         open_image(tmp_path / "pipe.png")
-
-
-def test_every_format_is_read_upright(tmp_path: Path) -> None:
-    """Whatever the name; transparent pixels are white."""
-    image = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((60, 80))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for kind in READERS:
-        path = tmp_path / kind
-        image.save(path, format=kind.upper(), **({"quality": 95} if kind == "JPEG" else {}))
-        assert np.abs(np.array(open_image(path)).astype(int) - np.array(image)).mean() < 30
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned", format="PNG", exif=exif)
-    assert np.array_equal(np.array(open_image(tmp_path / "turned")), np.array(image))
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    clear.save(tmp_path / "clear", format="PNG")
-    assert (np.array(open_image(tmp_path / "clear")) == 255).all()
-    values = {"1": 1, "L": 99, "LA": (99, 255), "P": 99, "I;16": 99 * 256 + 5, "CMYK": (156, 156, 156, 0)}
-    for mode, value in values.items():
-        form = "TIFF" if mode == "CMYK" else "PNG"
-        Image.new(mode, (4, 4), value).save(tmp_path / "mode", format=form)
-        expected = {"1": 255, "P": Image.new("P", (1, 1), 99).convert("RGB").getpixel((0, 0))}.get(mode, 99)
-        assert (np.array(open_image(tmp_path / "mode")) == expected).all(), mode
-    for mode in ("I", "F"):
-        Image.new(mode, (4, 4)).save(tmp_path / "mode", format="TIFF")
-        with pytest.raises(ImageError, match="pixels of 32 bits: convert it to 8 or 16"):
-            open_image(tmp_path / "mode")
 
 
 @pytest.mark.parametrize(

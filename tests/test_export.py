@@ -363,7 +363,7 @@ def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.Ca
         ([checkpoint, "--dtype=int8"], "--dtype int8 is calibrated on real images: give --data-dir"),
         ([checkpoint, "--dtype=int8", "--format=torchscript"], "int8 is for --format onnx, not for torchscript"),
         ([checkpoint, "--dtype=int8", "--data-dir=nowhere"], "--data-dir nowhere is not a folder"),
-        ([checkpoint, "--dtype=int8", f"--data-dir={tmp_path / 'empty'}"], "cannot open the train images"),
+        ([checkpoint, "--dtype=int8", f"--data-dir={tmp_path / 'empty'}"], "has no folder for --train-split train"),
         ([checkpoint, "--opset=17"], "--opset must be at least 18"),
         ([checkpoint, "--opset=18", "--format=torchscript"], "--opset is of ONNX"),
         ([checkpoint, f"--output={tmp_path / 'no/it.onnx'}"], f"there is no folder {tmp_path / 'no'}, create it first"),

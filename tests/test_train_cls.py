@@ -518,7 +518,7 @@ def test_missing_split(own_digits_folder: Path, capsys: pytest.CaptureFixture[st
 def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
-    assert "Found 0 images" in refused(capsys, f"--data-dir={tmp_path}")
+    assert "train has no class folders" in refused(capsys, f"--data-dir={tmp_path}")
 
 
 def test_class_number_beyond_the_model() -> None:

@@ -294,7 +294,7 @@ def test_a_predictor_is_not_yolo(model: Any) -> None:
 
 
 def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
-    """16 bits become 8, what is transparent white; of 32 bits nobody knows the range."""
+    """16 bits become 8, transparent pixels white; float pixels and values beyond 16 bits are refused."""
     gray = np.array(photo().convert("L"))
     deep = Image.fromarray(gray.astype(np.uint16) << 8 | 77)
     deep.save(tmp_path / "deep.png")
@@ -302,14 +302,16 @@ def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
         assert np.array_equal(np.array(super_tokens(model, given).image), np.repeat(gray[..., None], 3, axis=2))
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert (np.array(super_tokens(model, clear).image) == 255).all()
-    for mode in ("I", "F"):
-        with pytest.raises(ValueError, match="pixels of 32 bits: convert it"):
-            super_tokens(model, Image.new(mode, (40, 40)))
-    with pytest.raises(ValueError, match="is empty, 0x5 pixels"):
+    for mode, value, words in (("I", 65536, "expected 16-bit values"), ("F", 0, "floating point pixels")):
+        with pytest.raises(ValueError, match=f"{words}.*convert it to 8 or 16 bits"):
+            super_tokens(model, Image.new(mode, (40, 40), value))
+    with pytest.raises(ValueError, match="empty, 0x5 pixels"):
         super_tokens(model, Image.new("RGB", (0, 5)))
     (tmp_path / "junk.png").write_bytes(b"junk")
-    with pytest.raises(OSError, match=r"junk\.png"):
+    with pytest.raises(ValueError, match=r"junk\.png: not an image"):
         super_tokens(model, tmp_path / "junk.png")
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        super_tokens(model, tmp_path / "missing.png")
 
 
 def test_blocks_of_a_stage() -> None:
@@ -598,11 +600,13 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
     (source / "text.png").write_text("none")
     assert command.main([str(source), f"--checkpoint={digits_run}", "--stage", "0", f"--out={out}"]) == 1
     said = capsys.readouterr()
-    assert "5/5" in said.err and said.out.strip() == f"wrote the pictures of 3 images to {out}"
-    assert said.err.splitlines()[-1] == (
-        "error: 2 of 5 images were left out: broken.jpg cannot be read: it is damaged or cut off; text.png is no image "
-        "that can be read: give BMP, GIF, JPEG, PNG, TIFF or WebP"
-    )
+    assert "5/5" in said.err and said.out.splitlines() == [
+        f"ignored in {source}: 1 file that is not an image (notes.txt)",
+        f"wrote the pictures of 3 images to {out}",
+    ]
+    error = said.err.splitlines()[-1]
+    assert error.startswith("error: 2 of 5 images were left out: broken.jpg: damaged, cut off or of a kind of JPEG")
+    assert error.endswith("; text.png: not an image of a supported format (BMP, GIF, JPEG, PNG, TIFF or WebP)")
     assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
 
 
@@ -752,7 +756,7 @@ def test_images_that_cannot_be_measured_are_left_out(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "error: 3 of 4 images were left out: b.png: the segmentation has no boundary" in line
     assert "c.png must hold one number for each of the image's 120x160 pixels" in line
-    assert "d.png is no image that can be read" in line
+    assert "d.png: not an image of a supported format" in line
     assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
 
 

@@ -34,11 +34,11 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 
 from stvit import visualize
+from stvit.images import READERS
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
 from stvit.tools.common.data import resolve_images
 from stvit.tools.common.model import find_weights
 from stvit.tools.common.viewing import (
-    READERS,
     Viewed,
     explained,
     fitted,

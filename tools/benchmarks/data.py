@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from stvit.tools import train_cls
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason
 from stvit.tools.common.data import TrainLoader, open_images
+from stvit.tools.common.image_folders import TorchImageFolder
 from stvit.tools.common.processes import World, obey_parent_alone
 
 __all__ = ["add_flags", "benchmark"]
@@ -92,7 +92,7 @@ def _torchvision_loader(args: argparse.Namespace, workers: int) -> Callable[[int
         transforms.Normalize(MEAN, STD),
     ]
     try:
-        images = ImageFolder(os.path.join(args.data_dir, "train"), transforms.Compose(pipeline))
+        images = TorchImageFolder(os.path.join(args.data_dir, "train"), transform=transforms.Compose(pipeline))
     except (OSError, RuntimeError) as error:
         raise CommandError(
             f"cannot open the training images of --data-dir {args.data_dir}: {reason(error)}; it must hold "

@@ -7,30 +7,33 @@ processes and workers, nor on where a run was interrupted.
 import argparse
 import copy
 import json
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import auto_augment, create_dataset, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from stvit.images import SUFFIXES, UnreadableImageError, convert_image, open_image
 from stvit.tools.common.checkpoint import cut_torn_line
 from stvit.tools.common.cli import CommandError, OneProcessError, Switch, above_zero, count, positive, reason
+from stvit.tools.common.image_folders import ImageFolder, ImageTar, TorchImageFolder
 from stvit.tools.common.processes import World, obey_parent_alone
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
 # Unreadable images in a row after which the fault is not the images'.
 MOST_BAD_IN_A_ROW = 10
+# Names of a split that stand for each other, as in timm.
+_SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 
 
 def add_data_arguments(group: Any) -> None:
@@ -137,13 +140,13 @@ def _random_state(*key: int) -> Iterator[None]:
 
 
 class ImageSamples(Dataset):
-    """Images and class numbers of a source that gives PIL images or files.
+    """Images and class numbers of a source, opened by the rules of `stvit.images`.
 
     Of an unreadable training image the next one takes the place; an unreadable validation image gets the class number
     -1, by which it is left out of every count. `transform` is set by the loaders' makers.
 
     Args:
-        source: What gives an image, or a file of one, and its class number.
+        source: Gives an image of PIL, or the path or open file of one, and its class number.
         mode: Pillow's mode of the images, L or RGB.
         seed: Of the augmentation.
     """
@@ -177,15 +180,13 @@ class ImageSamples(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
         """The image and its class number; None for the image if it cannot be read and may be skipped."""
+        given: Any = None
         try:
-            image, target = self.source[index]
-            if not isinstance(image, Image.Image):
-                image = Image.open(image)
-            return image.convert(self.mode), target
-        except UnidentifiedImageError:
-            self.bad_images.add(self.name(index), "not an image that Pillow knows")
-        except Exception as error:  # Pillow raises nearly everything at damaged files
-            self.bad_images.add(self.name(index), reason(error))
+            given, target = self.source[index]
+            open_it = convert_image if isinstance(given, Image.Image) else open_image
+            return open_it(given, self.mode), target
+        except Exception as error:  # of a damaged set nearly everything
+            self.bad_images.add(given if isinstance(given, str) else self.name(index), _problem(error))
         return None, -1
 
     def _transformed(self, image: Image.Image, index: int) -> Any:
@@ -246,8 +247,16 @@ class StreamSamples(IterableDataset):
                 yield self.transform(image), target
 
 
+def _problem(error: Exception) -> str:
+    """The reason why an image cannot be read, without its name."""
+    return error.problem if isinstance(error, UnreadableImageError) else reason(error)
+
+
 def _watch_shards(bad_images: BadImages) -> None:
-    """Has timm's reader of shards count what it cannot read: by itself it goes on with a warning."""
+    """Makes timm's reader of shards open images by the rules of `stvit.images` and count those that it cannot read.
+
+    By itself the reader skips those with a warning.
+    """
     from timm.data.readers import reader_wds
 
     plain = getattr(reader_wds._decode, "plain", reader_wds._decode)
@@ -256,7 +265,7 @@ def _watch_shards(bad_images: BadImages) -> None:
         try:
             return plain(sample, **kwargs)
         except Exception as error:
-            bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", reason(error))
+            bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", _problem(error))
             return None
 
     def stop(error: Exception) -> bool:
@@ -266,6 +275,8 @@ def _watch_shards(bad_images: BadImages) -> None:
 
     decode.plain = plain  # type: ignore[attr-defined]
     reader_wds._decode = decode  # type: ignore[assignment]
+    # The reader calls Image.open, then converts the image to its mode. RGB from `open_image` becomes the same L there.
+    reader_wds.Image = SimpleNamespace(open=open_image)  # type: ignore[assignment]
     reader_wds.log_and_continue = stop
 
 
@@ -324,11 +335,13 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
     splits = [("--train-split", args.train_split, True)] if is_training else []
     splits.append(("--val-split", args.val_split, False))
     with world.first_goes_first():
-        datasets = [_open_split(args, mode, split, training) for _, split, training in splits]
-    if not args.dataset:
-        _check_folders(
-            args, [(dataset.reader, flag, split) for dataset, (flag, split, _) in zip(datasets, splits, strict=True)]
-        )
+        datasets = [_open_split(args, mode, *split) for split in splits]
+    if not args.dataset and is_training:
+        _check_classes(args, *datasets)
+    ignored = [dataset.ignored.describe(dataset.root) for dataset in datasets if hasattr(dataset, "ignored")]
+    for line in dict.fromkeys(ignored):
+        if line is not None:
+            world.say(line)
 
     names = _class_names(datasets[0])
     if names is not None and len(names) < 2:
@@ -345,27 +358,53 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
     return Images(samples[0] if is_training else None, samples[-1], names)
 
 
-def _open_split(args: argparse.Namespace, mode: str, split: str, is_training: bool) -> Any:
-    root = args.data_dir
+def _open_split(args: argparse.Namespace, mode: str, flag: str, split: str, is_training: bool) -> Any:
+    """Opens one split of the images; `flag` is the one that names it."""
     if not args.dataset:
-        names = ["validation", "val"] if split in ("val", "validation") else [split]
-        tars = [Path(root) / f"{name}.tar" for name in names]
-        root = next((str(tar) for tar in tars if tar.is_file()), root)
+        return _open_folder(args, flag, split)
     try:
-        return create_dataset(
-            args.dataset,
-            root=root,
-            split=split,
-            is_training=is_training,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            input_img_mode=mode,
-            download=args.dataset_download,
-        )
+        if args.dataset.lower() in ("torch/image_folder", "torch/folder"):
+            dataset: Any = TorchImageFolder(_find_split(args.data_dir, split) or args.data_dir)
+        else:
+            # The reader of shards knows the images of a sample by these keys.
+            keys: dict[str, Any] = {"input_key": ";".join(suffix[1:] for suffix in SUFFIXES)}
+            dataset = create_dataset(
+                args.dataset,
+                root=args.data_dir,
+                split=split,
+                is_training=is_training,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                input_img_mode=mode,
+                download=args.dataset_download,
+                **(keys if args.dataset.startswith("wds/") else {}),
+            )
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, LookupError, TypeError) as error:
         where = args.dataset or args.data_dir
         why = reason(error).replace("download=True", "--dataset-download")
         raise CommandError(f"cannot open the {split} images of {where}: {why}") from error
+    if hasattr(dataset, "loader"):  # torchvision's: it opens files by other rules
+        dataset.loader = str
+    return dataset
+
+
+def _open_folder(args: argparse.Namespace, flag: str, split: str) -> ImageFolder | ImageTar:
+    tar = _find_split(args.data_dir, split, ".tar")
+    if tar is not None:
+        return ImageTar(tar)
+    folder = _find_split(args.data_dir, split)
+    if folder is not None:
+        return ImageFolder(folder)
+    raise CommandError(
+        f"--data-dir {args.data_dir} has no folder for {flag} {split}; it must hold train/<class>/* and val/<class>/*"
+    )
+
+
+def _find_split(root: str, split: str, suffix: str = "") -> Path | None:
+    """The folder of a split, or its archive of a suffix; None if there is none."""
+    others = next((names for names in _SPLITS if split in names), ())
+    paths = [Path(root) / f"{name}{suffix}" for name in dict.fromkeys([split, *others])]
+    return next((path for path in paths if (path.is_file() if suffix else path.is_dir())), None)
 
 
 def digits(seed: int) -> list[list[tuple[Image.Image, int]]]:
@@ -384,46 +423,21 @@ def digits(seed: int) -> list[list[tuple[Image.Image, int]]]:
     return train_test_split(samples, test_size=0.2, random_state=seed, stratify=raw.target)
 
 
-def _check_folders(args: argparse.Namespace, splits: Sequence[tuple[Any, str, str]]) -> None:
-    """Refuses what timm's image folders let pass: a split that is missing, a class with no image."""
-    for reader, flag, split in splits:
-        # The folder itself is timm's way out where it finds no such split.
-        if isinstance(reader, ReaderImageFolder) and Path(reader.root).samefile(args.data_dir):
-            raise CommandError(
-                f"--data-dir {args.data_dir} has no folder for {flag} {split}; it must hold train/<class>/* and "
-                "val/<class>/*"
-            )
-    for reader, _, _ in splits:
-        if not isinstance(reader, ReaderImageFolder):  # a tar: what has no image is not in it
-            continue
-        root = Path(reader.root)
-        held = {reader.filename(i).split(os.sep)[0] for i in range(len(reader))}
-        if "" in reader.class_to_idx:
-            raise CommandError(f"{root} holds images beside the class folders: move each into the folder of its class")
-        empty = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name not in held)
-        if empty:
-            raise CommandError(f"class folder {root / empty[0]} has no image: add some, or remove the folder")
-        deep = next((name for name in map(reader.filename, range(len(reader))) if name.count(os.sep) > 1), None)
-        if deep is not None:  # timm would name the class after the folder that holds the image
-            raise CommandError(f"image {root / deep} is in a folder within its class folder: move it up")
-    if len(splits) > 1:
-        (train, _, train_split), (val, _, val_split) = splits
-        train_names, val_names = _class_to_idx(train), _class_to_idx(val)
-        odd = sorted(set(train_names) ^ set(val_names))
-        if odd:
-            has, lacks = (train_split, val_split) if odd[0] in train_names else (val_split, train_split)
-            raise CommandError(
-                f"class {odd[0]!r} is in the {has} images but not in the {lacks} images of {args.data_dir}: both need "
-                "the same class folders"
-            )
-
-
-def _class_to_idx(source: Any) -> dict[str, int]:
-    return getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}
+def _check_classes(args: argparse.Namespace, train: ImageFolder | ImageTar, val: ImageFolder | ImageTar) -> None:
+    """Refuses a class that only one of the two splits has."""
+    odd = sorted(set(train.class_to_idx) ^ set(val.class_to_idx))
+    if odd:
+        has, lacks = args.train_split, args.val_split
+        if odd[0] not in train.class_to_idx:
+            has, lacks = lacks, has
+        raise CommandError(
+            f"class {odd[0]!r} is in the {has} images but not in the {lacks} images of {args.data_dir}: both need "
+            "the same class folders"
+        )
 
 
 def _class_names(dataset: Any) -> list[str] | None:
-    class_to_idx = _class_to_idx(getattr(dataset, "reader", dataset))
+    class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if class_to_idx:
         return [str(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
     names = getattr(dataset, "classes", None)

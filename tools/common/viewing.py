@@ -1,8 +1,6 @@
 """Models to look at: classifiers and detectors, of a run, a file, the Hub, or with random weights."""
 
 import argparse
-import os
-import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,33 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import Image
 
 import stvit
-from stvit import hub, visualize
+from stvit import hub, images, visualize
 from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.image_folders import find_image_files
 from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
 
 # Of an image that a model is shown; the network's time and memory grow with them.
-MOST_PIXELS = 64 * 2**20
-# How files of each format begin ('.' stands for any byte), and Pillow's reader of it. These alone: PIL.Image.open tries
-# readers that few have tested, and where Ultralytics is imported it answers an unknown file by installing another one.
-READERS: dict[str, tuple[bytes, type[ImageFile]]] = {
-    "BMP": (rb"BM", BmpImageFile),
-    "GIF": (rb"GIF8[79]a", GifImageFile),
-    "JPEG": (rb"\xff\xd8\xff", JpegImageFile),
-    "PNG": (rb"\x89PNG\r\n\x1a\n", PngImageFile),
-    "TIFF": (rb"II\*\0|MM\0\*", TiffImageFile),
-    "WebP": (rb"RIFF....WEBP", WebPImageFile),
-}
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 64 * 2**20
 _PREFIXES = ("hf-hub:", "hf_hub:")
 
 
@@ -199,58 +180,38 @@ def _ultralytics() -> Iterator[None]:
 # Images
 
 
-def open_image(path: Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """An image of a file, RGB, upright, with white behind what is transparent.
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image file by the rules of `stvit.images`, as RGB.
 
     Args:
-        path: Of a format of `READERS`, whatever its name.
-        most_pixels: More than these are refused before any is decoded.
+        path: Of a format of `stvit.images.READERS`, whatever its name.
+        max_pixels: Largest number of pixels, which is checked before any is decoded.
 
     Raises:
-        ImageError: If it is none, damaged, or too large.
+        ImageError: If the file is not an image, is damaged or too large.
     """
-    with _reading(path, most_pixels) as image:
-        upright = ImageOps.exif_transpose(image)
-    try:
-        return visualize.to_rgb(upright)
-    except ValueError as error:
-        raise ImageError(f"{path.name}: {error}") from error
+    with _explained_image(path):
+        return images.open_image(path, max_pixels=max_pixels)
 
 
 def open_mask(path: Path) -> np.ndarray:
-    """The numbers in an image, (H, W) if there is one for each pixel.
+    """Returns the values of an image file as they are stored, (H, W) if there is one for each pixel.
 
     Raises:
-        ImageError: If the file is no image, damaged, or too large.
+        ImageError: If the file is not an image, is damaged or too large.
     """
-    with _reading(path, MOST_PIXELS) as image:
-        return np.array(image)
+    with _explained_image(path):
+        return np.array(images.decode_image(path, MAX_PIXELS))
 
 
 @contextmanager
-def _reading(path: Path, most_pixels: int) -> Iterator[ImageFile]:
+def _explained_image(path: Path) -> Iterator[None]:
     try:
-        if not path.is_file():  # others may never end, or not begin
-            raise ImageError(f"{path.name} is no file")
-        with path.open("rb") as file:
-            start = file.read(12)
-        reader = next((kind for begin, kind in READERS.values() if re.match(begin, start, re.DOTALL)), None)
-        if reader is None:
-            *kinds, last = READERS
-            raise ImageError(f"{path.name} is no image that can be read: give {', '.join(kinds)} or {last}")
-        with reader(path) as image:
-            if image.width * image.height > most_pixels:
-                raise ImageError(
-                    f"{path.name} has {image.width}x{image.height} pixels, more than the {most_pixels / 1e6:.0f} "
-                    "million that are taken: make it smaller"
-                )
-            image.load()
-            yield image
-    except ImageError:
-        raise
-    except Exception as error:  # a damaged or hostile file makes a reader raise nearly everything
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or cut off"
-        raise ImageError(f"{path.name} cannot be read: {why}") from error
+        yield
+    except images.UnreadableImageError as error:
+        raise ImageError(str(error)) from error
+    except OSError as error:
+        raise ImageError(f"{path.name}: {error.strerror or reason(error)}") from error
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
@@ -262,26 +223,28 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
 
 
 def find_images(path: Path, out: Path) -> list[Path]:
-    """The image file itself, or all below a folder, in order of their names.
+    """Finds the images to show: the file itself, or those in a folder and the folders below it.
+
+    Prints a line on the files and folders that are ignored.
 
     Args:
         path: File or folder.
-        out: Where results go; if that is a folder below, its images do not count.
+        out: Folder of the results. If it is below `path`, its images do not count.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If there is no image.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise CommandError(f"{path}: there is no such file or folder")
-    found = [
-        Path(folder) / name
-        for folder, _, names in sorted(os.walk(path, followlinks=True))
-        if out.resolve() == path.resolve() or not Path(folder).resolve().is_relative_to(out.resolve())
-        for name in sorted(names)
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+    try:
+        found, ignored = find_image_files(path, skipped=out.resolve())
+    except OSError as error:
+        raise CommandError(f"cannot read the folder {path}: {reason(error)}") from error
     if not found:
-        raise CommandError(f"{path} holds no images: files that end in {', '.join(SUFFIXES)}")
-    return found
+        raise CommandError(f"{path} holds no images: files that end in {', '.join(images.SUFFIXES)}")
+    line = ignored.describe(path)
+    if line is not None:
+        print(line, flush=True)
+    return [path / name for name in found]

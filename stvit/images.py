@@ -1,0 +1,229 @@
+"""Opens image files: the same pixels in training, validation, calibration, visualization and the demo.
+
+Every image becomes RGB or gray (L) of 8 bits per channel. The rules:
+
+    formats        those of `READERS` only, recognized by their content
+    orientation    EXIF orientation is applied to files; an image of PIL is taken as it is
+    16-bit gray    the range of the file's samples, 0 to 65535, becomes 0 to 255: the upper 8 bits are kept, as Pillow
+                   does for 16-bit color. A TIFF file of 12 bits has the range 0 to 4095. The range of the values in
+                   one image does not matter: 12-bit values in a 16-bit file stay dark.
+    32-bit gray    taken as 16-bit gray if all values are from 0 to 65535, else refused
+    float          refused: the values of black and white are unknown
+    transparency   the image is drawn over white, as browsers and viewers show it
+    palette        its colors
+    animation      the first frame; the first page of a TIFF file
+    others         1-bit, CMYK, YCbCr, LAB and HSV become RGB as Pillow converts them; color profiles are ignored
+    gray model     mode L is computed from RGB
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+__all__ = ["READERS", "SUFFIXES", "UnreadableImageError", "convert_image", "decode_image", "open_image"]
+
+# Pillow's reader of each format. PIL.Image.open would try all readers, among them rarely tested ones and PostScript,
+# which starts Ghostscript. Ultralytics replaces PIL.Image.open with a function that installs packages.
+READERS: dict[str, type[ImageFile]] = {
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "TIFF": TiffImageFile,
+    "WebP": WebPImageFile,
+}
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_STARTS = {
+    b"BM": "BMP",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BACKGROUND = "white"
+
+
+class UnreadableImageError(ValueError):
+    """Raised when a file is not an image that can be read, or when an image has no defined conversion.
+
+    Attributes:
+        problem: The message without the name of the file.
+    """
+
+    def __init__(self, problem: str, name: str = "image") -> None:
+        super().__init__(f"{name}: {problem}")
+        self.problem = problem
+
+
+def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int | None = None) -> Image.Image:
+    """Opens an image file by the rules of this module.
+
+    Args:
+        source: Path, or a file opened in binary mode.
+        mode: 'RGB' or 'L'.
+        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow stops).
+
+    Raises:
+        OSError: If the file cannot be opened or read.
+        UnreadableImageError: If the file is not an image of a format of `READERS`, is damaged or too large, or has
+            floating point pixels.
+    """
+    image = decode_image(source, max_pixels)
+    try:
+        converted = convert_image(image, mode)
+    except UnreadableImageError as error:
+        raise UnreadableImageError(error.problem, _name(source)) from error
+    method = _TRANSPOSITIONS.get(_orientation(image))
+    return converted if method is None else converted.transpose(method)
+
+
+def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Converts an image to RGB or gray by the rules of this module, except for the orientation.
+
+    Args:
+        image: Of any mode.
+        mode: 'RGB' or 'L'.
+
+    Raises:
+        UnreadableImageError: If the image is empty or has floating point pixels.
+    """
+    if mode not in ("RGB", "L"):
+        raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
+    if 0 in image.size:
+        raise UnreadableImageError(f"empty, {image.width}x{image.height} pixels")
+    if image.mode == "F":
+        raise UnreadableImageError(
+            "floating point pixels, whose values of black and white are unknown; convert it to 8 or 16 bits"
+        )
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    if image.mode != mode:
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def decode_image(source: str | Path | BinaryIO, max_pixels: int | None = None) -> ImageFile:
+    """Decodes an image file and leaves its mode and orientation as they are in the file.
+
+    Args:
+        source: Path, or a file opened in binary mode.
+        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow stops).
+
+    Raises:
+        OSError: If the file cannot be opened or read.
+        UnreadableImageError: If the file is not an image of a format of `READERS`, is damaged or too large.
+    """
+    if not isinstance(source, str | Path):
+        return _decode(source, _name(source), max_pixels)
+    if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would wait forever
+        raise UnreadableImageError("not a regular file", _name(source))
+    with open(source, "rb") as file:
+        return _decode(file, _name(source), max_pixels)
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
+    start = file.read(12)
+    file.seek(0)
+    kind = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        kind = "WebP"
+    if kind is None:
+        *kinds, last = READERS
+        raise UnreadableImageError(f"not an image of a supported format ({', '.join(kinds)} or {last})", name)
+    if max_pixels is None and Image.MAX_IMAGE_PIXELS is not None:
+        max_pixels = 2 * Image.MAX_IMAGE_PIXELS
+    try:
+        image = READERS[kind](file)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise UnreadableImageError(
+                f"{image.width}x{image.height} pixels, more than the limit of {max_pixels / 1e6:.0f} million; make it "
+                "smaller",
+                name,
+            )
+        _scale_transparency(image)
+        image.load()
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly everything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        problem = f"damaged, cut off or of a kind of {kind} that Pillow does not know ({why})"
+        raise UnreadableImageError(problem, name) from error
+    return image
+
+
+def _scale_transparency(image: ImageFile) -> None:
+    """Scales the transparent color of a PNG file as Pillow scales its pixels, for which Pillow leaves it unscaled.
+
+    Args:
+        image: Opened, not yet loaded.
+    """
+    transparent = image.info.get("transparency")
+    if not isinstance(image, PngImageFile) or transparent is None or not image.tile:
+        return
+    raw_mode = image.tile[0][3]
+    if raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = transparent * (85 if raw_mode == "L;2" else 17)
+    elif raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Converts 16-bit gray to L, or to LA if the file names a transparent gray value."""
+    values = np.asarray(image)
+    bits, is_inverted = 16, False
+    if image.mode == "I":
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadableImageError(
+                f"32-bit pixels from {values.min()} to {values.max()}, expected 16-bit values from 0 to 65535; "
+                "convert it to 8 or 16 bits"
+            )
+    elif isinstance(image, TiffImageFile):
+        bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0]
+        is_inverted = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0  # Pillow inverts 8 bits only
+    gray = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if is_inverted:
+        gray = ImageOps.invert(gray)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) if the file has none that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data makes Pillow raise nearly everything; the pixels are whole
+        return 1
+
+
+def _name(source: str | Path | BinaryIO) -> str:
+    path = source if isinstance(source, str | Path) else getattr(source, "name", None)
+    return Path(path).name if isinstance(path, str | Path) else "image"

@@ -1,0 +1,318 @@
+"""Image folders and tar archives: which files are images, to which class each belongs, and what is ignored."""
+
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+
+from stvit.images import SUFFIXES
+from stvit.tools.common.cli import CommandError, reason
+
+# Folders and files of operating systems, network drives and editors, besides all hidden ones. In lower case.
+_FOREIGN = {
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "__macosx",
+    "__pycache__",
+    "desktop.ini",
+    "ehthumbs.db",
+    "lost+found",
+    "recycler",
+    "system volume information",
+    "thumbs.db",
+}
+MOST_NAMED = 3
+
+
+@dataclass
+class Ignored:
+    """Everything below a folder that is no image.
+
+    Attributes:
+        files: Paths of files that are not images, relative to the folder.
+        folders: Paths of hidden folders and other programs' folders.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def describe(self, root: str | Path) -> str | None:
+        """One line that counts and names the ignored files and folders of `root`, None if there are none."""
+        parts = []
+        if self.files:
+            parts.append(_count(self.files, "file that is not an image", "files that are not images"))
+        if self.folders:
+            kinds = "hidden folder or folder of another program", "hidden folders or folders of other programs"
+            parts.append(_count(self.folders, *kinds))
+        return f"ignored in {root}: {', '.join(parts)}" if parts else None
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder is hidden or belongs to the operating system or another program.
+
+    Args:
+        name: Without its folder.
+    """
+    return name.startswith(".") or name.lower() in _FOREIGN
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name is that of an image: a suffix of a supported format, not hidden."""
+    return name.lower().endswith(SUFFIXES) and not is_foreign(name)
+
+
+def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[list[str], Ignored]:
+    """Finds the images in a folder and the folders below it, in natural order of their paths.
+
+    Args:
+        root: The folder. Links are followed.
+        skipped: Resolved path of a folder that is neither searched nor reported.
+
+    Returns:
+        The paths of the images relative to `root`, with '/' between the folders, and what is ignored.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+    found: list[str] = []
+    ignored = Ignored()
+
+    def search(folder: str, prefix: str, parents: frozenset[tuple[int, int]]) -> None:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in parents:  # a link back to a folder above
+            ignored.folders.append(prefix.rstrip("/"))
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                if entry.is_dir():
+                    if is_foreign(entry.name):
+                        ignored.folders.append(path)
+                    elif skipped is None or Path(entry.path).resolve() != skipped:
+                        search(entry.path, f"{path}/", parents | {here})
+                # A link whose target is missing counts as an image: reading it fails with its path.
+                elif is_image_name(entry.name) and (entry.is_file() or entry.is_symlink()):
+                    found.append(path)
+                else:
+                    ignored.files.append(path)
+
+    search(os.fspath(root), "", frozenset())
+    return _in_order(found), ignored
+
+
+class ImageFolder:
+    """The images of a folder, each with the number of its class, the name of the folder that holds it.
+
+    Attributes:
+        root: The folder.
+        class_to_idx: Numbers of the classes, in natural order of their names.
+        ignored: Everything that is no image.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """
+        Args:
+            root: Folder with one folder of images for each class.
+
+        Raises:
+            CommandError: If the images are not those of class folders.
+        """
+        self.root = Path(root)
+        try:
+            self._paths, self.ignored = find_image_files(root)
+            folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_foreign(entry.name)]
+        except OSError as error:
+            raise CommandError(f"cannot read the image folder {root}: {reason(error)}") from error
+        held = {path.split("/")[0] for path in self._paths if "/" in path}
+        if any("/" not in path for path in self._paths):
+            raise CommandError(f"{root} holds images beside the class folders: move each into the folder of its class")
+        if not folders:
+            raise CommandError(f"{root} has no class folders; it must hold <class>/*")
+        empty = _in_order(set(folders) - held)
+        if empty:
+            raise CommandError(
+                f"class folder {self.root / empty[0]} has no image (a file that ends in {', '.join(SUFFIXES)}): add "
+                "some, or remove the folder"
+            )
+        deep = next((path for path in self._paths if path.count("/") > 1), None)
+        if deep is not None:
+            raise CommandError(f"image {self.root / deep} is in a folder within its class folder: move it up")
+        self.class_to_idx = {name: number for number, name in enumerate(_in_order(held))}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        """Returns the path of an image and its class number."""
+        path = self._paths[index]
+        return os.path.join(self.root, path), self.class_to_idx[path.split("/")[0]]
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """Returns the path of an image, with `absolute` including that of the folder."""
+        return os.path.join(self.root, self._paths[index]) if absolute else self._paths[index]
+
+
+@dataclass
+class _Member:
+    """A file in an archive: its path, and where its bytes are in the archive."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class ImageTar:
+    """The images of a tar archive, each with the number of its class, the name of the folder that holds it.
+
+    An archive within the archive stands for a folder of its name, as in ImageNet's. The images are read by their
+    places in the file: any number of processes can read at the same time.
+
+    Attributes:
+        root: The archive.
+        class_to_idx: Numbers of the classes, in natural order of their names.
+        ignored: Everything that is no image.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """
+        Args:
+            root: An uncompressed tar archive.
+
+        Raises:
+            CommandError: If the archive cannot be read, or its images are not those of class folders.
+        """
+        self.root = Path(root)
+        self.ignored = Ignored()
+        try:
+            with tarfile.open(root, "r:") as tar:
+                members = list(self._search(tar, "", 0))
+        except tarfile.ReadError as error:
+            raise CommandError(
+                f"cannot read the archive {root}: {reason(error)}; it must be a complete, uncompressed tar file"
+            ) from error
+        except (OSError, tarfile.TarError) as error:
+            raise CommandError(f"cannot read the archive {root}: {reason(error)}") from error
+        by_path = {member.path: member for member in members}  # of two with one path the later one holds
+        self._members = [by_path[path] for path in _in_order(by_path)]
+        depths = {member.path.count("/"): member.path for member in self._members}
+        if not depths or 0 in depths:
+            what = f"image {depths[0]} is in no folder" if depths else "it has no images"
+            raise CommandError(f"archive {root}: {what}; it must hold <class>/*")
+        if len(depths) > 1:
+            one, other = depths[min(depths)], depths[max(depths)]
+            raise CommandError(
+                f"archive {root}: {one} and {other} are in folders of different depth; the folder that holds an image "
+                "is its class"
+            )
+        names = _in_order({member.path.split("/")[-2] for member in self._members})
+        self.class_to_idx = {name: number for number, name in enumerate(names)}
+
+    def _search(self, tar: tarfile.TarFile, prefix: str, start: int) -> Iterator[_Member]:
+        """Yields the images of an archive that begins at a place of the file."""
+        members: dict[str, _Member] = {}
+        links: list[tuple[str, str]] = []
+        for info in tar:
+            path = _normalized(f"{prefix}/{info.name}")
+            parts = PurePosixPath(path).parts
+            foreign = next((i for i, part in enumerate(parts[:-1]) if is_foreign(part)), None)
+            if foreign is not None:
+                folder = "/".join(parts[: foreign + 1])
+                if folder not in self.ignored.folders:
+                    self.ignored.folders.append(folder)
+            elif not parts or info.isdir():
+                continue
+            elif info.isfile() and path.lower().endswith(".tar") and not is_foreign(parts[-1]):
+                with tarfile.open(fileobj=tar.extractfile(info), mode="r:") as child:
+                    yield from self._search(child, path[: -len(".tar")], start + info.offset_data)
+            elif not is_image_name(parts[-1]):
+                self.ignored.files.append(path)
+            elif info.islnk() or info.issym():
+                beside = posixpath.dirname(path) if info.issym() else prefix
+                links.append((path, _normalized(f"{beside}/{info.linkname}")))
+            elif info.isfile() and not info.issparse():
+                members[path] = _Member(path, start + info.offset_data, info.size)
+            else:
+                self.ignored.files.append(path)
+        for path, target in links:  # tar stores a second name of a file as a link
+            if target in members:
+                members[path] = _Member(path, members[target].offset, members[target].size)
+            else:
+                self.ignored.files.append(path)
+        yield from members.values()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> tuple[BytesIO, int]:
+        """Returns the file of an image and its class number."""
+        member = self._members[index]
+        with open(self.root, "rb") as file:
+            file.seek(member.offset)
+            content = file.read(member.size)
+        return BytesIO(content), self.class_to_idx[member.path.split("/")[-2]]
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """Returns the path of an image in the archive."""
+        return self._members[index].path
+
+
+class TorchImageFolder(TorchvisionImageFolder):
+    """torchvision's image folder, with the formats and the ignored folders of this module.
+
+    The class of an image is the outermost folder, and the classes are in alphabetical order.
+
+    Attributes:
+        ignored: Everything that is no image.
+    """
+
+    def __init__(self, root: str | Path, **kwargs: Any) -> None:
+        def is_image(path: str) -> bool:
+            *folders, name = Path(path).relative_to(root).parts
+            return is_image_name(name) and not any(map(is_foreign, folders))
+
+        super().__init__(os.fspath(root), is_valid_file=is_image, **kwargs)
+        self.ignored = find_image_files(root)[1]
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Returns the names of the class folders, and their numbers."""
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not is_foreign(entry.name))
+        if not names:
+            raise FileNotFoundError(f"{directory} has no class folders")
+        return names, {name: number for number, name in enumerate(names)}
+
+
+def _normalized(path: str) -> str:
+    """A path in an archive without '.', '..' and a leading '/'."""
+    return posixpath.normpath("/" + path.lstrip("/"))[1:]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names in natural order, numbers in them by their value; names that differ in case or zeros only, by themselves.
+
+    The order is timm's, which leaves the last ones in any order.
+    """
+
+    def key(name: str) -> tuple[list[Any], str]:
+        parts = re.split(r"(\d+)", name.lower())
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+    return sorted(names, key=key)
+
+
+def _count(names: Sequence[str], one: str, several: str) -> str:
+    """How many names there are, and the first of them, in one line of characters that can be printed."""
+    shown = [name if name.isprintable() else ascii(name) for name in _in_order(names)[:MOST_NAMED]]
+    more = ["…"] if len(names) > MOST_NAMED else []
+    return f"{len(names)} {one if len(names) == 1 else several} ({', '.join(shown + more)})"
