@@ -7,7 +7,7 @@ Every image becomes RGB or gray (L) of 8 bits per channel. The rules:
     16-bit gray    the range of the file's samples, 0 to 65535, becomes 0 to 255: the upper 8 bits are kept, as Pillow
                    does for 16-bit color. A TIFF file of 12 bits has the range 0 to 4095. The range of the values in
                    one image does not matter: 12-bit values in a 16-bit file stay dark.
-    32-bit gray    taken as 16-bit gray if all values are from 0 to 65535, else refused
+    32-bit gray    read as 16-bit gray if all values are from 0 to 65535, else refused
     float          refused: the values of black and white are unknown
     transparency   the image is drawn over white, as browsers and viewers show it
     palette        its colors

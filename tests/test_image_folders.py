@@ -98,7 +98,7 @@ def test_every_format_and_nothing_else(kind: str, tmp_path: Path) -> None:
             assert content == (tmp_path / "in" / name).read_bytes() and CLASSES[target] == name.split("/")[0]
     said = source.ignored.describe("in")
     assert said is not None and said.replace("data/train/", "") == (
-        "ignored in in: 6 files that are not images (class2/._0.png, class2/notes.txt, class2/Thumbs.db, …), "
+        "ignored in in: 6 files that are hidden or not images (class2/._0.png, class2/notes.txt, class2/Thumbs.db, …), "
         "9 hidden folders or folders of other programs ($RECYCLE.BIN, .git, .ipynb_checkpoints, …)"
     )
     assert len(source.ignored.files) == len(OTHERS)
@@ -116,7 +116,7 @@ def test_commands_say_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert train_cls.main([*flags, *more, "--experiment=run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     train = f"ignored in {tmp_path / 'train'}: 1 hidden folder or folder of another program (class2/.ipynb_checkpoints)"
-    val = f"ignored in {tmp_path / 'val'}: 1 file that is not an image (class2/Thumbs.db)"
+    val = f"ignored in {tmp_path / 'val'}: 1 file that is hidden or not an image (class2/Thumbs.db)"
     assert [line for line in printed if line.startswith("ignored")] == [train, val]
     assert any(f"2 classes, {count} training and {count} validation images" in line for line in printed)
     assert validate_cls.main([*flags, f"--checkpoint={tmp_path / 'run'}"]) == 0
@@ -135,8 +135,8 @@ def test_visualize_leaves_other_programs_folders_out(tmp_path: Path, capsys: pyt
     assert {path.parent.relative_to(out).as_posix() for path in out.rglob("stage0.png")} == {"a", "sub/b"}
     said = capsys.readouterr().out.splitlines()
     assert said[0] == (
-        f"ignored in {tmp_path / 'in'}: 1 file that is not an image (sub/._b.gif), 2 hidden folders or folders of "
-        "other programs (.ipynb_checkpoints, sub/@eaDir)"
+        f"ignored in {tmp_path / 'in'}: 1 file that is hidden or not an image (sub/._b.gif), 2 hidden folders or "
+        "folders of other programs (.ipynb_checkpoints, sub/@eaDir)"
     )
 
 
@@ -315,7 +315,8 @@ def test_archives_within_an_archive_and_second_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([], "it has no images"),
+        ([], "train.tar: no images; it must hold"),
+        (["a/1.heic"], r"no images \(ignored in .*: 1 file that is hidden or not an image \(a/1\.heic\)\)"),
         (["1.png"], "image 1.png is in no folder; it must hold <class>/*"),
         (["a/1.png", "a/b/1.png"], "a/1.png and a/b/1.png are in folders of different depth"),
     ],
@@ -329,12 +330,16 @@ def test_archives_that_are_refused(members: list[str], words: str, tmp_path: Pat
 
 
 def test_damaged_and_compressed_archives_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(ASSETS, tmp_path / "in/class2")
-    pack(tmp_path / "in", tmp_path / "train.tar")
+    with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("bus.jpg", "zidane.jpg"):
+            tar.add(ASSETS / name, f"class2/{name}")
     whole = (tmp_path / "train.tar").read_bytes()
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
-        tar.add(tmp_path / "in", ".")
-    for content in (whole[:20_000], b"", b"x" * 3000, (tmp_path / "packed.tar").read_bytes()):
+        tar.add(ASSETS / "bus.jpg", "class2/bus.jpg")
+    damaged = bytearray(whole)
+    second = whole.index(b"class2/zidane.jpg")
+    damaged[second : second + 512] = bytes(range(256)) * 2  # which tarfile takes for the end
+    for content in (whole[:20_000], b"", b"x" * 3000, bytes(damaged), (tmp_path / "packed.tar").read_bytes()):
         (tmp_path / "train.tar").write_bytes(content)
         with pytest.raises(CommandError, match=r"cannot read the archive .*a complete, uncompressed tar file"):
             ImageTar(tmp_path / "train.tar")

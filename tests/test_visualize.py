@@ -601,7 +601,7 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
     assert command.main([str(source), f"--checkpoint={digits_run}", "--stage", "0", f"--out={out}"]) == 1
     said = capsys.readouterr()
     assert "5/5" in said.err and said.out.splitlines() == [
-        f"ignored in {source}: 1 file that is not an image (notes.txt)",
+        f"ignored in {source}: 1 file that is hidden or not an image (notes.txt)",
         f"wrote the pictures of 3 images to {out}",
     ]
     error = said.err.splitlines()[-1]

@@ -28,7 +28,6 @@ _FOREIGN = {
     "desktop.ini",
     "ehthumbs.db",
     "lost+found",
-    "recycler",
     "system volume information",
     "thumbs.db",
 }
@@ -37,21 +36,23 @@ MOST_NAMED = 3
 
 @dataclass
 class Ignored:
-    """Everything below a folder that is no image.
+    """The files and folders that are ignored below a folder, by their paths relative to it.
 
     Attributes:
-        files: Paths of files that are not images, relative to the folder.
-        folders: Paths of hidden folders and other programs' folders.
+        files: Files that are hidden or not images.
+        folders: Hidden folders, folders of other programs, and links to a folder above.
     """
 
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
     def describe(self, root: str | Path) -> str | None:
-        """One line that counts and names the ignored files and folders of `root`, None if there are none."""
+        """Returns a line that counts and names the ignored files and folders of `root`, None if there are none."""
         parts = []
         if self.files:
-            parts.append(_count(self.files, "file that is not an image", "files that are not images"))
+            parts.append(
+                _count(self.files, "file that is hidden or not an image", "files that are hidden or not images")
+            )
         if self.folders:
             kinds = "hidden folder or folder of another program", "hidden folders or folders of other programs"
             parts.append(_count(self.folders, *kinds))
@@ -59,7 +60,7 @@ class Ignored:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a file or folder is hidden or belongs to the operating system or another program.
+    """Returns whether a file or folder is hidden or belongs to the operating system or another program.
 
     Args:
         name: Without its folder.
@@ -68,7 +69,7 @@ def is_foreign(name: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name is that of an image: a suffix of a supported format, not hidden."""
+    """Returns whether a file name has the suffix of a supported format and is not hidden."""
     return name.lower().endswith(SUFFIXES) and not is_foreign(name)
 
 
@@ -113,12 +114,12 @@ def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[lis
 
 
 class ImageFolder:
-    """The images of a folder, each with the number of its class, the name of the folder that holds it.
+    """Paths and class numbers of the images in a folder that holds one folder for each class.
 
     Attributes:
         root: The folder.
-        class_to_idx: Numbers of the classes, in natural order of their names.
-        ignored: Everything that is no image.
+        class_to_idx: Class numbers by name, in natural order of the names.
+        ignored: The files and folders that are ignored.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -127,7 +128,8 @@ class ImageFolder:
             root: Folder with one folder of images for each class.
 
         Raises:
-            CommandError: If the images are not those of class folders.
+            CommandError: If the folder cannot be read, a class has no image, or an image is not directly in the folder
+                of its class.
         """
         self.root = Path(root)
         try:
@@ -164,9 +166,9 @@ class ImageFolder:
         return os.path.join(self.root, self._paths[index]) if absolute else self._paths[index]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Member:
-    """A file in an archive: its path, and where its bytes are in the archive."""
+    """Path of a file in an archive, and the position and number of its bytes."""
 
     path: str
     offset: int
@@ -174,15 +176,15 @@ class _Member:
 
 
 class ImageTar:
-    """The images of a tar archive, each with the number of its class, the name of the folder that holds it.
+    """Images and class numbers of a tar archive; the class of an image is the folder that holds it.
 
-    An archive within the archive stands for a folder of its name, as in ImageNet's. The images are read by their
-    places in the file: any number of processes can read at the same time.
+    An archive within the archive counts as a folder, as in ImageNet's archive of training images. Any number of
+    processes can read at the same time.
 
     Attributes:
         root: The archive.
-        class_to_idx: Numbers of the classes, in natural order of their names.
-        ignored: Everything that is no image.
+        class_to_idx: Class numbers by name, in natural order of the names.
+        ignored: The files and folders that are ignored.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -191,7 +193,7 @@ class ImageTar:
             root: An uncompressed tar archive.
 
         Raises:
-            CommandError: If the archive cannot be read, or its images are not those of class folders.
+            CommandError: If the archive cannot be read, has no images, or has images outside of class folders.
         """
         self.root = Path(root)
         self.ignored = Ignored()
@@ -208,8 +210,10 @@ class ImageTar:
         self._members = [by_path[path] for path in _in_order(by_path)]
         depths = {member.path.count("/"): member.path for member in self._members}
         if not depths or 0 in depths:
-            what = f"image {depths[0]} is in no folder" if depths else "it has no images"
-            raise CommandError(f"archive {root}: {what}; it must hold <class>/*")
+            problem = f"image {depths[0]} is in no folder" if depths else "no images"
+            ignored = self.ignored.describe(root)
+            more = f" ({ignored})" if ignored and not depths else ""
+            raise CommandError(f"archive {root}: {problem}{more}; it must hold <class>/*")
         if len(depths) > 1:
             one, other = depths[min(depths)], depths[max(depths)]
             raise CommandError(
@@ -220,7 +224,7 @@ class ImageTar:
         self.class_to_idx = {name: number for number, name in enumerate(names)}
 
     def _search(self, tar: tarfile.TarFile, prefix: str, start: int) -> Iterator[_Member]:
-        """Yields the images of an archive that begins at a place of the file."""
+        """Yields the images of an archive that begins at the byte `start` of the file."""
         members: dict[str, _Member] = {}
         links: list[tuple[str, str]] = []
         for info in tar:
@@ -245,6 +249,11 @@ class ImageTar:
                 members[path] = _Member(path, start + info.offset_data, info.size)
             else:
                 self.ignored.files.append(path)
+        # tarfile takes a damaged header for the end of the archive, which is a block of zeros or the end of the file.
+        file: Any = tar.fileobj
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged header at byte {start + tar.offset}")
         for path, target in links:  # tar stores a second name of a file as a link
             if target in members:
                 members[path] = _Member(path, members[target].offset, members[target].size)
@@ -264,8 +273,9 @@ class ImageTar:
         return BytesIO(content), self.class_to_idx[member.path.split("/")[-2]]
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """Returns the path of an image in the archive."""
-        return self._members[index].path
+        """Returns the path of an image in the archive, with `absolute` including that of the archive."""
+        path = self._members[index].path
+        return os.path.join(self.root, path) if absolute else path
 
 
 class TorchImageFolder(TorchvisionImageFolder):
@@ -274,7 +284,7 @@ class TorchImageFolder(TorchvisionImageFolder):
     The class of an image is the outermost folder, and the classes are in alphabetical order.
 
     Attributes:
-        ignored: Everything that is no image.
+        ignored: The files and folders that are ignored.
     """
 
     def __init__(self, root: str | Path, **kwargs: Any) -> None:
@@ -299,9 +309,9 @@ def _normalized(path: str) -> str:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Names in natural order, numbers in them by their value; names that differ in case or zeros only, by themselves.
+    """Sorts names in timm's natural order, in which numbers count by their value.
 
-    The order is timm's, which leaves the last ones in any order.
+    timm leaves names that differ only in case or leading zeros in any order. Here they are in alphabetical order.
     """
 
     def key(name: str) -> tuple[list[Any], str]:
@@ -312,7 +322,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _count(names: Sequence[str], one: str, several: str) -> str:
-    """How many names there are, and the first of them, in one line of characters that can be printed."""
+    """Returns the number of names and the first names. Characters that cannot be printed in a line are escaped."""
     shown = [name if name.isprintable() else ascii(name) for name in _in_order(names)[:MOST_NAMED]]
     more = ["…"] if len(names) > MOST_NAMED else []
     return f"{len(names)} {one if len(names) == 1 else several} ({', '.join(shown + more)})"
