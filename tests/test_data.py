@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_server import REPOSITORY, serve
 
+import stvit
 from stvit.tools import train_cls
 from stvit.tools.common.data import BadImages, TrainBatches, TrainLoader, open_images
 from stvit.tools.common.processes import World
@@ -270,3 +271,27 @@ def test_processes_and_steps_share_an_update_alike() -> None:
     for update, batch in enumerate(one):
         assert sorted(key for share in shares for key in share[update]) == sorted(batch)
         assert [key for step in steps[4 * update : 4 * update + 4] for key in step] == batch
+
+
+def test_a_stream_that_ends_within_an_update_leaves_no_gradients(own_digits_folder: Path, tmp_path: Path) -> None:
+    """The gradients of an update that is not whole stay out of the first update of the next epoch."""
+    (tmp_path / "made").mkdir()
+    flags = as_shards(own_digits_folder, tmp_path / "made")
+    info = json.loads((tmp_path / "made/_info.json").read_text())
+    # Two workers and one shard: the second worker has no images, and the stream ends after half of its length.
+    info["splits"]["train"] |= {"filenames": ["train-000000.tar"], "shard_lengths": [60]}
+    (tmp_path / "made/_info.json").write_text(json.dumps(info))
+    held: list[bool] = []
+
+    def note(module: torch.nn.Module, _: object) -> None:
+        if isinstance(module, stvit.STViT) and module.training:
+            held.append(any(parameter.grad is not None for parameter in module.parameters()))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        more = ["--batch-size=10", "--workers=2", "--grad-accum-steps=2", f"--output={tmp_path}"]
+        assert train_cls.main([*SHORT, *flags, *more]) == 0
+    finally:
+        hook.remove()
+    # An update of two batches, and a batch of the next update, in each of the two epochs.
+    assert held == 2 * [False, True, False]

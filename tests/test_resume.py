@@ -1,5 +1,6 @@
 """Real training processes, ended by signals, damage and full disks: what the same command then makes of it."""
 
+import csv
 import json
 import os
 import random
@@ -307,6 +308,108 @@ SHORT = (
     "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=1e-3 --checkpoint-steps=2 "
     "--resume=auto"
 ).split()
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("sched", "on_updates"),
+    [
+        ("cosine", True),
+        *(
+            pytest.param(sched, on_updates, marks=pytest.mark.long)
+            for sched in ("cosine", "step", "poly", "constant", "plateau", "none")
+            for on_updates in (False, True)
+            if (sched, on_updates) not in (("cosine", True), ("plateau", True))
+        ),
+    ],
+)
+def test_an_extended_run_has_the_learning_rates_of_a_longer_run(
+    sched: str, on_updates: bool, digits_folder: Path, tmp_path: Path
+) -> None:
+    flags = [*SHORT, f"--data-dir={digits_folder}", f"--sched={sched}", "--warmup-epochs=1", "--log-interval=1"]
+    flags += ["--checkpoint-steps=0", f"--output={tmp_path}"] + ["--sched-on-updates"] * on_updates
+    assert train_cls.main([*flags, "--epochs=4", "--experiment=whole"]) == 0
+    assert train_cls.main([*flags, "--epochs=2", "--experiment=extended"]) == 0
+    assert train_cls.main([*flags, "--epochs=4", "--experiment=extended"]) == 0
+    whole, extended = (rates(tmp_path / name) for name in ("whole", "extended"))
+    assert len(whole) == len(extended) == 12
+    assert extended[6:] == whole[6:]
+    assert (extended == whole) == (sched not in ("cosine", "poly"))
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rate that each update was followed by."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["lr"] for line in lines if line["event"] == "train"]
+
+
+def test_a_finished_run_is_extended(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--experiment=it", "--warmup-epochs=0"]
+    assert train_cls.main([*flags, "--epochs=1"]) == 0
+    first = rows(tmp_path / "it")
+    capsys.readouterr()
+    assert train_cls.main([*flags, "--epochs=3"]) == 0
+    out = capsys.readouterr().out
+    assert "extending the run from 1 to 3 epochs: the learning rate goes on at 0.0007525; " in out
+    assert "under the cosine schedule for 1 epochs it was 1e-05" in out
+    # One run, of which nothing shows that it was done in two parts.
+    summary = rows(tmp_path / "it")
+    assert summary[:1] == first and [row["epoch"] for row in summary] == ["0", "1", "2"]
+    assert yaml.safe_load((tmp_path / "it/config.yaml").read_text(encoding="utf-8"))["epochs"] == 3
+    best = max(summary, key=lambda row: float(row["eval_top1"]))
+    details = json.loads((tmp_path / "it/best/config.json").read_text(encoding="utf-8"))["stvit"]
+    assert f"after epoch {int(best['epoch']) + 1}" in details["weights"]
+    assert details["metrics"][0]["value"] == pytest.approx(float(best["eval_top1"]))
+    # The same command again has nothing to do; fewer epochs than are done cannot be.
+    assert train_cls.main([*flags, "--epochs=3"]) == 0
+    assert "is finished: 3 epochs are done" in capsys.readouterr().out
+    assert train_cls.main([*flags, "--epochs=2"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--epochs 2: {tmp_path / 'it'} has already done 3 epochs; pass --epochs 3 or more" in line
+
+
+def test_a_run_in_the_middle_is_extended_and_shortened(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--experiment=it", "--warmup-epochs=0"]
+    assert train_cls.main([*flags, "--epochs=2"]) == 0
+    end = tmp_path / "it/checkpoints/00002-00000000.pt"
+    end.unlink()  # 1 epoch and 2 of 3 updates are left
+    capsys.readouterr()
+    assert train_cls.main([*flags, "--epochs=1"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "has already done 1 epochs and 2 updates; pass --epochs 2 or more" in line
+    assert train_cls.main([*flags, "--epochs=3"]) == 0
+    assert "extending the run from 2 to 3 epochs" in capsys.readouterr().out
+    assert len(rows(tmp_path / "it")) == 3
+    # The run stopped at the end of its second epoch, and three were planned: now two are enough.
+    state = load_checkpoint(tmp_path / "it/checkpoints/00003-00000000.pt")
+    assert state["recipe"]["epochs"] == 3
+    for path in (tmp_path / "it/checkpoints").glob("00003*.pt"):
+        path.unlink()
+    for path in (tmp_path / "it/checkpoints").glob("*.pt"):
+        assert path.name == "00002-00000002.pt"
+    assert train_cls.main([*flags, "--epochs=4"]) == 0
+    assert "extending the run from 3 to 4 epochs" in capsys.readouterr().out
+
+
+def test_auto_names_the_shorter_run(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that nobody names is not extended: it may be one of several on purpose."""
+    flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}"]
+    assert train_cls.main([*flags, "--epochs=1"]) == 0
+    (run,) = tmp_path.iterdir()
+    capsys.readouterr()
+    assert train_cls.main([*flags, "--epochs=2", "--experiment=second"]) == 0
+    assert "is the same run" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "second")
+    assert train_cls.main([*flags, "--epochs=2"]) in (0, 1)  # 1 within the second in which the other began
+    assert f"{run} is the same run with --epochs 1; to change its epochs, pass --experiment {run.name}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_auto_takes_no_run_on_other_images(

@@ -57,7 +57,7 @@ from stvit.tools.common.data import (
     resolve_images,
 )
 from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
-from stvit.tools.common.model import add_model_arguments, choose_weights, create_model, read_weights
+from stvit.tools.common.model import add_model_arguments, check_img_size, choose_weights, create_model, read_weights
 from stvit.tools.common.processes import World
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".torchscript"}
@@ -126,6 +126,7 @@ def export(args: argparse.Namespace) -> None:
     _check_packages(args)
     model, name = _create_model(args)
     data_config = resolve_images(vars(args), model, use_test_size=True)
+    check_img_size(model, data_config)
     with TemporaryDirectory() as temporary:
         bad_images = BadImages(args.max_bad_images, Path(temporary) / "bad_images.jsonl")
         images = _open_images(args, data_config, bad_images)
@@ -225,6 +226,7 @@ def _create_model(args: argparse.Namespace) -> tuple[Any, str]:
         weights=content,
         num_classes=args.num_classes,
         in_chans=args.in_chans,
+        img_size=args.img_size,
         model_kwargs={
             **(weights.recipe.get("model_kwargs") or {}),
             **({"features_only": True} if args.features else {}),

@@ -43,7 +43,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from torch import nn
@@ -85,7 +85,7 @@ from stvit.tools.common.data import (
 )
 from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.logs import RunLog, require_loggers
-from stvit.tools.common.model import create_model, read_weights
+from stvit.tools.common.model import check_img_size, create_model, read_weights
 from stvit.tools.common.processes import DTYPES, StopRequest, World, add_device_arguments, autocast, join_world
 from stvit.tools.common.snapshots import Snapshots, fetch_run, read_remote_recipe
 
@@ -328,6 +328,7 @@ class _Training:
         if args.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
         self.data_config = resolve_images(vars(args), self.model)
+        check_img_size(self.model, self.data_config)
         dtype = DTYPES[args.model_dtype]
         self.loader = TrainLoader(args, self.train_set, self.data_config, world, dtype)
         self.val_loader = create_val_loader(args, self.val_set, self.data_config, world, dtype)
@@ -356,6 +357,7 @@ class _Training:
         world.by_first(partial(_check_remote_run, args, is_resumed=resumed is not None))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoint_epochs)
         self.progress = Progress()
+        self.former_epochs: int | None = None  # of a run whose number of epochs this command changes
         random_seed(args.seed, world.rank)
         if resumed is not None:
             self._resume(resumed)
@@ -368,6 +370,8 @@ class _Training:
         args, world, progress = self.args, self.world, self.progress
         if progress.epoch >= args.epochs:
             world.say(f"{self.folder} is finished: {args.epochs} epochs are done")
+            if world.is_first and self.former_epochs is not None:
+                self._write_recipe()
             if world.is_first and args.hub_repo:
                 # Its records stay as they are: what the Hub has already is not sent again.
                 self._snapshots(lambda *_: None).finish(progress.epoch)
@@ -423,8 +427,7 @@ class _Training:
 
     def _open_log(self) -> RunLog:
         args, progress = self.args, self.progress
-        recipe = yaml.safe_dump(_resolved(args), sort_keys=False)
-        replace_whole(self.folder / "config.yaml", lambda path: path.write_text(recipe))
+        self._write_recipe()
         log = RunLog(
             self.folder,
             tensorboard=args.log_tensorboard,
@@ -438,7 +441,13 @@ class _Training:
             "resume" if progress.epoch or progress.step else "start",
             {"epoch": progress.epoch, "step": progress.step, "processes": self.world.size, "torch": torch.__version__},
         )
+        if self.former_epochs is not None:
+            log.event("epochs", {"from": self.former_epochs, "to": args.epochs, "lr": self._lr()})
         return log
+
+    def _write_recipe(self) -> None:
+        recipe = yaml.safe_dump(_resolved(self.args), sort_keys=False, allow_unicode=True)
+        replace_whole(self.folder / "config.yaml", lambda path: path.write_text(recipe, encoding="utf-8"))
 
     def _say_result(self) -> None:
         epoch, top1, kind = self.progress.best
@@ -474,8 +483,10 @@ class _Training:
                 loss_sum += result["loss"].detach() * len(image)
                 correct += (result["output"].argmax(dim=1) == labels).sum()
                 progress.images += len(image)
-            if image is None:
-                break  # a stream that is shorter than it says
+            if image is None:  # the stream is shorter than it says
+                # The gradients of an update that is not whole must not enter the next epoch.
+                self.optimizer.zero_grad()
+                break
             progress.step += 1
             update = progress.epoch * self.updates + progress.step
             task.update_ema(step=update)
@@ -699,7 +710,11 @@ class _Training:
         return self.args.batch_size * self.args.grad_accum_steps * self.world.size
 
     def _resume(self, path: Path) -> None:
-        """Takes up the state of a checkpoint."""
+        """Loads the state of a checkpoint.
+
+        Raises:
+            CommandError: If the checkpoint is damaged or is of another run.
+        """
         state = load_checkpoint(path)
         if state["update_images"] != self._update_images():
             raise CommandError(
@@ -718,13 +733,12 @@ class _Training:
             if self.task.has_ema():
                 unwrap_model(self.task.get_trainable_module(ema=True)).load_state_dict(state["model_ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CommandError(f"{path} does not fit this run: {reason(error)}") from error
         self.progress = Progress(**state["progress"])
+        self._resume_schedule(state)
         processes, rank = state["processes"], self.world.rank
         if len(processes) == self.world.size:
             own = processes[rank]
@@ -739,6 +753,28 @@ class _Training:
             random_seed(self.args.seed + self.progress.epoch * self.updates + self.progress.step, rank)
             self.world.say(f"resuming on {self.world.size} processes what {len(processes)} began")
         self.world.say(f"resuming {path}: {self.progress.epoch} epochs and {self.progress.step} updates are done")
+
+    def _resume_schedule(self, state: dict[str, Any]) -> None:
+        """Loads the schedule's state, or moves a schedule for another number of epochs to where the run is."""
+        args, progress = self.args, self.progress
+        then = state["recipe"]["epochs"]
+        before = self._lr()
+        if self.scheduler is not None:
+            # Only the plateau schedule has a state that does not follow from the position; it knows no end either.
+            if then == args.epochs or isinstance(self.scheduler, PlateauLRScheduler):
+                self.scheduler.load_state_dict(state["scheduler"])
+            else:  # each call does nothing if the schedule counts in the other unit
+                self.scheduler.step(progress.epoch)
+                self.scheduler.step_update(progress.epoch * self.updates + progress.step)
+        if then == args.epochs:
+            return
+        self.former_epochs = then
+        after = self._lr()
+        self.world.say(
+            f"{'extending' if args.epochs > then else 'shortening'} the run from {then} to {args.epochs} epochs: the "
+            f"learning rate goes on at {after:.4g}"
+            + (f"; under the {args.sched} schedule for {then} epochs it was {before:.4g}" if after != before else "")
+        )
 
 
 class _Stopped(Exception):
@@ -791,7 +827,11 @@ def _check_remote_run(args: argparse.Namespace, is_resumed: bool) -> None:
             "or choose another repository"
         )
     own = _recipe_key(args)
-    changed = [key for key in own if key in remote and remote[key] != yaml.safe_load(yaml.safe_dump(own[key]))]
+    changed = [
+        key
+        for key in own
+        if key != "epochs" and key in remote and remote[key] != yaml.safe_load(yaml.safe_dump(own[key]))
+    ]
     if changed:
         raise CommandError(
             f"--hub-repo: {args.hub_repo} holds another run, with another {', '.join(changed)}: choose another "
@@ -817,6 +857,7 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
         weights=read_weights(Path(args.pretrained_path))[0] if args.pretrained_path else None,
         num_classes=args.num_classes,
         in_chans=args.in_chans,
+        img_size=args.img_size,
         grad_checkpointing=args.grad_checkpointing,
         model_kwargs={"drop_rate": args.drop, "drop_path_rate": drop_path, **args.model_kwargs},
     )
@@ -893,11 +934,18 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
         return folder, found[1]
 
     if args.experiment is None and args.resume == "auto":
+        own = _comparable(_resolved(args))
+        others: dict[Path, Any] = {}  # that differ in the number of epochs only, newest first
         for checkpoints in sorted(output.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True):
-            if _recipe_of(checkpoints.parent) == _comparable(_resolved(args)):
+            recipe = _recipe_of(checkpoints.parent)
+            if recipe == own:
                 found = Checkpoints(checkpoints).load()
                 if found is not None:
                     return checkpoints.parent, found[1]
+            elif recipe is not None and {**recipe, "epochs": own["epochs"]} == own:
+                others[checkpoints.parent] = recipe.get("epochs")
+        for run, epochs in list(others.items())[:1]:
+            print(f"{run} is the same run with --epochs {epochs}; to change its epochs, pass --experiment {run.name}")
     model = args.model.split(":")[-1].replace("/", "_")
     name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
     folder = output / name
@@ -936,8 +984,25 @@ def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: Path | str) -> None:
+    """Checks that a run can go on with these flags; the number of epochs may change.
+
+    Raises:
+        CommandError: If another flag differs, or the run has done more epochs already.
+    """
+    progress = state["progress"]
+    begun = progress["epoch"] + (progress["step"] > 0)
+    if args.epochs < begun:
+        updates = f" and {progress['step']} updates" if progress["step"] else ""
+        raise CommandError(
+            f"--epochs {args.epochs}: {folder} has already done {progress['epoch']} epochs{updates}; pass --epochs "
+            f"{begun} or more"
+        )
     then, now = state["recipe"], _recipe_key(args)
-    changed = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
+    changed = [
+        f"{key} {then.get(key)!r}, now {now.get(key)!r}"
+        for key in now
+        if key != "epochs" and then.get(key) != now.get(key)
+    ]
     if changed:
         raise CommandError(
             f"{folder} was begun with other flags ({'; '.join(changed)}): go on with the same, or start afresh with "
@@ -946,7 +1011,7 @@ def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: 
 
 
 def _recipe_key(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run must share with the one that it goes on from."""
+    """Returns the flags that a resumed run must share with its checkpoint; `epochs` is compared separately."""
     return {key: value for key, value in _resolved(args).items() if key not in FREE_FLAGS}
 
 

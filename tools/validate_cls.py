@@ -60,7 +60,14 @@ from stvit.tools.common.evaluation import (
     map_classes,
     mapped,
 )
-from stvit.tools.common.model import Weights, add_model_arguments, choose_weights, create_model, read_weights
+from stvit.tools.common.model import (
+    Weights,
+    add_model_arguments,
+    check_img_size,
+    choose_weights,
+    create_model,
+    read_weights,
+)
 from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, join_world
 
 MOST_CLASSES_OF_A_PICTURE = 100
@@ -133,6 +140,7 @@ def validate(args: argparse.Namespace) -> None:
     with join_world(args.device, args.dist_backend) as world, TemporaryDirectory() as temporary:
         model, weights, is_ema = _create_model(args, world)
         data_config = _data_config(args, model)
+        check_img_size(model, data_config)
         args.in_chans = data_config["input_size"][0]
         if args.in_chans not in (1, 3):
             raise CommandError(f"images have 1 (gray) or 3 (color) channels, the model wants {args.in_chans}")
@@ -203,6 +211,7 @@ def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights,
             weights=content,
             num_classes=args.num_classes,
             in_chans=args.in_chans,
+            img_size=args.img_size,
             model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
         )
     if args.num_classes is not None and content is not None and model.pretrained_cfg["num_classes"] != args.num_classes:

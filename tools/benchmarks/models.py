@@ -28,9 +28,9 @@ from stvit.tools.benchmarks.measure import (
     take_turns,
 )
 from stvit.tools.benchmarks.published import published
-from stvit.tools.benchmarks.yolo import check_img_size, create_detector, detection_loss
+from stvit.tools.benchmarks.yolo import check_detector_size, create_detector, detection_loss
 from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive
-from stvit.tools.common.model import create_model
+from stvit.tools.common.model import check_img_size, create_model
 
 __all__ = [
     "add_model_flags",
@@ -133,7 +133,7 @@ def benchmark_op(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The attention of each stage that has super tokens, forward alone and with backward."""
     for img_size in args.img_size:
         for model in args.models:
-            net = _create(model, "meta")
+            net = _create(model, "meta", img_size)
             if not isinstance(net, stvit.STViT):
                 raise CommandError(f"--models {model} has no super token attention: benchmark op is for STViT's stages")
             all_stages: Any = net.stages
@@ -239,7 +239,9 @@ def prepare(case: Case) -> Callable[[], Any]:
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     if _is_detector(case.model):
-        check_img_size(case.img_size)
+        check_detector_size(case.img_size)
+    elif case.stage is None:
+        check_img_size(_module(case, "meta"), {"input_size": _input_shape(case)[1:]})
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
     module = _module(case, case.device).train(case.is_training)
@@ -319,7 +321,7 @@ def _optimized(module: Any, case: Case) -> nn.Module:
 
 
 def _module(case: Case, device: str) -> nn.Module:
-    model: Any = _create(case.model, device)
+    model: Any = _create(case.model, device, case.img_size)
     module: nn.Module = model if case.stage is None else model.stages[case.stage].blocks[0].attn
     return published(module) if case.way == "published" else module.eval()
 
@@ -356,11 +358,11 @@ def _is_ours(spec: str) -> bool:
     return _parse(spec)[0].startswith(("stvit_", "test_stvit"))
 
 
-def _create(spec: str, device: str) -> nn.Module:
+def _create(spec: str, device: str, img_size: int) -> nn.Module:
     if _is_detector(spec):
         return create_detector(spec).to(device)
     name, kwargs = _parse(spec)
-    return create_model(name, model_kwargs=kwargs).to(device)
+    return create_model(name, img_size=img_size, model_kwargs=kwargs).to(device)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:

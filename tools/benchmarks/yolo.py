@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason
 
-__all__ = ["add_flags", "benchmark", "check_img_size", "create_detector", "detection_loss"]
+__all__ = ["add_flags", "benchmark", "check_detector_size", "create_detector", "detection_loss"]
 
 
 def add_flags(parser: Parser) -> None:
@@ -30,7 +30,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
     models = {name: _create(name) for name in args.models}
     ultralytics = importlib.metadata.version("ultralytics")
-    check_img_size(args.img_size)
+    check_detector_size(args.img_size)
     image = torch.rand(1, 3, args.img_size, args.img_size)
     rows: dict[str, dict[str, Any]] = {}
     for name, yolo in models.items():
@@ -69,7 +69,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     yield list(rows.values())
 
 
-def check_img_size(img_size: int) -> None:
+def check_detector_size(img_size: int) -> None:
     """Sees that a detector takes images of that size.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from timm.data import auto_augment, create_dataset, create_transform, resolve_data_config
+from timm.data import auto_augment, create_dataset, create_transform, resolve_input_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -60,18 +60,20 @@ def add_image_arguments(group: Any) -> None:
 
 
 def resolve_images(settings: Mapping[str, Any], model: Any, use_test_size: bool = False) -> dict[str, Any]:
-    """How a model wants its images, as timm's `resolve_data_config` says it.
+    """Returns timm's preprocessing settings for a model.
 
     Args:
-        settings: The flags of `add_image_arguments` and `in_chans`, which go before the model's own settings.
-        model: Whose settings hold where those are None.
-        use_test_size: Whether the model's size is that of its evaluation.
+        settings: Flags of `add_image_arguments` and `in_chans`; they override the model's own settings.
+        model: Model whose settings fill in flags that are None. A model of a fixed input size decides its size.
+        use_test_size: Whether to use the model's evaluation size, if it has one.
+
+    Raises:
+        CommandError: If the flags contradict the model.
     """
-    config: dict[str, Any] = resolve_data_config(settings, model=model, use_test_size=use_test_size)
-    channels = settings.get("in_chans") or model.pretrained_cfg["input_size"][0]
-    config["input_size"] = (channels, *config["input_size"][1:])  # timm heeds them beside an image size alone
-    if channels == 1 and settings.get("mean") is None:  # gray images: the means over the colors
-        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    try:
+        config: dict[str, Any] = resolve_input_data_config(model, settings, use_test_size=use_test_size)
+    except ValueError as error:
+        raise CommandError(f"the images do not fit the model: {reason(error)}") from error
     return config
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import clean_state_dict, get_pretrained_cfg_value
+from timm.models import clean_state_dict, get_pretrained_cfg_value, resolve_model_input_args
 from torch import nn
 
 import stvit
@@ -241,22 +241,25 @@ def create_model(
     weights: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    img_size: int | None = None,
     grad_checkpointing: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A model of timm's, on the CPU.
+    """Creates a timm model on the CPU.
 
     Args:
-        name: As timm knows it.
+        name: Model name, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         pretrained: Whether to load the weights that timm finds by the name.
-        weights: Weights to load instead, under our names or the authors'.
-        num_classes: Classes; None for those of the weights.
-        in_chans: Channels of the images; None for those of the weights.
-        grad_checkpointing: Whether it recomputes activations, to save memory.
-        model_kwargs: More of its arguments.
+        weights: Weights to load instead, under our key names or the authors'.
+        num_classes: Number of classes; None for that of the weights.
+        in_chans: Number of image channels; None for that of the weights.
+        img_size: Height and width of the images, in pixels; None for those of the weights. Models of a fixed input
+            size are built for this size, and all others take any size.
+        grad_checkpointing: Whether to recompute activations in the backward pass, to save memory.
+        model_kwargs: Further arguments of the model.
 
     Raises:
-        CommandError: If there is no such model, it cannot be made so, or the weights do not fit it.
+        CommandError: If the model is unknown, cannot be created with these arguments, or does not fit the weights.
     """
     if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -271,20 +274,77 @@ def create_model(
                 overlay["num_classes"] = len(weights[f"{layer}.weight"])
     if num_classes is None:
         num_classes = overlay.get("num_classes")
-    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    kwargs = dict(model_kwargs or {})
+    size = _img_size_argument(name, img_size, kwargs)
+    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": size}
+    kwargs |= {key: value for key, value in given.items() if value is not None}
     try:
         model: Any = stvit.create_model(
             name,
             pretrained=pretrained or weights is not None,
             pretrained_cfg_overlay=overlay,
-            **{key: value for key, value in given.items() if value is not None},
-            **(model_kwargs or {}),
+            **kwargs,
         )
         if grad_checkpointing:
             model.set_grad_checkpointing()
     except stvit.PretrainedError as error:
-        raise CommandError(str(error)) from error
+        hint = "" if size is None else f"; if the image size is the reason, remove --img-size {size} or pass another"
+        raise CommandError(f"{error}{hint}") from error
     except Exception as error:  # a foreign model, file or network may fail in any way
-        raise CommandError(f"cannot create model {name}: {reason(error)}") from error
+        hint = "" if size is None else f"; remove --img-size {size} or pass another size"
+        raise CommandError(f"cannot create model {name}: {reason(error)}{hint}") from error
     model.pretrained_cfg.pop("state_dict", None)  # held once is enough
     return model
+
+
+def _img_size_argument(name: str, img_size: int | None, model_kwargs: Mapping[str, Any]) -> int | None:
+    """Returns `img_size` if the model takes it as an argument, else None.
+
+    Raises:
+        CommandError: If `model_kwargs` asks for another size.
+    """
+    if img_size is None:
+        return None
+    asked = model_kwargs.get("img_size")
+    if asked is not None:
+        is_fixed = not model_kwargs.get("dynamic_img_size", False) and model_kwargs.get("strict_img_size", True)
+        if is_fixed and {img_size} != set(asked if isinstance(asked, list | tuple) else [asked]):
+            raise CommandError(f"--img-size {img_size} and the model argument img_size={asked} differ; remove one")
+        return None
+    try:
+        arguments = resolve_model_input_args(name, {"img_size": img_size}, **model_kwargs)
+    except Exception:  # the name cannot be resolved: the caller fails for the same reason, and explains it
+        return None
+    return img_size if "img_size" in arguments else None
+
+
+def check_img_size(model: nn.Module, data_config: Mapping[str, Any]) -> None:
+    """Runs the model on one blank image if its size is not the one that the weights were made for.
+
+    Args:
+        model: The model, on any device.
+        data_config: Preprocessing with `input_size` (C, H, W), as `resolve_data_config` returns it.
+
+    Raises:
+        CommandError: If the model does not take images of this size.
+    """
+    config: Any = model.pretrained_cfg
+    size = tuple(data_config["input_size"])
+    own = tuple(config["input_size"])
+    if size[1:] in (own[1:], tuple(config.get("test_input_size") or own)[1:]):
+        return
+    parameter = next(model.parameters())
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # foreign models fail in many ways
+        name = config.get("architecture") or type(model).__name__
+        raise CommandError(
+            f"--img-size {size[-1]}: {name} does not take images of {size[1]}x{size[2]} ({reason(error)}); pass "
+            f"another size, its own is {own[-1]}"
+        ) from error
+    finally:
+        model.train(was_training)

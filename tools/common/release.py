@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from stvit import hub
@@ -347,7 +347,7 @@ def _open_folder(path: Path, args: argparse.Namespace, part: str) -> Release:
         raise CommandError(str(error)) from error
     return Release(
         model.eval(),
-        resolve_data_config(model=model),
+        resolve_input_data_config(model),
         label_names=config.get("label_names"),
         details=dict(config.get("stvit", {})),
         files=folder,
@@ -375,6 +375,7 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
         pretrained=True,
         weights=weights,
         in_chans=in_chans,
+        img_size=size if name not in PAPER_TOP1 else args.img_size,
         model_kwargs={**(recipe.get("model_kwargs") or {}), **args.model_kwargs},
     ).eval()
     images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
@@ -511,8 +512,10 @@ def _check_forward(release: Release) -> None:
         with torch.inference_mode():
             output = release.model(_image(release))
     except Exception as error:  # a foreign model may refuse the size
+        channels, height, width = release.data_config["input_size"]
         raise CommandError(
-            f"{release.name} cannot take {release.data_config['input_size']}: {reason(error)}"
+            f"{release.name} does not take images of {channels}x{height}x{width} ({reason(error)}); pass another "
+            "--img-size"
         ) from error
     broken = [key for key, value in release.model.state_dict().items() if not torch.isfinite(value.float()).all()]
     if broken or not torch.isfinite(output).all():

@@ -78,6 +78,7 @@ def _open_classifier(args: argparse.Namespace) -> Viewed:
             weights=content,
             num_classes=args.num_classes or weights.recipe.get("num_classes"),
             in_chans=args.in_chans or weights.recipe.get("in_chans"),
+            img_size=weights.recipe.get("img_size"),
             model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
         )
     title = args.checkpoint or (args.model if pretrained else f"{args.model}, random weights")
