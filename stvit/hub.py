@@ -188,6 +188,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
         ]
         or None,
     )
+    quoted = json.dumps(name, ensure_ascii=False)  # the backslashes of a Windows path, too
     names = config.get("label_names")
     size = "x".join(str(n) for n in cfg["input_size"])
     facts = [
@@ -214,9 +215,9 @@ import stvit  # {"registers the architecture in timm" if is_ours else "explains 
 import timm
 import torch
 
-model = timm.create_model("{name}", pretrained=True).eval()
+model = timm.create_model({quoted}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-backbone = timm.create_model("{name}", pretrained=True, features_only=True)
+backbone = timm.create_model({quoted}, pretrained=True, features_only=True)
 ```
 
 {chr(10).join(f"- {fact}" for fact in facts)}

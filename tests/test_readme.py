@@ -99,6 +99,21 @@ def test_commands_exist() -> None:
     assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
 
 
+def test_commands_without_make_are_those_of_make() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(VENV)", ".venv").replace("'", '"')
+    for variable in ("BIN", "CONFIG", "ARGS"):
+        value = re.search(rf"^{variable} \??:?= ?(.*)$", makefile, re.M)[1]
+        makefile = makefile.replace(f"$({variable})", value)
+    shown = 0
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for command in re.findall(r"^(?:OMP_NUM_THREADS=1 )?\.venv/bin/python .*$", text, re.M):
+            made = command.replace("python -m ruff", "ruff").replace("python -m mypy", "mypy")
+            assert re.search(rf"^\t{re.escape(made)} *$", makefile, re.M), command
+            shown += 1
+    assert shown == 8
+
+
 def test_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every command that is shown, as the shell would hand them on."""
     monkeypatch.chdir(ROOT)

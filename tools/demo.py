@@ -102,7 +102,7 @@ def serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise CommandError(f"the page needs Gradio, pip install 'stvit[demo]': {reason(error)}") from error
     # What is uploaded and drawn is gone when the page ends.
-    with TemporaryDirectory(prefix="stvit-demo-") as folder:
+    with TemporaryDirectory(prefix="stvit-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         _serve(create_page(Models(args), args), args, _free_port(args.host, args.port))
 
@@ -156,7 +156,8 @@ def _free_port(host: str, asked: int | None) -> int:
             with socket.create_server((host, port)):
                 return port
         except (OSError, OverflowError) as error:
-            if asked or not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+            # Windows denies access to ports that it keeps for itself.
+            if asked or not isinstance(error, OSError) or error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise CommandError(f"cannot listen on {host}, port {port}: {reason(error)}") from error
     raise CommandError(f"all ports from {PORTS[0]} to {PORTS[-1]} of {host} are taken: give a --port")
 

@@ -21,6 +21,7 @@ run.
 import argparse
 import logging
 import math
+import re
 import shutil
 import signal
 import sys
@@ -86,7 +87,15 @@ from stvit.tools.common.data import (
 from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.logs import RunLog, require_loggers
 from stvit.tools.common.model import check_img_size, create_model, read_weights
-from stvit.tools.common.processes import DTYPES, StopRequest, World, add_device_arguments, autocast, join_world
+from stvit.tools.common.processes import (
+    DTYPES,
+    StopRequest,
+    World,
+    add_device_arguments,
+    autocast,
+    check_dtype,
+    join_world,
+)
 from stvit.tools.common.snapshots import Snapshots, fetch_run, read_remote_recipe
 
 # Flags that a resumed run may change: they say where and how fast, not what.
@@ -349,6 +358,7 @@ class _Training:
         if args.model_ema:
             self.task.setup_ema(args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.compile:
+            _check_compiler(world.device)
             self.task.compile()
         if world.size > 1:
             self.task.prepare_distributed(device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -787,7 +797,12 @@ class _Stopped(Exception):
 
 
 def _check_args(args: argparse.Namespace, world: World) -> None:
-    """Refuses flags that do not go together, and fills in what has no default of its own."""
+    """Fills in flags whose default depends on others.
+
+    Raises:
+        CommandError: If flags contradict each other.
+    """
+    check_dtype(world.device, args.model_dtype)
     if args.in_chans is None:
         args.in_chans = 3
     if args.in_chans not in (1, 3):
@@ -803,6 +818,22 @@ def _check_args(args: argparse.Namespace, world: World) -> None:
         raise CommandError("--drop-path-schedule needs a rate above 0")
     if args.aug_repeats > 1 and args.dataset.startswith("wds/"):
         raise CommandError("--aug-repeats needs images that can be read in any order, which wds/ shards cannot")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compiles a small function.
+
+    Raises:
+        CommandError: If torch.compile does not work here, for example because Windows has no C++ compiler.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # missing compilers and Triton, and versions that do not fit
+        why = reason(error)
+        raise CommandError(
+            f"--compile: torch.compile does not work here ({why if len(why) <= 300 else f'{why[:300]}…'}); install a "
+            "C++ compiler (on GPUs Triton too), or remove --compile"
+        ) from error
 
 
 def _check_hub(args: argparse.Namespace) -> None:
@@ -946,7 +977,8 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
                 others[checkpoints.parent] = recipe.get("epochs")
         for run, epochs in list(others.items())[:1]:
             print(f"{run} is the same run with --epochs {epochs}; to change its epochs, pass --experiment {run.name}")
-    model = args.model.split(":")[-1].replace("/", "_")
+    # Of 'local-dir:C:\\models\\x' and 'hf-hub:org/name' too, as one name that every system takes.
+    model = re.sub(r"[^\w.-]+", "_", args.model.partition(":")[2] or args.model).strip("_.")
     name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
     folder = output / name
     if args.resume == "auto":
@@ -968,7 +1000,7 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:
     try:
-        recipe = yaml.safe_load((folder / "config.yaml").read_text())
+        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
     return _comparable(recipe) if isinstance(recipe, dict) else None

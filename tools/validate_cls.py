@@ -68,7 +68,7 @@ from stvit.tools.common.model import (
     create_model,
     read_weights,
 )
-from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, join_world
+from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, check_dtype, join_world
 
 MOST_CLASSES_OF_A_PICTURE = 100
 
@@ -138,6 +138,7 @@ def validate(args: argparse.Namespace) -> None:
         raise CommandError(f"{output} holds the results of another evaluation: choose another --output")
 
     with join_world(args.device, args.dist_backend) as world, TemporaryDirectory() as temporary:
+        check_dtype(world.device, args.model_dtype)
         model, weights, is_ema = _create_model(args, world)
         data_config = _data_config(args, model)
         check_img_size(model, data_config)
@@ -347,7 +348,7 @@ def _say(results: dict[str, Any], world: World) -> None:
 
 def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[str] | None) -> None:
     def write_classes(path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "name", "images", "top1", "top5"])
             for number, (images, *correct) in enumerate(counts.classes.tolist()):
@@ -363,7 +364,7 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
             print("no confusion.png, for which matplotlib is needed: pip install matplotlib")
         # Last, for it says that the folder is whole.
         text = json.dumps(results, indent=2) + "\n"
-        replace_whole(folder / "results.json", lambda path: path.write_text(text))
+        replace_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
     print(f"results are in {folder}")

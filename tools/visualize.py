@@ -22,6 +22,7 @@ import argparse
 import csv
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -228,10 +229,13 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _folders(root: Path, images: Sequence[Path], out: Path) -> list[Path]:
-    """A folder for the pictures of each image, named as it is, with its suffix where another has the same name."""
+    """Returns the folder of each image's pictures: its name, with the suffix if two names differ in that or in case."""
     names = [path.relative_to(root if root.is_dir() else root.parent) for path in images]
     stems = [name.with_suffix("") for name in names]
-    return [out / (stem if stems.count(stem) == 1 else name) for name, stem in zip(names, stems, strict=True)]
+    counts = Counter(str(stem).casefold() for stem in stems)
+    return [
+        out / (stem if counts[str(stem).casefold()] == 1 else name) for name, stem in zip(names, stems, strict=True)
+    ]
 
 
 def _choose_stages(asked: Sequence[int] | None, viewed: Viewed) -> list[int]:

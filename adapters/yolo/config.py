@@ -196,7 +196,7 @@ def model_file(name: str | Path) -> Path:
 
 
 def write_config(config: dict[str, Any], path: Path) -> Path:
-    """Writes a configuration as a model file, a row a line; in one go, for several processes may do so at a time."""
+    """Writes a configuration as a model file, atomically, because several processes may do so at the same time."""
     lines = [
         f"# Made by stvit from the YOLO26 of Ultralytics {ultralytics.__version__}; edit a copy under another name."
     ]
@@ -212,7 +212,12 @@ def write_config(config: dict[str, Any], path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
             file.write(text)
-        os.replace(file.name, path)
+        try:
+            os.replace(file.name, path)
+        except PermissionError:  # on Windows while another process reads or writes it, who has the same text
+            os.unlink(file.name)
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                raise
     return path
 
 

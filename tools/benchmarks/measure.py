@@ -4,7 +4,7 @@ import csv
 import multiprocessing
 import os
 import platform
-import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -92,6 +92,8 @@ def synchronize(device: torch.device) -> None:
     """Waits for the work that the device has been given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
@@ -118,21 +120,21 @@ def percentile(values: list[float], percent: int) -> float:
 
 def peak_memory(
     prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device, is_compiled: bool = False
-) -> tuple[float, float]:
-    """Memory of one step, in a process of its own.
+) -> tuple[float, float] | None:
+    """Measures the memory of one step in a new process.
 
     Args:
-        prepare: Makes the step from `args`; a function of a module, for the other process imports it.
-        args: What it takes; they are pickled.
-        device: On which the step runs.
+        prepare: Function of a module that makes the step from `args`; the new process imports it.
+        args: Arguments of `prepare`, which are pickled.
+        device: Device of the step.
         is_compiled: Whether the first step compiles, which takes memory of its own and is not measured.
 
     Returns:
-        The peak in MiB (on the CPU of the whole process, on a GPU of the allocator), and how much of that was not there
-        before the step.
+        The peak in MiB and its increase during the step: of the process on the CPU, of the allocator on CUDA. None
+        where the system does not tell the peak: on Windows and on mps.
 
     Raises:
-        CommandError: If the process ends, as it does where there is not enough memory.
+        CommandError: If the process ends, for example because the memory is full.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -146,7 +148,7 @@ def peak_memory(
 
 def _measure_memory(
     prepare: Callable[..., Callable[[], Any]], args: Any, device: str, is_compiled: bool, threads: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     torch.set_num_threads(threads)
     step = prepare(*args)
     if device == "cuda":
@@ -163,24 +165,33 @@ def _measure_memory(
     before = _forget_peak()
     step()
     peak = _process_memory("VmHWM")
+    if device != "cpu" or before is None or peak is None:
+        return None
     return peak / MIB, (peak - before) / MIB
 
 
-def _forget_peak() -> int:
-    """Bytes that the process holds, from now on its peak (on Linux)."""
+def _forget_peak() -> int | None:
+    """Resets the peak of the process (on Linux); returns its memory in bytes, None if unknown."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         pass
     return _process_memory("VmRSS")
 
 
-def _process_memory(name: str) -> int:
+def _process_memory(name: str) -> int | None:
+    """Returns the value of /proc/self/status in bytes; elsewhere the peak of the process, on Windows None."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
-    except (OSError, StopIteration):  # macOS knows the peak alone, and in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -200,7 +211,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
@@ -227,12 +238,12 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         exists = path.exists() and path.stat().st_size > 0
         if exists:
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 header = next(csv.reader(file))
             if header != columns:
                 raise CommandError(f"--csv {path} has other columns ({', '.join(header)}): choose another file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="") as file:
+        with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             if not exists:
                 writer.writeheader()

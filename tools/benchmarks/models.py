@@ -122,7 +122,9 @@ def _add_common_flags(parser: Parser, models: list[str], ways: list[str], sizes:
     parser.add_argument(
         "--min-seconds", type=above_zero, default=0.2, metavar="S", help="shorter steps are repeated within a turn"
     )
-    parser.add_argument("--memory", action=Switch, default=True, help="measure it, each in a process of its own")
+    parser.add_argument(
+        "--memory", action=Switch, default=True, help="measure memory in new processes (not on Windows)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import os
 import random
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from stvit.tools.common.cli import CommandError, reason
 
 # The newest, and the one before it should the newest be damaged on the disk.
 KEPT = 2
+# Windows does not replace a file that another program has open, a virus scanner for example: seconds between attempts.
+_WAITS_S = (0.02, 0.1, 0.3, 0.6)
 
 
 class Checkpoints:
@@ -53,7 +57,8 @@ class Checkpoints:
             ) from error
         for old in self.paths()[:-KEPT]:
             if not self._is_kept(old):
-                old.unlink()
+                with suppress(PermissionError):  # another program has it open; the next call removes it
+                    old.unlink()
         return path
 
     def _is_kept(self, path: Path) -> bool:
@@ -106,26 +111,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Puts a file in its place in one step, when all of it is on the disk: a reader sees the old one or the new one."""
+    """Writes a file atomically: readers see the old contents or the new ones, never a partial file.
+
+    Args:
+        path: File to write.
+        write: Writes the contents to the path that it is called with.
+    """
     fresh = path.with_name(path.name + ".tmp")
     try:
         write(fresh)
         _sync(fresh)
-        os.replace(fresh, path)
+        _replace(fresh, path)
     except BaseException:
-        fresh.unlink(missing_ok=True)
+        with suppress(PermissionError):  # on Windows whoever has it open may be the reason of the failure
+            fresh.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    _sync_folder(path.parent)
 
 
 def replace_files(fresh: Path, folder: Path) -> None:
-    """Moves the files of one folder into another, each in one step, when all of them are on the disk."""
+    """Moves all files of one folder into another folder, each of them atomically."""
     folder.mkdir(exist_ok=True)
     for file in fresh.iterdir():
         _sync(file)
     for file in fresh.iterdir():
-        os.replace(file, folder / file.name)
-    _sync(folder)
+        _replace(file, folder / file.name)
+    _sync_folder(folder)
     fresh.rmdir()
 
 
@@ -138,12 +149,31 @@ def cut_torn_line(path: Path) -> None:
         file.truncate(whole)
 
 
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`, repeated for about a second while another program has the target open."""
+    for wait in _WAITS_S:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    os.replace(source, target)
+
+
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Waits until a file is on the disk."""
+    with path.open("rb+") as file:  # Windows syncs only files that are open for writing
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on the disk, where the system can do that."""
+    with suppress(OSError):  # Windows does not open folders, and some file systems do not sync them
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _disk_reason(path: Path, error: Exception) -> str:
@@ -155,7 +185,7 @@ def _disk_reason(path: Path, error: Exception) -> str:
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's generators, in types that are safe to unpickle."""
+    """Returns the states of Python's, NumPy's and PyTorch's generators, in types that are safe to unpickle."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     state = {
@@ -165,6 +195,8 @@ def get_random_state(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -177,3 +209,5 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

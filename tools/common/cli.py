@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -40,10 +41,11 @@ class Interrupted(CommandError):
 
 
 def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Runs a command; returns its exit status, and words what went wrong in one line on standard error.
+    """Runs a command and prints its error, if any, in one line on standard error; returns the exit status.
 
-    Of several processes (RANK of torchrun) the first speaks, and another one of what only it can know.
+    Of several processes (RANK of torchrun) only the first prints, but each prints errors of its own images.
     """
+    print_any_text()
     rank = _rank()
     prefix = f"error: process {rank}: " if rank else "error: "
     try:
@@ -81,6 +83,16 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     return 1
 
 
+def print_any_text() -> None:
+    """Makes standard output replace characters that its encoding lacks, as standard error does by default.
+
+    On Windows the encoding of a redirected output is that of the country: it has few characters, and file and class
+    names may have any.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
     """A progress bar on standard error; where that is no terminal, a line now and then."""
     return tqdm(
@@ -114,10 +126,14 @@ def reason(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which knows no abbreviated flags."""
+    """A parser with errors of one line and without abbreviated flags."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def print_help(self, file: Any = None) -> None:
+        print_any_text()
+        super().print_help(file)
 
     def error(self, message: str) -> Any:
         message = re.sub(r"\bhf_\w+", "hf_…", message)  # a token of the Hub is not shown again
@@ -216,9 +232,11 @@ class _RecipeLoader(yaml.SafeLoader):
 def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
     parser = create_parser()
     try:
-        recipe = yaml.load(path.read_text(), _RecipeLoader) or {}
+        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"cannot read --config {path}: {reason(error)}")
+        is_escape = "unknown escape character" in str(error) or "escape sequence of" in str(error)
+        hint = "; write Windows paths without quotes, or in single quotes" if is_escape else ""
+        parser.error(f"cannot read --config {path}: {reason(error)}{hint}")
     if not isinstance(recipe, dict):
         parser.error(f"{path}: a recipe is a mapping of flags to values, got {type(recipe).__name__}")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
@@ -247,6 +265,11 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
                 wanted = str if action.type is None else (int, float, str)
                 if isinstance(item, bool) or not isinstance(item, wanted):
                     parser.error(f"{path}: {key} must be {'text' if wanted is str else 'a number'}, got {value!r}")
+                if isinstance(item, str) and not item.isprintable():
+                    parser.error(
+                        f"{path}: {key} holds control characters, {item!r}; in double quotes a backslash begins an "
+                        "escape: write Windows paths without quotes, or in single quotes"
+                    )
             if action.nargs:
                 flags += [option, *map(str, values)]
             else:

@@ -113,14 +113,14 @@ class BadImages:
                     f"--max-bad-images {self.limit} allows"
                 )
             cut_torn_line(self.log)
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"image": name, "reason": why}) + "\n")
 
     def names(self) -> set[str]:
         """The images skipped so far."""
         if self.log is None or not self.log.exists():
             return set()
-        whole_lines = self.log.read_text().rpartition("\n")[0].splitlines()
+        whole_lines = self.log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         return {json.loads(line)["image"] for line in whole_lines}
 
 

@@ -34,7 +34,7 @@ def class_names(args: argparse.Namespace, model: Any) -> list[str] | None:
         known = model.pretrained_cfg.get("label_names")
         return list(known) if known is not None and len(known) == model.num_classes else None
     try:
-        lines = Path(args.class_map).read_text().splitlines()
+        lines = Path(args.class_map).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read --class-map {args.class_map}: {reason(error)}") from error
     names = [line.strip() for line in lines if line.strip()]

@@ -59,7 +59,7 @@ class RunLog:
         self._tensorboard: Any = None
         path = folder / "log.jsonl"
         cut_torn_line(path)
-        self._lines = path.open("a", buffering=1)
+        self._lines = path.open("a", buffering=1, encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -94,11 +94,17 @@ class RunLog:
         self._write(name, values)
 
     def epoch(self, update: int, history: Sequence[Mapping[str, Any]]) -> None:
-        """Records the last of the epochs done; summary.csv and curve.png are made anew of all of them."""
+        """Records the last epoch of a history, and writes summary.csv and curve.png of all its epochs."""
         row = history[-1]
         self._write("epoch", {"update": update, **row})
         self._send(update, "epoch", row)
-        replace_whole(self.folder / "summary.csv", lambda path: _write_table(path, history))
+        table = self.folder / "summary.csv"
+        try:
+            replace_whole(table, lambda path: _write_table(path, history))
+        except PermissionError as error:  # on Windows a spreadsheet has it open; the next epoch writes all of it again
+            print(
+                f"warning: cannot write {table}: {reason(error)}; close the program that has it open", file=sys.stderr
+            )
         plot_history(history, self.folder / "curve.png")
 
     def close(self) -> None:
@@ -125,7 +131,7 @@ class RunLog:
 
 
 def _write_table(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
         writer.writerows(history)

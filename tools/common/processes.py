@@ -23,9 +23,13 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def add_device_arguments(group: Any) -> None:
-    """The flags that say what to compute on and how, alike in every command."""
-    group.add_argument("--device", metavar="NAME", help="(default: cuda where there is one, else cpu)")
-    group.add_argument("--dist-backend", metavar="NAME", help="(default: nccl for cuda, gloo for the CPU)")
+    """Adds the flags for device and precision, which are the same in every command."""
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, … (default: cuda if available, else cpu)")
+    group.add_argument(
+        "--dist-backend",
+        metavar="NAME",
+        help="(default: nccl for cuda if available, as it is not on Windows; else gloo)",
+    )
     group.add_argument("--amp", action=Switch, help="mixed precision")
     group.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"], help="its lower precision")
     group.add_argument("--model-dtype", default="float32", choices=list(DTYPES), help="of weights and images")
@@ -107,7 +111,7 @@ class World:
 
 
 def autocast(args: argparse.Namespace, world: World) -> AbstractContextManager[Any]:
-    """The context of a forward pass in the precision of the flags."""
+    """Returns the context of a forward pass in the precision of the flags."""
     if not args.amp:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=DTYPES[args.amp_dtype])
@@ -115,16 +119,20 @@ def autocast(args: argparse.Namespace, world: World) -> AbstractContextManager[A
 
 @contextmanager
 def join_world(device: str | None, backend: str | None = None) -> Iterator[World]:
-    """The world that torchrun (or Slurm) has set up in the environment, else this process alone.
+    """Joins the processes that torchrun (or Slurm) describes in the environment; without them this one is the only one.
 
     Args:
-        device: Name of the device, None for CUDA where there is one, else the CPU.
-        backend: What the processes talk through, None for nccl on CUDA, gloo on the CPU.
+        device: Name of the device; None for CUDA if it is available, else the CPU.
+        backend: Backend of torch.distributed; None for nccl on CUDA if it is available, else gloo.
 
     Raises:
         CommandError: If the device or the backend cannot be used.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("mps") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError(f"--device {name} is for one process; run the command without torchrun")
+    if backend is None and name.startswith("cuda") and not _has_nccl():
+        backend = "gloo"
     try:
         torch.zeros(1, device=name).item()
         joined = init_distributed_device_so(name, dist_backend=backend)
@@ -139,12 +147,30 @@ def join_world(device: str | None, backend: str | None = None) -> Iterator[World
     try:
         yield world
     finally:
-        if distributed.is_initialized():
+        if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
 
 
+def _has_nccl() -> bool:
+    return distributed.is_available() and distributed.is_nccl_available()
+
+
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """Refuses a precision that the device does not have.
+
+    Args:
+        device: Device of the model.
+        dtype: Value of `--model-dtype`.
+
+    Raises:
+        CommandError: If it is float64 on mps.
+    """
+    if device.type == "mps" and dtype == "float64":
+        raise CommandError("--model-dtype float64: mps computes in float32 or less; pass float32, or --device cpu")
+
+
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a wish that the program looks at where it can stop in good order.
+    """Notes SIGTERM, Ctrl-C and (on Windows) Ctrl-Break, so that the program can stop where its state is whole.
 
     A second Ctrl-C raises KeyboardInterrupt at once.
     """
@@ -154,7 +180,9 @@ class StopRequest:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None)):
+            if signum is None:
+                continue
             self._handlers[signum] = signal.signal(signum, self._remember)
         return self
 
@@ -172,12 +200,15 @@ class StopRequest:
 
 
 def obey_parent_alone(_: int) -> None:
-    """For a loader's worker processes: the main process decides when they end, not the terminal or the scheduler.
+    """Makes a loader's worker process end only when its main process ends it.
 
-    Those signal every process of a command, and the main process needs its workers until it has stopped in good order.
+    Terminals and schedulers signal every process of a command, but the main process needs its workers until it has
+    stopped. macOS and Windows have no `sigwaitinfo`: SIGTERM to all processes ends the workers first there.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # not on every system
+    for signum in (signal.SIGINT, getattr(signal, "SIGBREAK", None)):
+        if signum is not None:
+            signal.signal(signum, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

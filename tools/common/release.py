@@ -148,10 +148,11 @@ def write_release(release: Release, folder: Path, name: str, license: str | None
                 fresh.mkdir()
                 for file in ("model.safetensors", "config.json", hub.CARD):
                     if (release.files / file).is_file():
-                        shutil.copy2(release.files / file, fresh / file)
-                config = json.loads((fresh / "config.json").read_text())
+                        shutil.copyfile(release.files / file, fresh / file)
+                config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
                 if release.details != config.get("stvit", {}):
-                    (fresh / "config.json").write_text(json.dumps({**config, "stvit": release.details}, indent=2))
+                    text = json.dumps({**config, "stvit": release.details}, indent=2)
+                    (fresh / "config.json").write_text(text, encoding="utf-8")
             again: Any = create_model(f"local-dir:{fresh}", pretrained=True)
             image = _image(release)
             with torch.inference_mode():
@@ -460,14 +461,14 @@ def _label_names(checkpoint: Path) -> list[str] | None:
     for part in ("last", "best"):
         config = checkpoint.parent.parent / part / "config.json"
         if config.is_file():
-            names = json.loads(config.read_text()).get("label_names")
+            names = json.loads(config.read_text(encoding="utf-8")).get("label_names")
             return list(names) if names else None
     return None
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         dataset = results["dataset"]
         if dataset == "folder" and results.get("data_dir"):
             dataset = f"images in {Path(results['data_dir']).name}"

@@ -199,9 +199,11 @@ def _set_aside(folder: Path, place: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file that is replaced whole, never written to; a copy where names cannot be had."""
+    """Hard-links a file that is replaced but never written to; copies it where there are no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if os.name == "nt":  # an upload has the file open, and under no name can it be replaced meanwhile
+            raise OSError("hard links of open files cannot be replaced")
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
@@ -266,7 +268,7 @@ def fetch_run(
 def _experiment(folder: Path) -> str | None:
     """The name that the run had; a name alone, whatever the file says."""
     try:
-        name = yaml.safe_load((folder / "config.yaml").read_text()).get("experiment")
+        name = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("experiment")
     except (OSError, yaml.YAMLError, AttributeError, ValueError):
         return None
     return Path(str(name)).name or None if name else None
