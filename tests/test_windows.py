@@ -1,5 +1,6 @@
 """Windows and macOS: the commands under the rules of Windows (tests/windows_rules); names, texts and devices."""
 
+import argparse
 import ast
 import json
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_data import as_shards
 
 import stvit
 from stvit import hub
 from stvit.tools import train_cls, visualize
 from stvit.tools.benchmarks import measure
+from stvit.tools.common import cli
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.processes import check_dtype, join_world
 
@@ -91,7 +94,7 @@ def test_the_other_commands(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text(names, encoding="utf-8-sig")  # as the editor of Windows writes it
     data = [f"--data-dir={folder / 'data'}", "--workers=0", f"--class-map={tmp_path / 'names.txt'}"]
     benchmark = ["model", "--models=test_stvit", "--ways=eager", "--img-size=32", "--batch-size=1", "--repeats=1"]
-    commands = {
+    commands: dict[str, list[object]] = {
         "validate_cls": [f"--checkpoint={folder / 'run'}", *data, f"--output={tmp_path / 'report'}"],
         "export": [
             f"--checkpoint={folder / 'run'}",
@@ -253,6 +256,33 @@ def test_model_files_of_ultralytics_keep_backslashes(tmp_path: Path) -> None:
     row = [-1, 1, "TimmBackbone", [64, "test_stvit", [1, 2, 3], {"path": r"C:\new\table", "text": NAME}]]
     path = write_config({"nc": 2, "backbone": [row], "head": []}, tmp_path / "model.yaml")
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["backbone"][0] == row
+
+
+def test_shards_on_a_drive(own_digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """webdataset takes C:/shards/x.tar for a URL; on Linux the folder 'C:' of the working folder stands for a drive."""
+    shards = tmp_path / "C:/shards"
+    shards.mkdir(parents=True)
+    flags = as_shards(own_digits_folder, shards)
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.replace(str(shards), "C:/shards") for flag in flags]
+    assert train_cls.main([*TRAIN, *flags, "--workers=0", "--epochs=1", "--experiment=it"]) == 0
+    assert (tmp_path / "runs/it/best/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to…"),
+    ],
+)
+def test_out_of_memory_on_every_device(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: argparse.Namespace) -> None:
+        raise error
+
+    assert cli.run(fail, argparse.Namespace()) == 1
+    assert "error: out of memory: lower --batch-size" in capsys.readouterr().err
 
 
 def test_pictures_of_names_that_differ_in_case_only(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def create_parser() -> Parser:
         "--resume",
         metavar="auto|PATH|hf-hub:ORG/NAME@last",
         help="go on from a run's folder, a checkpoint or what --hub-repo uploaded; auto: from what this command last "
-        "wrote, if anything",
+        "wrote, if anything; another --epochs extends or shortens the run",
     )
     group.add_argument(
         "--checkpoint-steps", type=count, default=500, metavar="N", help="updates between checkpoints within an epoch"

@@ -149,7 +149,7 @@ for name in (
     delattr(os, name)
 for name in ("pthread_sigmask", "sigwait", "sigwaitinfo", "sigtimedwait", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2"):
     delattr(signal, name)
-signal.SIGBREAK = 21  # type: ignore[attr-defined]
+setattr(signal, "SIGBREAK", 21)  # noqa: B010
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, _Hidden())
@@ -167,7 +167,7 @@ for name, function in {
     "symlink": _no_links,
 }.items():
     setattr(os, name, function)
-tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[assignment,misc]
+tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[assignment]
 if "shutil" in sys.modules:
-    sys.modules["shutil"]._use_fd_functions = False  # type: ignore[attr-defined]
+    sys.modules["shutil"]._use_fd_functions = False
 multiprocessing.set_start_method("spawn", force=True)

@@ -162,12 +162,12 @@ def _measure_memory(
         return peak / MIB, (peak - before) / MIB
     if is_compiled:
         step()
-    before = _forget_peak()
+    start = _forget_peak()
     step()
-    peak = _process_memory("VmHWM")
-    if device != "cpu" or before is None or peak is None:
+    end = _process_memory("VmHWM")
+    if device != "cpu" or start is None or end is None:
         return None
-    return peak / MIB, (peak - before) / MIB
+    return end / MIB, (end - start) / MIB
 
 
 def _forget_peak() -> int | None:

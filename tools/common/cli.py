@@ -59,10 +59,6 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         # An error out of a loader is part of a cycle that holds the loader: its workers end at once only without it.
         traceback.clear_frames(error.__traceback__)
         return error.status
-    except torch.OutOfMemoryError as error:
-        print(
-            f"{prefix}out of memory: lower --batch-size or set --grad-checkpointing ({reason(error)})", file=sys.stderr
-        )
     except OSError as error:
         print(f"{prefix}{reason(error)}: the run cannot go on, what it had written is kept", file=sys.stderr)
     except KeyboardInterrupt:
@@ -71,7 +67,12 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except Exception as error:
         if os.environ.get("STVIT_TRACEBACK"):
             raise
-        if _is_lost_process(error):
+        if _is_out_of_memory(error):
+            print(
+                f"{prefix}out of memory: lower --batch-size or set --grad-checkpointing ({reason(error)})",
+                file=sys.stderr,
+            )
+        elif _is_lost_process(error):
             if rank == 0:
                 print(f"{prefix}another process of the run ended; see what it said", file=sys.stderr)
         else:
@@ -107,6 +108,12 @@ def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device is full; PyTorch has no class of errors for that on mps and the CPU."""
+    words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _is_lost_process(error: Exception) -> bool:

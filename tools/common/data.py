@@ -8,7 +8,8 @@ import argparse
 import copy
 import json
 import random
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def resolve_images(settings: Mapping[str, Any], model: Any, use_test_size: bool 
         CommandError: If the flags contradict the model.
     """
     try:
-        config: dict[str, Any] = resolve_input_data_config(model, settings, use_test_size=use_test_size)
+        config: dict[str, Any] = resolve_input_data_config(model, dict(settings), use_test_size=use_test_size)
     except ValueError as error:
         raise CommandError(f"the images do not fit the model: {reason(error)}") from error
     return config
@@ -241,6 +242,7 @@ class StreamSamples(IterableDataset):
         if worker is None:
             reader.worker_seed = self.seed + epoch
         _watch_shards(self.bad_images)
+        _open_drives()
         for place, (image, target) in enumerate(reader):
             if self.is_training:
                 with _random_state(self.seed, epoch, self.rank, worker_id, place):
@@ -280,6 +282,20 @@ def _watch_shards(bad_images: BadImages) -> None:
     # The reader calls Image.open, then converts the image to its mode. RGB from `open_image` becomes the same L there.
     reader_wds.Image = SimpleNamespace(open=open_image)  # type: ignore[assignment]
     reader_wds.log_and_continue = stop
+
+
+def _open_drives() -> None:
+    """Makes webdataset read paths with a drive letter, which it takes for URLs of a scheme 'c'."""
+    try:
+        import webdataset
+    except ImportError:  # timm says so when it opens the set
+        return
+    for letter in string.ascii_lowercase:
+        webdataset.gopen_schemes.setdefault(letter, _open_local)
+
+
+def _open_local(path: str, *_: Any, **__: Any) -> Any:
+    return Path(path).open("rb")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,6 +378,8 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
 
 def _open_split(args: argparse.Namespace, mode: str, flag: str, split: str, is_training: bool) -> Any:
     """Opens one split of the images; `flag` is the one that names it."""
+    if args.dataset.startswith("wds/"):
+        _open_drives()
     if not args.dataset:
         return _open_folder(args, flag, split)
     try:
