@@ -243,7 +243,7 @@ def prepare(case: Case) -> Callable[[], Any]:
     if _is_detector(case.model):
         check_detector_size(case.img_size)
     elif case.stage is None:
-        check_img_size(_module(case, "meta"), {"input_size": _input_shape(case)[1:]})
+        check_img_size(_create(case.model, "meta", case.img_size), {"input_size": _input_shape(case)[1:]})
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
     module = _module(case, case.device).train(case.is_training)
