@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from stvit import ops
-from stvit.ops import SuperTokenAttention, reference, sample_super_tokens, upsample_super_tokens
+from stvit.ops import SuperTokenAttention, portable, reference, sample_super_tokens, upsample_super_tokens
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "op.npz")
 
@@ -433,6 +433,68 @@ each_stoken_size = pytest.mark.parametrize("stoken_size", [1, 4, (3, 5)], ids=st
 def make_exportable(stoken_size: int | tuple[int, int], n_iter: int = 2) -> tuple[SuperTokenAttention, torch.Tensor]:
     """A module, and an input that fits none of the other shapes."""
     return SuperTokenAttention(16, stoken_size, n_iter, num_heads=2).eval(), torch.randn(2, 16, 9, 14)
+
+
+@each_size
+@each_n_iter
+def test_portable_is_the_reference(size: tuple[int, int], stoken_size: tuple[int, int], n_iter: int) -> None:
+    """Outputs, and the gradient of the pixels, through the super tokens and through the upsampled map."""
+    found = {}
+    for module in (reference, portable):
+        x = torch.randn(2, 5, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        tokens, association = module.sample_super_tokens(x, stoken_size, n_iter)
+        y = module.upsample_super_tokens(tokens.sin(), association, stoken_size)
+        (y * y.detach().cos()).sum().backward()
+        assert not association.requires_grad
+        found[module.__name__] = {"tokens": tokens, "association": association, "y": y, "x": x.grad}
+    actual, expected = found["stvit.ops.portable"], found["stvit.ops.reference"]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_portable_in_low_precision(dtype: torch.dtype) -> None:
+    """As near to float64 as the reference, where sums over a cell exceed the range of float16."""
+    x = (torch.randn(1, 4, 70, 90) * 5 + 150).to(dtype)
+    wanted, _ = reference.sample_super_tokens(x.double(), (32, 32), 2)
+    errors = []
+    for module in (reference, portable):
+        tokens, association = module.sample_super_tokens(x, (32, 32), 2)
+        assert tokens.dtype == association.dtype == dtype and tokens.isfinite().all()
+        errors.append((tokens.double() - wanted).abs().max())
+    assert errors[1] <= 2 * errors[0]
+
+
+def trace_ranks(module: nn.Module, x: torch.Tensor) -> list[int]:
+    """The number of axes of each tensor in the graph of torch.jit.trace."""
+    graph = torch.jit.trace(module, x).inlined_graph
+    values = [value for node in graph.nodes() for value in node.outputs()]
+    return [value.type().dim() for value in values if value.type().kind() == "TensorType" and value.type().dim()]
+
+
+def export_ranks(module: nn.Module, x: torch.Tensor) -> list[int]:
+    """The number of axes of each tensor in the graph of torch.export."""
+    values = [node.meta.get("val") for node in torch.export.export(module, (x,), strict=False).graph.nodes]
+    return [value.dim() for value in values if isinstance(value, torch.Tensor)]
+
+
+@each_stoken_size
+@pytest.mark.parametrize("ranks", [trace_ranks, export_ranks])
+def test_exported_graphs_have_few_axes(
+    ranks: Callable[[nn.Module, torch.Tensor], list[int]], stoken_size: int | tuple[int, int]
+) -> None:
+    """Core ML takes five axes at most, ncnn four and the batch."""
+    found = ranks(*make_exportable(stoken_size))
+    assert len(found) > 10 and max(found) == (4 if stoken_size == 1 else 5)
+
+
+@each_stoken_size
+def test_trace(stoken_size: int | tuple[int, int]) -> None:
+    """One trace serves all sizes."""
+    module, x = make_exportable(stoken_size)
+    traced = torch.jit.trace(module, x)
+    for shape in [x.shape, *OTHER_SHAPES, (1, 16, 2, 1)]:
+        x = torch.randn(shape)
+        assert_same(backward(traced, x), backward(module, x))
 
 
 @each_stoken_size

@@ -15,6 +15,7 @@ from ultralytics.nn.tasks import load_checkpoint, yaml_model_load
 from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR
 from ultralytics.utils.torch_utils import unwrap_model
 
+from stvit.adapters.yolo import modules
 from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
 from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
 from stvit.adapters.yolo.registration import allow_modules
@@ -252,6 +253,18 @@ class YOLO(ultralytics.YOLO):
             if model is not self.model:
                 self.loaded_keys = None
 
+    def export(self, **kwargs: Any) -> str:
+        """Exports as Ultralytics' YOLO does.
+
+        Args:
+            kwargs: Arguments of the export, as for Ultralytics' YOLO.
+
+        Raises:
+            ValueError: If the format cannot hold a model with our modules. Nothing is written or installed then.
+        """
+        check_format(self.model, kwargs.get("format") or self.overrides.get("format"))
+        return super().export(**kwargs)
+
     def _configure(
         self,
         pretrained_backbone: str | Path | bool | None,
@@ -281,6 +294,27 @@ class YOLO(ultralytics.YOLO):
         # Training then begins from this model and its configuration, and not from the model file once more.
         self.ckpt = self.ckpt or {"model": self.model}
         self.predictor = None
+
+
+def check_format(model: Any, format: Any) -> None:
+    """Refuses an export format that Ultralytics converts stock models to, and models with our modules never.
+
+    Args:
+        model: What would be exported.
+        format: The `format` argument of the export; None for Ultralytics' default.
+
+    Raises:
+        ValueError: If the format is refused.
+    """
+    if str(format).lower() != "imx" or not isinstance(model, nn.Module):
+        return
+    ours = (modules.TimmBackbone, modules.StokenAttention, modules.C2STA)
+    kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, ours)})
+    if kinds:
+        raise ValueError(
+            f"format='imx' is not supported for a model with {', '.join(kinds)}: Ultralytics converts only YOLOv8n and "
+            "YOLO11n to it; export to onnx, openvino, ncnn, coreml or torchscript"
+        )
 
 
 def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
