@@ -1,7 +1,7 @@
 """Exports to the runtimes of phones, boards and servers, for a classifier and detectors of ours and of others.
 
-Each file is run by its own runtime and compared with the model in PyTorch. Core ML runs on macOS only, so its tests look
-at the converted program.
+Each file is run by its own runtime and compared with the model in PyTorch. Core ML runs on macOS only, so its tests
+look at the converted program.
 """
 
 from collections.abc import Callable
