@@ -20,10 +20,11 @@ import timm
 import torch
 from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, parse_model_name
+from timm.models import get_pretrained_cfg, is_model_in_modules, parse_model_name
 from torch import nn
 
 __all__ = [
+    "NAMESPACE_VARIABLE",
     "PretrainedDownloadError",
     "PretrainedError",
     "create_model",
@@ -31,9 +32,12 @@ __all__ = [
     "explained",
     "hub_reason",
     "is_of_network",
+    "is_of_package",
     "verify",
 ]
 
+# Names another owner of the weights on the Hub than this project. Read when a model is created.
+NAMESPACE_VARIABLE = "STVIT_HUB_NAMESPACE"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The functions of timm in which weights are loaded; what fails outside of them is not about weights.
 _LOADERS = {"load_pretrained", "load_model_config_from_hf", "load_model_config_from_path"}
@@ -166,12 +170,14 @@ def _explain(
     """Type and message, without the model's name."""
     hub_id = cfg.get("hf_hub_id")
     given = cfg.get("state_dict") or cfg.get("file") or (None if hub_id else cfg.get("url"))
+    if not hub_id and not given and not cfg.get("source"):
+        return PretrainedError, _unpublished(cfg)
     if hub_id and (cfg.get("source") == "hf-hub" or not given):
         repo_id, _, revision = str(hub_id).partition("@")
         what = f"cannot load the pretrained weights of {_repository(repo_id, revision)}"
         if not _is_of_content(error):
             message = f"{what}: {hub_reason(error, repo_id, revision)}"
-            if not cfg.get("source"):  # of a tag
+            if not cfg.get("source") and is_of_package(cfg.get("architecture")):  # a tag of this package
                 if isinstance(error, errors.EntryNotFoundError | errors.RepositoryNotFoundError):
                     message += (
                         ". Or convert weights that you have, the authors' for example: python -m "
@@ -179,7 +185,7 @@ def _explain(
                         "timm.create_model('local-dir:FOLDER', pretrained=True) loads"
                     )
                 owner = repo_id.rpartition("/")[0]
-                message += f". STVIT_HUB_NAMESPACE names another owner of the weights than {owner!r}"
+                message += f". {NAMESPACE_VARIABLE} names another owner of the weights than {owner!r}"
             return PretrainedDownloadError, message
         path = _cached(repo_id, revision, cfg.get("hf_hub_filename"), cache_dir)
         again = "delete it and load again; if that does not help, its owner must push it again"
@@ -208,6 +214,23 @@ def _explain(
         at = f"{path.resolve()} " if path is not None else "the file "
         return PretrainedError, f"{what}: {at}is damaged ({_one_line(error)}); {again}"
     return PretrainedError, f"{what}: {_one_line(error)}"
+
+
+def _unpublished(cfg: Mapping[str, Any]) -> str:
+    """Says that nobody has published weights of a model, and how to load other weights."""
+    message = (
+        "no pretrained weights of this model are published. Pass pretrained=False for random weights. To load your "
+        "own, pass 'hf-hub:ORG/NAME' or 'local-dir:FOLDER' as the name, or pretrained_cfg_overlay=dict(file=PATH)"
+    )
+    if is_of_package(cfg.get("architecture")):
+        repository = f"ORG/{cfg['architecture']}.{cfg.get('tag')}"
+        message += f". Set {NAMESPACE_VARIABLE}=ORG if they are in the Hub repository {repository}"
+    return message
+
+
+def is_of_package(architecture: str | None) -> bool:
+    """Returns whether this package defines a model of timm's registry."""
+    return architecture is not None and is_model_in_modules(architecture, ["stvit"])
 
 
 def _is_of_content(error: Exception) -> bool:

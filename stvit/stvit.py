@@ -50,7 +50,7 @@ from torch import nn
 
 from stvit.ops import SuperTokenAttention
 from stvit.ops.portable import is_exporting
-from stvit.pretrained import explained
+from stvit.pretrained import NAMESPACE_VARIABLE, explained
 
 __all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
 
@@ -737,16 +737,34 @@ def _take_fixed_kernels(state_dict: dict[str, Any]) -> None:
 
 
 def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STViT:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    overlay = {
+        **_company_source(variant, kwargs.get("pretrained_cfg")),
+        **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
+    }
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     with explained(variant, cfg.to_dict(), kwargs.get("cache_dir")):
         return build_model_with_cfg(
             STViT,
             variant,
             pretrained,
+            pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
             **kwargs,
         )
+
+
+def _company_source(variant: str, pretrained_cfg: Any) -> dict[str, str]:
+    """Where STVIT_HUB_NAMESPACE says that the weights of a tag are, as entries of its `PretrainedCfg`.
+
+    Args:
+        variant: Name of the model.
+        pretrained_cfg: A tag, None for the default one, or a configuration, which says itself where its weights are.
+    """
+    namespace = os.environ.get(NAMESPACE_VARIABLE)
+    if not namespace or not isinstance(pretrained_cfg, str | None):
+        return {}
+    return {"hf_hub_id": f"{namespace}/{variant}.{resolve_pretrained_cfg(variant, pretrained_cfg).tag}"}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -771,20 +789,18 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
 
-# Owner of the published weights on the Hub; another owner of weights needs no code.
-HUB_NAMESPACE = os.environ.get("STVIT_HUB_NAMESPACE") or "stvit"
-
+# The tags whose weights are published have a repository on the Hub.
 default_cfgs = generate_default_cfgs(
     {
-        # By the file's name timm looks for no pickle beside it.
-        tag: {"hf_hub_id": f"{HUB_NAMESPACE}/{tag}", "hf_hub_filename": "model.safetensors", **cfg}
+        # timm looks for no pickle beside a file that is named.
+        tag: {"hf_hub_filename": "model.safetensors", **cfg}
         for tag, cfg in {
-            "stvit_small.in1k": _cfg(license="mit"),
-            "stvit_small.in1k_384": _cfg(license="mit", **_CFG_384),
-            "stvit_base.in1k": _cfg(license="mit"),
-            "stvit_base.in1k_384": _cfg(license="mit", **_CFG_384),
-            "stvit_large.in1k": _cfg(license="mit"),
-            "stvit_large.in1k_384": _cfg(license="mit", **_CFG_384),
+            "stvit_small.in1k": _cfg(hf_hub_id="stvit/stvit_small.in1k", license="mit"),
+            "stvit_small.in1k_384": _cfg(hf_hub_id="stvit/stvit_small.in1k_384", license="mit", **_CFG_384),
+            "stvit_base.in1k": _cfg(hf_hub_id="stvit/stvit_base.in1k", license="mit"),
+            "stvit_base.in1k_384": _cfg(hf_hub_id="stvit/stvit_base.in1k_384", license="mit", **_CFG_384),
+            "stvit_large.in1k": _cfg(hf_hub_id="stvit/stvit_large.in1k", license="mit"),
+            "stvit_large.in1k_384": _cfg(hf_hub_id="stvit/stvit_large.in1k_384", license="mit", **_CFG_384),
             "stvit_pico.in1k": _cfg(),
             "stvit_nano.in1k": _cfg(),
             "stvit_tiny.in1k": _cfg(),

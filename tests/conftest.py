@@ -81,7 +81,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.
     from huggingface_hub.utils import _http
 
     with hub_server.Hub() as hub:
-        hub.add_user("owner", hub_server.OWNER, orgs=("stvit", "org"))
+        hub.add_user("owner", hub_server.OWNER, orgs=("stvit", "org", "team"))
         hub.add_user("reader", hub_server.READER, role="read", orgs=("org",))
         hub.add_user("stranger", hub_server.STRANGER)
         hub.enter(monkeypatch, tmp_path / "home", hub_server.OWNER)

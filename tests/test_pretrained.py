@@ -5,8 +5,6 @@ import pickle
 import re
 import resource
 import shutil
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +23,14 @@ from stvit import PretrainedDownloadError, PretrainedError
 from stvit import hub as hub_module
 from stvit.stvit import find_variant
 
-REPO = "stvit/test_stvit.in1k"
+REPO = "team/test_stvit.in1k"
 CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"
+
+
+@pytest.fixture(autouse=True)
+def namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of test_stvit, of which none are published, are in `REPO`."""
+    monkeypatch.setenv("STVIT_HUB_NAMESPACE", "team")
 
 
 @pytest.fixture(scope="module")
@@ -136,23 +140,29 @@ def test_revisions(published: Hub, folder: Path, weights: dict[str, torch.Tensor
         assert bool((model.get_parameter("head.fc.weight") == 0).all()) == zeros
 
 
-USER = """
-import stvit, timm, sys, torch
-from safetensors.torch import load_file
-model = timm.create_model("test_stvit", pretrained=True)
-weights = load_file(sys.argv[1])
-assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-print(model.pretrained_cfg["hf_hub_id"], timm.get_pretrained_cfg("stvit_large.in1k_384").hf_hub_id)
-"""
+def test_the_namespace_is_read_when_a_model_is_created(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for namespace in ("org", "team"):
+        monkeypatch.setenv("STVIT_HUB_NAMESPACE", namespace)
+        for name in ("stvit_small.in1k", "stvit_small.in1k_384", "stvit_pico.in1k"):
+            cfg = timm.create_model(name, device="meta").pretrained_cfg
+            assert cfg["hf_hub_id"] == f"{namespace}/{name}"
+        repo = f"{namespace}/test_stvit.in1k"
+        hub_module.save(timm.create_model("test_stvit"), folder.parent / namespace)  # other weights for each
+        hub.create_repo(repo)
+        hub.commit(repo, {"model.safetensors": (folder.parent / namespace / "model.safetensors").read_bytes()})
+        loaded = stvit.create_model("test_stvit", pretrained=True, verify=True)
+        assert loaded.pretrained_cfg["hf_hub_id"] == repo
+        assert as_is(loaded, load_file(folder.parent / namespace / "model.safetensors"))
 
 
-def test_a_user_of_another_namespace_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    hub.create_repo("org/test_stvit.in1k")
-    hub.commit("org/test_stvit.in1k", {file.name: file.read_bytes() for file in folder.iterdir()})
-    env = hub.environment(tmp_path / "other") | {"STVIT_HUB_NAMESPACE": "org", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", USER, str(folder / "model.safetensors")]
-    said = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert said.stdout.split() == ["org/test_stvit.in1k", "org/stvit_large.in1k_384"], said.stderr
+def test_the_namespace_names_no_source_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = {"hf_hub_id": "org/net"}
+    assert timm.create_model("test_stvit", pretrained_cfg_overlay=overlay).pretrained_cfg["hf_hub_id"] == "org/net"
+    given = timm.get_pretrained_cfg("stvit_small")
+    assert timm.create_model("stvit_small", pretrained_cfg=given).pretrained_cfg["hf_hub_id"] == given.hf_hub_id
+    assert "hf_hub_id" not in timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+    monkeypatch.setenv("STVIT_HUB_NAMESPACE", "")
+    assert timm.create_model("stvit_small").pretrained_cfg["hf_hub_id"] == "stvit/stvit_small.in1k"
 
 
 # What fails
@@ -183,6 +193,31 @@ def test_repository_missing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf auth login" in said and "HF_TOKEN" in said
     said = fails("hf-hub:org/none@dev")
     assert "Hub repository org/none (revision dev): it does not exist" in said and CONVERT not in said
+
+
+@pytest.mark.parametrize("name", ["stvit_pico", "stvit_pico.in1k", "stvit_nano", "stvit_tiny", "test_stvit"])
+def test_unpublished_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("STVIT_HUB_NAMESPACE")
+    model = name.partition(".")[0]
+    for create in (timm.create_model, stvit.create_model):
+        with pytest.raises(
+            PretrainedError, match=f"^{model}: no pretrained weights of this model are published. "
+        ) as e:
+            create(name, pretrained=True)
+        assert all(way in str(e.value) for way in ("hf-hub:ORG/NAME", "local-dir:FOLDER", "dict(file=PATH)"))
+        assert f"Set STVIT_HUB_NAMESPACE=ORG if they are in the Hub repository ORG/{model}.in1k" in str(e.value)
+    assert not hub.requests
+
+
+def test_other_models_of_timm_are_not_of_this_project(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained = next(name for name in timm.list_models("test_*vit*") if not timm.is_model_pretrained(name))
+    assert untrained not in timm.list_models(module="stvit")
+    with pytest.raises(PretrainedError, match=f"^{untrained}: no pretrained weights of this model are published") as e:
+        stvit.create_model(untrained, pretrained=True)
+    assert "STVIT" not in str(e.value)
+    with pytest.raises(PretrainedError, match=r"^resnet18: .* timm/resnet18.a1_in1k .*: it does not exist") as e:
+        stvit.create_model("resnet18", pretrained=True)
+    assert "STVIT" not in str(e.value) and "stvit" not in str(e.value)
 
 
 def test_bad_token(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

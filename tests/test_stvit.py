@@ -397,6 +397,13 @@ def test_registration() -> None:
     assert all(timm.is_model(name) for name in (*PUBLISHED, *OURS))
 
 
+def test_timm_offers_published_weights_only() -> None:
+    tags = {f"{name}.{tag}" for name in PUBLISHED for tag in ("in1k", "in1k_384")}
+    assert {name for name in timm.list_pretrained() if name.split(".")[0] in (*PUBLISHED, *OURS)} == tags
+    assert set(timm.list_models(module="stvit", pretrained=True)) == tags
+    assert [name for name in (*PUBLISHED, *OURS) if timm.is_model_pretrained(name)] == list(PUBLISHED)
+
+
 @pytest.mark.parametrize("name", (*PUBLISHED, *OURS))
 def test_pretrained_cfg(name: str) -> None:
     tags = ["in1k", "in1k_384"] if name in PUBLISHED else ["in1k"]
@@ -409,7 +416,8 @@ def test_pretrained_cfg(name: str) -> None:
         assert data["crop_pct"] == (1.0 if tag == "in1k_384" else 0.875) and data["interpolation"] == "bicubic"
         assert data["mean"] == (0.485, 0.456, 0.406) and data["std"] == (0.229, 0.224, 0.225)
         assert (cfg["first_conv"], cfg["classifier"]) == ("stem.0", "head.fc")
-        assert cfg["hf_hub_id"] == f"stvit/{name}.{tag}" and cfg["hf_hub_filename"] == "model.safetensors"
+        assert cfg.get("hf_hub_id") == (f"stvit/{name}.{tag}" if name in PUBLISHED else None)
+        assert cfg["hf_hub_filename"] == "model.safetensors"
     assert create(name, device="meta").pretrained_cfg["tag"] == "in1k"
     with pytest.raises(RuntimeError, match=r"Invalid pretrained tag \(in22k\)"):
         create(f"{name}.in22k")

@@ -299,7 +299,8 @@ def test_trouble_is_one_clear_line(
         ([data, last, "--official-crop", "--crop-pct=0.9"], "leave --crop-pct, --interpolation out"),
         ([data, last, "--real-labels"], "are for the 50,000 validation images of ImageNet, not 20"),
         ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
-        ([data, "--model=test_stvit"], "of the Hub repository stvit/test_stvit.in1k (revision main): offline"),
+        ([data, "--model=stvit_small"], "of the Hub repository stvit/stvit_small.in1k (revision main): offline"),
+        ([data, "--model=test_stvit"], "test_stvit: no pretrained weights of this model are published"),
         ([f"--data-dir={tmp_path}", last], "cannot open the validation images"),
     ):
         assert said in refused(capsys, *flags), flags
