@@ -53,6 +53,7 @@ __all__ = [
     "push",
     "read_config",
     "read_file",
+    "remove_repeated_arguments",
     "save",
     "write_card",
 ]
@@ -133,6 +134,18 @@ def save(
         safe_serialization=True,
         data_config=None if data_config is None else dict(data_config),
     )
+    remove_repeated_arguments(folder)
+
+
+def remove_repeated_arguments(folder: Path) -> None:
+    """Removes the number of classes from the model's arguments in config.json, which states it beside them too.
+
+    timm writes and reads both. transformers passes both to `timm.create_model`, which fails.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_args", {}).pop("num_classes", None) is not None:
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

@@ -149,6 +149,7 @@ def write_release(release: Release, folder: Path, name: str, license: str | None
                 for file in ("model.safetensors", "config.json", hub.CARD):
                     if (release.files / file).is_file():
                         shutil.copyfile(release.files / file, fresh / file)
+                hub.remove_repeated_arguments(fresh)
                 config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
                 if release.details != config.get("stvit", {}):
                     text = json.dumps({**config, "stvit": release.details}, indent=2)
