@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from stvit.pretrained import create_model, hub_reason, is_of_network
+from stvit.pretrained import create_model, hub_reason, is_of_network, is_of_package
 
 __all__ = [
     "HubError",
@@ -67,6 +67,13 @@ CITATION = """@inproceedings{huang2023stvit,
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2023}
 }"""
+CITATION_SECTION = f"""
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
 
 
@@ -162,7 +169,9 @@ def file_sha256(path: Path) -> str:
 
 
 def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
-    """The card of a folder: what it is, how to load it, what was measured and how, and whom to cite.
+    """Returns the card of a folder: what it is, how to load it, what was measured and how, what to cite.
+
+    Only the card of an STViT names and cites STViT. A model of timm loads without this package.
 
     Args:
         folder: With config.json and model.safetensors. Of its key `stvit` the card takes `weights` and `source`
@@ -178,7 +187,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
     cfg, details = config["pretrained_cfg"], config.get("stvit", {})
     metrics = details.get("metrics", [])
     architecture, title = config["architecture"], Path(name.partition(":")[2]).resolve().name
-    is_ours = "stvit" in architecture
+    is_ours = is_of_package(architecture)
     license = license or details.get("license")
     data = ModelCardData(
         license=license,
@@ -224,8 +233,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
 {"A Super Token Vision Transformer" if is_ours else "An image classifier"} for timm.
 
 ```python
-import stvit  # {"registers the architecture in timm" if is_ours else "explains what goes wrong"}
-import timm
+{"import stvit  # registers the architecture in timm" + chr(10) if is_ours else ""}import timm
 import torch
 
 model = timm.create_model({quoted}, pretrained=True).eval()
@@ -238,13 +246,7 @@ backbone = timm.create_model({quoted}, pretrained=True, features_only=True)
 ## Results
 
 {measured or "Not measured."}
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
+{CITATION_SECTION if is_ours else ""}"""
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 

@@ -736,6 +736,14 @@ def test_space_of_a_detector_and_of_the_hub(models: Path, tmp_path: Path) -> Non
     assert (tmp_path / "a/own.txt").exists()
 
 
+def test_card_of_a_space_promises_no_super_tokens(tmp_path: Path) -> None:
+    stvit_hub.save(timm.create_model("test_resnet", num_classes=3), tmp_path / "net")
+    flags = [str(tmp_path / "net"), "--space", "--repo-id=org/net", "--dry-run", f"--output={tmp_path / 'space'}"]
+    assert push_to_hub.main(flags) == 0
+    card = (tmp_path / "space/README.md").read_text(encoding="utf-8")
+    assert "super token" not in card.lower() and "What test_resnet sees in your image." in card
+
+
 def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a Space; the same again sends nothing; what a former version left goes, one's own files stay."""
     flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles"]

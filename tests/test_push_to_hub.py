@@ -108,6 +108,22 @@ def test_card(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
     assert hub.files(REPO)["README.md"].endswith(b"Other words.\n")
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "fastvit_t8"])
+def test_only_the_card_of_an_stvit_names_stvit(hub: Hub, push: Push, tmp_path: Path, name: str) -> None:
+    """`fastvit` contains the letters of `stvit`."""
+    hub_module.save(timm.create_model(name, num_classes=4), tmp_path / "net")
+    push(tmp_path / "net")
+    text = hub.files(REPO)["README.md"].decode()
+    own = text.replace(hub_module.CARD_MARK, "").replace("fastvit", "")
+    assert not any(word in own.lower() for word in ("stvit", "super token", "super-token", "huang", "citation"))
+    assert ModelCard(text).data.tags == ["image-classification", "timm"] and "An image classifier for timm." in text
+    snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    assert snippet.startswith("import timm")
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["model"].num_classes == 4
+
+
 def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: Path, push: Push) -> None:
     flags = "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=3e-3 --warmup-epochs=0"
     data = f"--data-dir={digits_folder}"

@@ -113,7 +113,7 @@ def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Pa
     snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0].replace('"photos"', repr(str(ASSETS)))
     names: dict[str, Any] = {}
     exec(snippet, names)
-    assert snippet.startswith("import stvit") and len(names["results"]) == 2
+    assert snippet.startswith("from stvit.adapters.yolo import YOLO") and len(names["results"]) == 2
     # The checkpoint says where it was made; what is published does not.
     assert str(photos.parent).encode() in (run / "best.pt").read_bytes()
     assert not any(
@@ -124,6 +124,26 @@ def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Pa
         assert "bob" not in str(_without_paths(place)) and ".yaml" in str(_without_paths(place))
     published = torch.load(YOLO(f"hf-hub:{REPO}").ckpt_path, weights_only=False)
     assert published["optimizer"] is None and published["train_args"]["data"] == "photos.yaml"
+
+
+@pytest.mark.parametrize(
+    ("model", "is_stvit"),
+    [
+        ("yolo26n-stvit_pico.yaml", True),
+        ("yolo26n-stokenattention.yaml", True),
+        ("yolo26n-convnext_atto.yaml", False),
+        ("yolo26n.yaml", False),
+    ],
+)
+def test_only_the_card_of_a_detector_with_super_tokens_names_stvit(
+    hub: Hub, push: Push, tmp_path: Path, model: str, is_stvit: bool
+) -> None:
+    YOLO(model).save(tmp_path / "model.pt")
+    push(tmp_path / "model.pt", "--dry-run", f"--output={tmp_path / 'folder'}")
+    text = (tmp_path / "folder/README.md").read_text(encoding="utf-8")
+    tags = ["object-detection", "ultralytics", *(["stvit", "super-token-attention"] if is_stvit else [])]
+    assert ModelCard(text).data.tags == tags
+    assert ("@inproceedings{huang2023stvit" in text) == ("## Citation" in text) == is_stvit
 
 
 def test_a_checkpoint_to_go_on_from_goes_without_what_that_takes(

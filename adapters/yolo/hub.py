@@ -17,6 +17,7 @@ from ultralytics.nn.tasks import torch_safe_load
 from ultralytics.utils import ASSETS
 
 from stvit.adapters.yolo.registration import allow_modules
+from stvit.ops import SuperTokenAttention
 from stvit.pretrained import PretrainedDownloadError, PretrainedError, damage, hub_reason
 
 __all__ = ["PREFIXES", "fetch_checkpoint", "open_safely", "prepare_checkpoint"]
@@ -193,7 +194,8 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
 
     Returns:
         What a card needs: `task`, `names`, `parameters`, `imgsz`, `data`, `model`, `metrics` (by
-        Ultralytics' names, fractions), `license`, `version`, `image`, `is_ours` (whether it holds modules of stvit).
+        Ultralytics' names, fractions), `license`, `version`, `image`, `has_super_tokens`
+        (whether a layer is super token attention).
 
     Raises:
         PretrainedError: If the checkpoint cannot be opened safely.
@@ -243,7 +245,7 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
         "license": "agpl-3.0" if "AGPL" in str(checkpoint.get("license")) else None,
         "version": checkpoint.get("version"),
         "image": shown.name,
-        "is_ours": any(type(module).__module__.startswith("stvit.") for module in model.modules()),
+        "has_super_tokens": any(isinstance(module, SuperTokenAttention) for module in model.modules()),
     }
 
 

@@ -263,7 +263,7 @@ def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license
         license=license,
         library_name="ultralytics",
         pipeline_tag=pipeline,
-        tags=[pipeline, "ultralytics", *(["stvit", "super-token-attention"] if facts["is_ours"] else [])],
+        tags=[pipeline, "ultralytics", *(["stvit", "super-token-attention"] if facts["has_super_tokens"] else [])],
     )
     names = [str(name) for name in facts["names"].values()]
     rows = [f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items()]
@@ -280,7 +280,6 @@ def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license
 A model of Ultralytics in half precision, made from `{facts["model"]}`, for the task `{facts["task"]}`.
 
 ```python
-import stvit  # its modules, and the loader
 from stvit.adapters.yolo import YOLO
 
 model = YOLO("hf-hub:{repo_id}")  # no code of the checkpoint is run
@@ -296,13 +295,7 @@ results = model.predict("photos")
 ## Results
 
 {measured}
-
-## Citation
-
-```bibtex
-{hub.CITATION}
-```
-"""
+{hub.CITATION_SECTION if facts["has_super_tokens"] else ""}"""
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 

@@ -42,14 +42,14 @@ sdk: gradio
 sdk_version: {gradio}
 app_file: app.py
 pinned: false
-{license}short_description: What a Super Token Vision Transformer sees
+{license}short_description: What an image model sees
 ---
 
 {mark}
 
 # {title}
 
-Classes, boxes and super tokens of your image, as {model} sees them. It is deleted within the hour.
+What {model} sees in your image. Your image is deleted within the hour.
 
 It runs on your machine, too: `pip install -r requirements.txt gradio=={gradio} && python app.py`.
 """
