@@ -17,7 +17,7 @@ import ultralytics
 from torch import nn
 from ultralytics.utils import ASSETS
 
-from stvit.adapters.yolo import YOLO, DetectionTrainer, model_file
+from stvit.adapters.yolo import YOLO, DetectionTrainer, TimmBackbone, model_file
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
 
 QUICK = {"imgsz": 64, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu", "mosaic": 0.0}
@@ -269,6 +269,36 @@ def test_half(detector: YOLO, images: torch.Tensor) -> None:
     assert all(x.dtype == torch.float16 for x in after)
     for x, y in zip(after, before, strict=True):
         assert (x.float() - y).abs().mean() < 0.02 * y.std()
+
+
+@pytest.mark.parametrize(
+    "name", ["yolo26n.yaml", "yolo26n-stvit_pico.yaml", "yolo26n-convnext_atto.yaml", "yolo26n-stvit_pico-cls.yaml"]
+)
+def test_each_row_gives_an_embedding(name: str, tmp_path: Path) -> None:
+    """Each but the head, whose outputs Ultralytics does not pool."""
+    model = YOLO(name)
+    model.save(tmp_path / "model.pt")
+    for detector in (model, ultralytics.YOLO(tmp_path / "model.pt")):
+        net = detector.model.eval()
+        for row in range(len(net.model) - 1):
+            [vector] = detector.embed(ASSETS / "bus.jpg", embed=[row], imgsz=64, verbose=False)
+            assert vector.ndim == 1 and torch.isfinite(vector).all(), row
+    if name == "yolo26n.yaml":
+        return
+    image = torch.rand(2, 3, 64, 64)
+    maps = net.model[0](image)
+    assert isinstance(maps, list) and len(maps) == len(net.model[0].out_indices)
+    expected = torch.cat([x.mean((2, 3)) for x in maps], dim=1)
+    for row in range(4):
+        torch.testing.assert_close(torch.stack(net(image, embed=[row])), expected)
+    both = torch.stack(net(image, embed=[0, 4]))
+    torch.testing.assert_close(both, torch.cat([expected, maps[0].mean((2, 3))], dim=1))
+
+
+def test_maps_of_a_row_are_pooled_and_nothing_else() -> None:
+    maps = TimmBackbone(3, "test_resnet", [1, 2])(torch.rand(1, 3, 64, 64))
+    with pytest.raises(TypeError, match="max_pool2d"):
+        torch.nn.functional.max_pool2d(maps, 2)
 
 
 def test_val_predict_embed(detector: YOLO, photos: Path, tmp_path: Path) -> None:

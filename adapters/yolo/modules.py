@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d
 from torch import nn
@@ -31,6 +32,27 @@ class BackboneBatchNorm2d(nn.BatchNorm2d):
     Ultralytics sets eps to 1e-3 and momentum to 0.03 in every module whose type is `nn.BatchNorm2d` itself, which
     would change what a pretrained backbone computes; it leaves a subclass alone.
     """
+
+
+# torch.export returns plain lists only. torch 2.6 does not distinguish it from torch.compile.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+class FeatureMaps(list[torch.Tensor]):
+    """Feature maps that a row of a model file gives, each (B, C, H, W).
+
+    `YOLO.embed` pools the output of any row with `torch.nn.functional.adaptive_avg_pool2d`, which takes one map.
+    PyTorch hands the call to `__torch_function__`: each map is pooled, and their channels are concatenated, as
+    Ultralytics does with the maps of several rows.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
+        if func is not F.adaptive_avg_pool2d:
+            return NotImplemented
+        return torch.cat([func(x, *args[1:], **(kwargs or {})) for x in args[0]], dim=1)
 
 
 # BaseModel.fuse() asks a RepVGGDW to fuse itself, and no other kind of module that may stand in a row: this is one by
@@ -118,13 +140,14 @@ class TimmBackbone(RepVGGDW):
             self._check(x)
         x = (x - self.mean) / self.std
         try:
-            return self.net.forward_intermediates(
+            maps = self.net.forward_intermediates(
                 x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True
             )
         except (AssertionError, IndexError) as error:  # how models of timm refuse a size
             raise ValueError(
                 f"the backbone {self.name} does not take images of {x.shape[2]}x{x.shape[3]}: {error}"
             ) from error
+        return maps if _is_exporting() else FeatureMaps(maps)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.shape[1] != self.in_chans:
