@@ -6,6 +6,7 @@ the next step. Here each becomes a `PretrainedError` that does, chained to the o
 
 import errno
 import json
+import logging
 import pickle
 import re
 import struct
@@ -20,8 +21,10 @@ import timm
 import torch
 from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, is_model_in_modules, parse_model_name
+from timm.models import get_pretrained_cfg, is_model_in_modules, load_state_dict, parse_model_name
 from torch import nn
+
+from stvit.state_dict import strip_prefix, tensor_names
 
 __all__ = [
     "NAMESPACE_VARIABLE",
@@ -36,6 +39,7 @@ __all__ = [
     "verify",
 ]
 
+_logger = logging.getLogger(__name__)
 # Names another owner of the weights on the Hub than this project. Read when a model is created.
 NAMESPACE_VARIABLE = "STVIT_HUB_NAMESPACE"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -74,7 +78,10 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
     """
     if verify and not pretrained:
         raise ValueError("verify=True compares pretrained weights with the Hub's record: it needs pretrained=True")
-    cfg = {**_source_of(model_name), **(kwargs.get("pretrained_cfg_overlay") or {})}
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = {**_source_of(model_name), **overlay}
+    if pretrained and overlay.get("file") and not overlay.get("state_dict") and not overlay.get("custom_load"):
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **_stripped_file(model_name, overlay["file"])}
     with explained(model_name, cfg, kwargs.get("cache_dir")):
         model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
     if verify:
@@ -83,6 +90,30 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
             raise ValueError(f"verify=True compares with the Hub's record, and {model_name} was not loaded from there")
         _verify(model_name, cfg["hf_hub_id"], kwargs.get("cache_dir"))
     return model
+
+
+def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
+    """Returns the weights in a file that have a prefix such as Lightning's `model.`, as an entry of a `PretrainedCfg`.
+
+    It returns nothing for a file without a prefix and for models of this package, which remove prefixes themselves.
+
+    Raises:
+        PretrainedError: If the model is in the file under several prefixes.
+    """
+    if not timm.is_model(model_name) or is_of_package(model_name):
+        return {}
+    try:
+        state_dict = load_state_dict(str(file))
+    except Exception:  # timm reads the file again, and its error is explained
+        return {}
+    try:
+        weights, said = strip_prefix(state_dict, tensor_names(model_name))
+    except ValueError as error:
+        raise PretrainedError(f"{model_name}: cannot load pretrained weights from {file}: {error}") from error
+    if not said:
+        return {}
+    _logger.warning("%s: %s", file, said)
+    return {"state_dict": weights}
 
 
 def verify(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> list[str]:

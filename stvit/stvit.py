@@ -18,6 +18,7 @@ Shapes:
     H, W     pixels of the stage's map: 1/4, 1/8, 1/16 and 1/32 of the image, rounded up
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -50,9 +51,12 @@ from torch import nn
 
 from stvit.ops import SuperTokenAttention
 from stvit.ops.portable import is_exporting
-from stvit.pretrained import NAMESPACE_VARIABLE, explained
+from stvit.pretrained import NAMESPACE_VARIABLE, explained, is_of_package
+from stvit.state_dict import strip_prefix, tensor_names
 
-__all__ = ["STViT", "checkpoint_filter_fn", "find_variant"]
+__all__ = ["STViT", "checkpoint_filter_fn", "find_variant", "strip_prefix_of"]
+
+_logger = logging.getLogger(__name__)
 
 Device = torch.device | str | None
 
@@ -615,8 +619,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
     differs.
 
     Args:
-        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', …. The
-            published code's one-hot kernels `fold` and `unfold` are constants, and may be absent.
+        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', …, with or
+            without a prefix such as Lightning's `model.`, which is removed with a warning. The published code's
+            one-hot kernels `fold` and `unfold` are constants, and may be absent.
         model: What they are for.
 
     Returns:
@@ -624,11 +629,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: STViT) -> dict[str, 
 
     Raises:
         RuntimeError: If a key is missing, left over, or of another shape; names it.
+        ValueError: If the weights are under several prefixes.
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
             break
+    names = model.state_dict().keys()
+    state_dict, said = strip_prefix(state_dict, {*names, *map(_official_key, names)})
+    if said:
+        _logger.warning("%s: %s", getattr(model, "pretrained_cfg", {}).get("architecture", "STViT"), said)
     official = _is_official(state_dict)
     left = dict(state_dict)
     if official:
@@ -689,9 +699,10 @@ def find_variant(state_dict: Mapping[str, Any]) -> str | None:
     """The model of this package that weights are of, by their names and shapes; None if it is none of them.
 
     Args:
-        state_dict: Bare weights under our names or the published code's. Classifier and image channels may be of any
-            size: they do not tell.
+        state_dict: Weights under our names or the published code's, with or without a prefix such as Lightning's
+            `model.`. Classifier and image channels may be of any size: they do not tell.
     """
+    state_dict = strip_prefix(state_dict, _known_names())[0]
     found = {
         key: tuple(value.shape)
         for key, value in state_dict.items()
@@ -705,6 +716,25 @@ def find_variant(state_dict: Mapping[str, Any]) -> str | None:
         ):
             return variant
     return None
+
+
+def strip_prefix_of(model_name: str, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """`stvit.state_dict.strip_prefix` for a model of timm, and for one of this package under the published names too.
+
+    Args:
+        model_name: timm's name of the model, with or without a tag. The weights of an unknown model stay as they are.
+        state_dict: Tensors by name.
+    """
+    if is_of_package(model_name):
+        return strip_prefix(state_dict, _known_names())
+    return strip_prefix(state_dict, tensor_names(model_name) if timm.is_model(model_name) else ())
+
+
+@cache
+def _known_names() -> frozenset[str]:
+    """Names of the tensors of all models of this package, ours and the published code's."""
+    names = {name for variant in timm.list_models(module="stvit") for name in _shapes_of(variant)}
+    return frozenset({*names, *map(_official_key, names)})
 
 
 @cache

@@ -148,7 +148,8 @@ def test_weights_that_do_not_fit(content: str, message: str, tmp_path: Path) -> 
     ("source", "message"),
     [
         ("stvit_nano.in1k", "is of another model than the backbone, stvit_pico"),
-        ("nowhere.pth", "is no file and no timm model: it must be a path, a tag such as stvit_pico.in1k"),
+        ("nowhere.pth", "is no file and no timm model: pass a path, a tag of stvit_pico, or hf-hub"),
+        ("stvit_pico.ckpt", "is no file and no timm model"),
         ("", "must be a timm tag, a Hub id, a file or True"),
     ],
 )

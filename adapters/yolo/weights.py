@@ -15,6 +15,10 @@ from ultralytics.utils import LOGGER
 import stvit
 from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
 from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
+from stvit.stvit import strip_prefix_of
+
+# Ends of the names of files of weights.
+_FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 __all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
 
@@ -231,15 +235,15 @@ def _pretrained_model(backbone: TimmBackbone, source: str | Path | bool) -> tupl
         num_classes = _classes_of(path, backbone)
         overlay = {"file": str(path), "num_classes": num_classes}
         return backbone.name, {**backbone.model_args, "num_classes": num_classes, "pretrained_cfg_overlay": overlay}
-    if timm.is_model(text.split(".")[0]) and path.suffix.lower() not in (".pt", ".pth", ".safetensors", ".bin"):
+    if timm.is_model(text.split(".")[0]) and path.suffix.lower() not in _FILES:
         if text.split(".")[0] != backbone.name.split(".")[0]:
             raise ValueError(f"pretrained_backbone={text!r} is of another model than the backbone, {backbone.name}")
         return text, dict(backbone.model_args)
     if text.count("/") == 1 and not path.suffix:
         return f"hf-hub:{text}", dict(backbone.model_args)
     raise ValueError(
-        f"pretrained_backbone={text!r} is no file and no timm model: it must be a path, a tag such as "
-        f"{backbone.name}.in1k, or hf-hub:org/name"
+        f"pretrained_backbone={text!r} is no file and no timm model: pass a path, a tag of {backbone.name}, or "
+        "hf-hub:org/name"
     )
 
 
@@ -253,6 +257,10 @@ def _classes_of(path: Path, backbone: TimmBackbone) -> int:
             f"pretrained_backbone={str(path)!r} cannot be read as weights of a classifier ({what}); a detector's "
             "checkpoint is for YOLO(…) itself, or for pretrained="
         ) from error
+    try:
+        state_dict = strip_prefix_of(backbone.name, state_dict)[0]
+    except ValueError as error:
+        raise RuntimeError(f"pretrained_backbone={str(path)!r}: {error}") from error
     classifier = backbone.net.pretrained_cfg.get("classifier")
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     for name in [*names, "head"]:  # the published code's name

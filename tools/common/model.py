@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import pickle
 import pickletools
 import re
@@ -21,6 +22,7 @@ from torch import nn
 
 import stvit
 from stvit.pretrained import damage
+from stvit.stvit import strip_prefix_of
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
 
@@ -224,7 +226,26 @@ def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = 
     weights = content if key is None else content[key]
     if not all(isinstance(name, str) for name in weights):
         raise CommandError(f"cannot read weights from {path}: what it holds has no names")
-    return clean_state_dict(dict(weights)), key is not None and key == ema
+    return dict(weights), key is not None and key == ema
+
+
+def strip_weights(model: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes a prefix of the tensors' names, such as Lightning's `model.`, and prints what it removed and left out.
+
+    Args:
+        model: timm's name of the model.
+        weights: Tensors by name.
+
+    Raises:
+        CommandError: If the model is there under several prefixes.
+    """
+    try:
+        stripped, said = strip_prefix_of(model, weights)
+    except ValueError as error:
+        raise CommandError(f"cannot read the weights of {model}: {error}") from error
+    if said and int(os.environ.get("RANK", "0")) == 0:
+        print(f"weights: {said}")
+    return clean_state_dict(stripped)  # for tensors under names that only the model's own code in timm knows
 
 
 def weights_in(content: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -267,7 +288,8 @@ def create_model(
         raise CommandError(f"unknown model {name!r}{hint}")
     overlay: dict[str, Any] = {}
     if weights is not None:
-        overlay["state_dict"] = dict(weights)
+        weights = strip_weights(name, weights)
+        overlay["state_dict"] = weights
         # timm keeps a classifier if it has the classes of the weights, which it does not ask the file for.
         for layer in (get_pretrained_cfg_value(name, "classifier"), "head"):
             if f"{layer}.weight" in weights:

@@ -22,7 +22,7 @@ from stvit.stvit import find_variant
 from stvit.tools.common.checkpoint import load_checkpoint, replace_files
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
 from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_images
-from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, weights_in
+from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
 
 # Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
 PAPER_TOP1 = {
@@ -362,6 +362,7 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     weights, is_ema = pick_weights(content, path, args.use_ema)
     recipe = _recipe(content, is_run)
     name = args.model or _find_model(path, weights, content, recipe)
+    weights = strip_weights(name, weights)
     size = args.img_size or recipe.get("img_size")
     first = next((weights[key] for key in _FIRST_CONV if key in weights), None)
     in_chans = args.in_chans or recipe.get("in_chans") or (None if first is None else first.shape[1])
@@ -441,7 +442,10 @@ def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
 
 
 def _find_model(path: Path, weights: Mapping[str, Any], content: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    found = recipe.get("model") or find_variant(weights) or content.get("arch")
+    try:
+        found = recipe.get("model") or find_variant(weights) or content.get("arch")
+    except ValueError as error:  # several prefixes
+        raise CommandError(f"{path}: {error}") from error
     if not isinstance(found, str):
         raise CommandError(
             f"{path}: the shapes are those of no model of stvit; of another model of timm's give --model NAME, and "
