@@ -1,16 +1,32 @@
 """Other libraries on the models and folders of this package, beside another model of timm."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from hub_server import Hub
 from PIL import Image
 from timm.models import save_for_hf
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    DetrConfig,
+    DetrForObjectDetection,
+    TimmBackboneConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    pipeline,
+)
 
 import stvit  # noqa: F401  registers the models in timm
 from stvit import hub as hub_module
@@ -49,10 +65,8 @@ def test_a_run_and_its_push_open_in_transformers(name: str, hub: Hub, digits_fol
     labels, image = [f"digit_{n}" for n in range(4)], next((digits_folder / "val").rglob("*.png"))
     check_both_libraries(tmp_path / "run/best", labels, image)
     assert push_to_hub.main([str(tmp_path / "run"), "--repo-id=org/net"]) == 0
-    (tmp_path / "pushed").mkdir()
-    for file, content in hub.files("org/net").items():
-        (tmp_path / "pushed" / file).write_bytes(content)
-    check_both_libraries(tmp_path / "pushed", labels, image)
+    for file in ("config.json", "model.safetensors"):  # the files that were checked above
+        assert hub.files("org/net")[file] == (tmp_path / "run/best" / file).read_bytes()
 
 
 def test_arguments_that_are_not_repeated_stay(tmp_path: Path) -> None:
@@ -89,3 +103,95 @@ def test_what_transformers_saves_opens_in_timm(name: str, tmp_path: Path) -> Non
     image = torch.randn(1, 3, 160, 160)
     assert torch.equal(model(image), wrapped(image).logits)
     assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+
+
+# A backbone inside the models of other libraries
+
+BACKBONES = pytest.mark.parametrize("name", ["test_stvit", "test_convnext"])
+IMAGES = (2, 3, 64, 96)
+
+
+def check_trained(backbone: nn.Module, loss: torch.Tensor) -> None:
+    """Checks that a loss is finite and that each parameter of the backbone learns from it."""
+    assert torch.isfinite(loss)
+    loss.backward()
+    gradients = {key: value.grad for key, value in backbone.named_parameters() if value.requires_grad}
+    assert gradients
+    for key, gradient in gradients.items():
+        assert gradient is not None and torch.isfinite(gradient).all() and gradient.abs().sum() > 0, key
+
+
+@BACKBONES
+def test_detection_in_transformers(name: str) -> None:
+    config = DetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=TimmBackboneConfig(backbone=name, out_indices=[3]),
+        **{"d_model": 32, "num_queries": 5, "num_labels": 3},
+        **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+    )
+    model = DetrForObjectDetection(config)
+    labels = [{"class_labels": torch.tensor([n]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])} for n in range(2)]
+    output = model(torch.randn(IMAGES), labels=labels)
+    assert output.logits.shape == (2, 5, 4) and output.pred_boxes.shape == (2, 5, 4)
+    assert torch.isfinite(output.logits).all() and torch.isfinite(output.pred_boxes).all()
+    check_trained(model.model.backbone, output.loss)
+
+
+@BACKBONES
+def test_segmentation_in_transformers(name: str) -> None:
+    backbone = TimmBackboneConfig(backbone=name, out_indices=[0, 1, 2, 3])
+    model = UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=backbone, hidden_size=32, num_labels=4, use_auxiliary_head=False)
+    )
+    output = model(torch.randn(IMAGES), labels=torch.randint(0, 4, (2, 64, 96)))
+    assert output.logits.shape == (2, 4, 64, 96) and torch.isfinite(output.logits).all()
+    check_trained(model.backbone, output.loss)
+
+
+def check_decoder(decoder: str, name: str) -> None:
+    model = getattr(smp, decoder)(encoder_name=f"tu-{name}", encoder_weights=None, classes=4)
+    masks = model(torch.randn(IMAGES))
+    assert masks.shape == (2, 4, 64, 96) and torch.isfinite(masks).all()
+    check_trained(model.encoder, nn.functional.cross_entropy(masks, torch.randint(0, 4, (2, 64, 96))))
+
+
+@pytest.mark.parametrize("name", ["stvit_pico", "test_convnext"])
+@pytest.mark.parametrize("decoder", ["Unet", "UPerNet", "FPN"])
+def test_segmentation_models_pytorch(decoder: str, name: str) -> None:
+    check_decoder(decoder, name)
+
+
+class Pyramid(nn.Module):
+    """timm's feature maps in the form that torchvision's detectors take."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.body = timm.create_model(name, features_only=True)
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 32)
+        self.out_channels = 32
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.fpn(OrderedDict((str(i), maps) for i, maps in enumerate(self.body(x))))
+
+
+@BACKBONES
+def test_faster_rcnn_in_torchvision(name: str) -> None:
+    model = FasterRCNN(
+        Pyramid(name),
+        num_classes=3,
+        min_size=64,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((16,), (24,), (32,), (48,)), ((0.5, 1.0, 2.0),) * 4),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=4, sampling_ratio=2),
+        rpn_post_nms_top_n_train=50,
+        rpn_post_nms_top_n_test=50,
+    )
+    images = [torch.rand(3, 64, 96), torch.rand(3, 60, 80)]
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 50.0, 40.0]]), "labels": torch.tensor([1])} for _ in images]
+    check_trained(model.backbone.body, sum(model(images, targets).values()))
+    for found in model.eval()(images):
+        assert found["boxes"].shape == (len(found["scores"]), 4)
+        assert all(torch.isfinite(found[key]).all() for key in ("boxes", "scores"))
