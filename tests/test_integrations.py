@@ -121,18 +121,22 @@ def check_trained(backbone: nn.Module, loss: torch.Tensor) -> None:
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.abs().sum() > 0, key
 
 
+def timm_config(name: str, *out_indices: int) -> TimmBackboneConfig:
+    options: dict[str, Any] = {"out_indices": list(out_indices)}
+    return TimmBackboneConfig(backbone=name, **options)
+
+
 @BACKBONES
 def test_detection_in_transformers(name: str) -> None:
-    config = DetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        backbone_config=TimmBackboneConfig(backbone=name, out_indices=[3]),
-        **{"d_model": 32, "num_queries": 5, "num_labels": 3},
-        **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
-        **{f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")},
-        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
-    )
-    model = DetrForObjectDetection(config)
+    options: dict[str, Any] = {
+        "d_model": 32,
+        "num_queries": 5,
+        "num_labels": 3,
+        "backbone_config": timm_config(name, 3),
+    }
+    for part in ("encoder", "decoder"):
+        options |= {f"{part}_layers": 1, f"{part}_ffn_dim": 32, f"{part}_attention_heads": 2}
+    model = DetrForObjectDetection(DetrConfig(**options))
     labels = [{"class_labels": torch.tensor([n]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])} for n in range(2)]
     output = model(torch.randn(IMAGES), labels=labels)
     assert output.logits.shape == (2, 5, 4) and output.pred_boxes.shape == (2, 5, 4)
@@ -142,10 +146,8 @@ def test_detection_in_transformers(name: str) -> None:
 
 @BACKBONES
 def test_segmentation_in_transformers(name: str) -> None:
-    backbone = TimmBackboneConfig(backbone=name, out_indices=[0, 1, 2, 3])
-    model = UperNetForSemanticSegmentation(
-        UperNetConfig(backbone_config=backbone, hidden_size=32, num_labels=4, use_auxiliary_head=False)
-    )
+    options: dict[str, Any] = {"hidden_size": 32, "num_labels": 4, "use_auxiliary_head": False}
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=timm_config(name, 0, 1, 2, 3), **options))
     output = model(torch.randn(IMAGES), labels=torch.randint(0, 4, (2, 64, 96)))
     assert output.logits.shape == (2, 4, 64, 96) and torch.isfinite(output.logits).all()
     check_trained(model.backbone, output.loss)
@@ -153,9 +155,9 @@ def test_segmentation_in_transformers(name: str) -> None:
 
 def check_decoder(decoder: str, name: str) -> None:
     model = getattr(smp, decoder)(encoder_name=f"tu-{name}", encoder_weights=None, classes=4)
-    masks = model(torch.randn(IMAGES))
-    assert masks.shape == (2, 4, 64, 96) and torch.isfinite(masks).all()
-    check_trained(model.encoder, nn.functional.cross_entropy(masks, torch.randint(0, 4, (2, 64, 96))))
+    masks = model(torch.randn(2, 3, 128, 160))  # the least that PAN takes
+    assert masks.shape == (2, 4, 128, 160) and torch.isfinite(masks).all()
+    check_trained(model.encoder, nn.functional.cross_entropy(masks, torch.randint(0, 4, (2, 128, 160))))
 
 
 @pytest.mark.parametrize("name", ["stvit_pico", "test_convnext"])
