@@ -166,6 +166,13 @@ def test_segmentation_models_pytorch(decoder: str, name: str) -> None:
     check_decoder(decoder, name)
 
 
+@pytest.mark.parametrize("name", ["stvit_pico", "test_convnext"])
+@pytest.mark.parametrize("decoder", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_dilated_decoders_of_segmentation_models_pytorch(decoder: str, name: str) -> None:
+    """These ask the backbone for a stride of 8 or 16."""
+    check_decoder(decoder, name)
+
+
 class Pyramid(nn.Module):
     """timm's feature maps in the form that torchvision's detectors take."""
 
