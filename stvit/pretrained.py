@@ -59,6 +59,7 @@ class PretrainedDownloadError(PretrainedError, OSError):
 def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with every failure of a pretrained load explained, and a check for flipped bits.
 
+    A file (`pretrained_cfg_overlay=dict(file=…)`) may hold the weights under a prefix such as Lightning's `model.`.
     The models of this package explain their failures through `timm.create_model` as well, all but one: of
     `hf-hub:org/name` timm reads the configuration before it asks any model.
 
