@@ -3,11 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest supported Python. The commands of pyenv refuse versions that are not selected, so look for it there, too.
+PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
+OLDEST := .venv-oldest
+OLDEST_TESTS ?= $(addprefix tests/test_,ops.py triton.py stvit.py inference.py pretrained.py superpixels.py timm.py) \
+	$(wildcard tests/test_yolo*.py)
 CONFIG ?= configs/cls/stvit_pico_digits.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-ultralytics lint format clean
+.PHONY: help setup train test test-long test-gpu test-oldest test-ultralytics lint format clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -32,6 +37,23 @@ test: setup  ## Run the tests (up to 15 minutes on two cores)
 test-long: setup  ## Run the tests that `make test` leaves out (half an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
+test-gpu: setup  ## Run the tests that need a GPU (under 90 seconds on an H100 and 12 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 -m gpu $(ARGS)
+
+# Skips are allowed here: the tests' own packages, which are not part of what is supported, are not all installed.
+test-oldest: $(OLDEST)/.installed  ## Run the library's tests with the oldest supported versions and Python 3.10
+	env -u CI OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		-m "not long" $(OLDEST_TESTS) $(ARGS)
+
+# uv resolves each dependency to its lower bound in pyproject.toml. That file is the one place that states them.
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --upgrade pip uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable '.[train,yolo,visualize,export]'
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python pytest pytest-timeout pytest-xdist scikit-learn
+	touch $@
+
 test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quarters of an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/ultralytics_suite.py $(ARGS)
 
@@ -45,4 +67,4 @@ format: setup  ## Mend style where that can be done by a machine
 	$(BIN)/ruff format .
 
 clean:  ## Remove what the commands above made, results in runs/ excepted
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info

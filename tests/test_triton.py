@@ -1,7 +1,8 @@
-"""The Triton kernels against the reference in float64, and how they are chosen.
+"""Compares the Triton kernels with the reference in float64, and tests how a backend is chosen.
 
-On a GPU they run natively, over large shapes too. Elsewhere Triton interprets them, over small ones, and they are
-compiled for GPUs that are not there.
+Without a GPU, Triton interprets the kernels, and they are compiled for GPUs of five generations.
+With a GPU, all tests run natively. `make test-gpu` selects those marked `gpu`. They cover each kernel in each dtype,
+with two and four cells per tile side, with one and with several blocks of channels, and take about a minute.
 """
 
 import copy
@@ -43,12 +44,15 @@ pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
+# Marks a test that `-m gpu` selects where there is a GPU. Without a GPU the test runs in `make test`, interpreted.
+also_on_gpu: Callable[[Any], Any] = pytest.mark.gpu if HAS_GPU else lambda test: test
+
 # A few times the rounding of each dtype. The interpreter cuts bfloat16 off where hardware rounds it: twice the error.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2 if HAS_GPU else 2e-2, torch.float16: 1.5e-3}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
-# Channels, pixels, pixels of a cell: even division, primes, partial cells and tiles, one pixel, less than one cell,
-# oblong cells, cells of a pixel; channels that fill a block, less, and several of them.
+# Channels, map size and cell size: even division, primes, partial cells and tiles, one pixel, less than one cell,
+# oblong cells, cells of one pixel. The channels fill a block, a part of a block, or several blocks.
 SHAPES = [
     (64, (24, 32), (8, 8)),
     (128, (8, 12), (4, 4)),
@@ -63,19 +67,18 @@ SHAPES = [
     (150, (11, 9), (4, 4)),
     (260, (5, 9), (3, 7)),
     (24, (25, 41), (20, 37)),
+    (140, (7, 8), (2, 3)),
 ]
-each_shape = pytest.mark.parametrize(
-    ("dim", "size", "stoken_size"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
-)
-LARGE = [  # batch, channels, pixels, pixels of a cell: stages 1 and 2 of stvit_small
-    (128, 64, (56, 56), (8, 8)),
-    (128, 128, (28, 28), (4, 4)),
-    (16, 64, (160, 160), (8, 8)),
-    (16, 128, (80, 80), (4, 4)),
-    (4, 64, (320, 320), (8, 8)),
-    (4, 128, (160, 160), (4, 4)),
-    (3, 192, (317, 211), (8, 8)),
-    (1, 64, (1031, 997), (16, 16)),
+# Each kind of kernel once, because compiling takes most of the time on a GPU. Four cells per tile side with one block
+# of channels, and with several. Two cells with one block, and with several.
+SHAPES_ON_GPU = [(5, (13, 7), (3, 3)), (140, (7, 8), (2, 3)), (31, (23, 19), (7, 5)), (260, (5, 9), (3, 7))]
+LARGE = [  # dtypes, batch, channels, map size, cell size: first those of stages 1 and 2 of stvit_small
+    (("float32", "bfloat16", "float16"), 128, 64, (56, 56), (8, 8)),
+    (("float32", "bfloat16", "float16"), 128, 128, (28, 28), (4, 4)),
+    (("bfloat16",), 16, 64, (160, 160), (8, 8)),
+    (("bfloat16",), 16, 128, (80, 80), (4, 4)),
+    (("float32", "bfloat16"), 3, 192, (317, 211), (8, 8)),
+    (("float16",), 1, 64, (1031, 997), (16, 16)),
 ]
 
 
@@ -83,6 +86,8 @@ LARGE = [  # batch, channels, pixels, pixels of a cell: stages 1 and 2 of stvit_
 def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STVIT_OPS_BACKEND", raising=False)
+        # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than what the tests expect.
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         if not HAS_GPU:
             # Read when the kernels are imported, at first use below; see conftest.py.
             patch.setenv("TRITON_INTERPRET", "1")
@@ -178,16 +183,22 @@ def check(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> None:
 # The kernels
 
 
-# Each dtype with each memory format; in `make test` once.
-DRAWN = [
-    pytest.param(dtype, n_iter, strided, marks=[pytest.mark.long] if i != (n_iter - 1) and not HAS_GPU else [])
-    for i, dtype in enumerate(TOLERANCES)
-    for n_iter, strided in ((1, channels_last), (2, contiguous), (3, cut_out))
-]
+def parity_cases() -> Iterator[Any]:
+    """Yields each shape with each dtype and memory format. `make test` takes each dtype with one of them."""
+    for dim, size, stoken_size in SHAPES:
+        for i, dtype in enumerate(TOLERANCES):
+            for n_iter, strided in ((1, channels_last), (2, contiguous), (3, cut_out)):
+                marks = []
+                if n_iter != i + 1:
+                    marks = [] if HAS_GPU else [pytest.mark.long]
+                elif (dim, size, stoken_size) in SHAPES_ON_GPU:
+                    marks = [pytest.mark.gpu] if HAS_GPU else []
+                sizes = "-".join(f"{height}x{width}" for height, width in (size, stoken_size))
+                name = f"{dim}-{sizes}-{dtype}-{n_iter}-{strided.__name__}"
+                yield pytest.param(dim, size, stoken_size, dtype, n_iter, strided, marks=marks, id=name)
 
 
-@each_shape
-@pytest.mark.parametrize(("dtype", "n_iter", "strided"), DRAWN, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(("dim", "size", "stoken_size", "dtype", "n_iter", "strided"), parity_cases())
 def test_parity(
     dim: int,
     size: tuple[int, int],
@@ -201,21 +212,18 @@ def test_parity(
     check(strided(torch.randn(2, dim, *size, device=DEVICE).to(dtype)), stoken_size, n_iter)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="large shapes want a GPU that torch.cuda can use")
-@each_dtype
-@pytest.mark.parametrize(("batch", "dim", "size", "stoken_size"), LARGE)
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "batch", "dim", "size", "stoken_size"), [(name, *shape) for names, *shape in LARGE for name in names]
+)
 def test_parity_of_large_shapes(
-    batch: int,
-    dim: int,
-    size: tuple[int, int],
-    stoken_size: tuple[int, int],
-    dtype: torch.dtype,
-    poison: None,
-    seed: int,
+    dtype: str, batch: int, dim: int, size: tuple[int, int], stoken_size: tuple[int, int], poison: None, seed: int
 ) -> None:
-    check(channels_last(torch.randn(batch, dim, *size, device="cuda").to(dtype)), stoken_size, n_iter=1)
+    x = torch.randn(batch, dim, *size, device="cuda").to(getattr(torch, dtype))
+    check(channels_last(x), stoken_size, n_iter=1)
 
 
+@also_on_gpu
 @each_dtype
 def test_two_runs_are_equal(dtype: torch.dtype) -> None:
     x = channels_last(torch.randn(2, 64, 19, 13, device=DEVICE).to(dtype))
@@ -226,6 +234,7 @@ def test_two_runs_are_equal(dtype: torch.dtype) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@also_on_gpu
 @pytest.mark.parametrize(("dim", "stoken_size", "size"), [(512, 8, 16), (16, 16, 48), (16, 40, 40)])
 def test_float16_does_not_overflow(dim: int, stoken_size: int, size: int) -> None:
     x = 50 * torch.ones(1, dim, size, size, dtype=torch.float16, device=DEVICE)
@@ -250,6 +259,7 @@ def test_small_gradients_in_float16() -> None:
     assert (grads[0].double() - grads[1]).abs().max() <= 2**-24
 
 
+@also_on_gpu
 def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """For maps of 2^31 numbers an image, which no test can hold."""
     import triton.language as tl
@@ -260,6 +270,7 @@ def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     check(torch.randn(2, 150, 17, 9, device=DEVICE), (4, 4), 2)
 
 
+@also_on_gpu
 @pytest.mark.parametrize(("tokens_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_upsampling_takes_two_dtypes(tokens_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """The tokens' is that of the output, the association is read in whichever it has."""
@@ -354,6 +365,7 @@ def test_empty_batch() -> None:
     assert y.shape == x.grad.shape == (0, 16, 9, 14)
 
 
+@also_on_gpu
 def test_second_derivatives() -> None:
     """Of every pair of what comes in, through both functions."""
     given = [
@@ -512,6 +524,7 @@ def test_transforms_are_of_the_reference() -> None:
     torch.testing.assert_close(traced(x), plain(x))
 
 
+@also_on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     fast, plain = make_attention(n_iter=2)
@@ -552,6 +565,7 @@ for setting in {settings}:
         assert run(program.format(settings=["torch.backends.fp32_precision = 'tf32'"])) == ["tf32 ieee"]
 
 
+@also_on_gpu
 def test_whole_model() -> None:
     model = timm.create_model("test_stvit", stoken_size=(8, (4, 2), 2, 1), n_iter=(1, 2, 1, 1)).to(DEVICE).eval()
     plain = copy.deepcopy(model)
@@ -569,6 +583,7 @@ def test_whole_model() -> None:
 # The benchmark
 
 
+@also_on_gpu
 def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU all but its clock and its graphs."""
     if not HAS_GPU:
@@ -632,6 +647,7 @@ def test_on_a_cpu_the_reference_runs_and_triton_is_not_imported() -> None:
     assert lines[4:] == ["False"]
 
 
+@also_on_gpu
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 8, 6, 6, device=DEVICE)
     choose = backends.choose_backend
@@ -646,6 +662,7 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         sample_super_tokens(x, 3)
 
 
+@also_on_gpu
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for x, reason in (
         (torch.empty(1, dtype=torch.float64, device=DEVICE), "no kernels for torch.float64"),
@@ -670,7 +687,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._why_not_kernels.cache_clear()
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"the operators of Triton cannot run: there are no kernels for .*float64"):
-        torch.ops.stvit.sample(torch.randn(1, 4, 6, 6, dtype=torch.float64), 3, 3, 1, torch.float64)
+        torch.ops.stvit.sample(torch.randn(1, 4, 6, 6, dtype=torch.float64, device=DEVICE), 3, 3, 1, torch.float64)
 
 
 def test_without_triton_the_reference_runs() -> None:

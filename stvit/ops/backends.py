@@ -1,8 +1,10 @@
 """Which implementation of the operator runs, and why not another."""
 
 import os
+import sys
 from functools import cache
 from importlib import import_module
+from types import FrameType
 
 import torch
 from torch.autograd import forward_ad
@@ -83,7 +85,7 @@ def _forced_backend() -> str:
 
 @torch.compiler.assume_constant_result
 def _why_not_in_this_context() -> str:
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or _is_in_hidden_onnx_export():
         return "ONNX has no operator for the kernels"
     if torch.jit.is_tracing():
         return "what TorchScript traces must run without this package"
@@ -91,6 +93,14 @@ def _why_not_in_this_context() -> str:
     if getattr(torch._C, "_are_functorch_transforms_active", lambda: False)():
         return "the transforms of torch.func (grad, vmap, jvp, …) take no custom operators"
     return ""
+
+
+def _is_in_hidden_onnx_export() -> bool:
+    """Returns whether `torch.onnx.export(dynamo=True)` runs, which torch < 2.8 does not tell in any other way."""
+    frame: FrameType | None = sys._getframe() if torch.__version__ < (2, 8) else None
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx._internal.exporter"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @torch.compiler.assume_constant_result

@@ -77,6 +77,15 @@ def _find_weights(
 
 
 @triton.jit
+def _is_first_program(AXIS: tl.constexpr):
+    """Returns whether this program is the first of its axis, (1,), to combine with masks.
+
+    Compares a block, not a scalar: Triton 3.9 interprets a scalar comparison as an integer and rejects it in a mask.
+    """
+    return tl.full((1,), tl.program_id(AXIS), tl.int32) == 0
+
+
+@triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b, in float32 from the dtype of the two."""
     if PRECISION == "interpreted":  # which multiplies the bits of bfloat16
@@ -127,10 +136,10 @@ def mean_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def group_kernel(
     pixels,
-    tokens,  # (B, Hs, Ws, C), contiguous; not read where the association is
-    association,
-    parts,  # (tiles, slots, C) float32, contiguous: what the tile owes to each token
-    part_weights,  # (tiles, slots) float32
+    tokens,  # (B, Hs, Ws, C), contiguous; not read if READS_ASSOCIATION
+    association,  # (B, 9, H, W)
+    parts,  # (tiles, slots, C) float32, contiguous: each tile's share of the token sums
+    part_weights,  # (tiles, slots) float32: each tile's share of the token weights
     H,
     W,
     Hs,
@@ -144,14 +153,14 @@ def group_kernel(
     association_stride_k,
     association_stride_y,
     association_stride_x,
-    scale,  # of the scalar products, as powers of 2
+    scale,  # multiplies the scalar products; the softmax uses powers of 2
     h: tl.constexpr,
     w: tl.constexpr,
     TILE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    IS_ONE_BLOCK: tl.constexpr,  # of channels
+    IS_ONE_BLOCK: tl.constexpr,  # one block holds all channels
     READS_ASSOCIATION: tl.constexpr,
     IS_SOFTMAX: tl.constexpr,
     WRITES_ASSOCIATION: tl.constexpr,
@@ -160,14 +169,15 @@ def group_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The association of a tile's pixels with its tokens, read or computed, and the sums of pixels that it weighs.
+    """Computes or reads the association of a tile's pixels with its tokens, and sums the pixels weighted by it.
 
-    Programs of one tile differ in the channels that they sum; what they compare are all.
+    Each program of a tile sums one block of channels. Each of them compares all channels.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     b, tile_y, tile_x = _find_tile(tile, Hs, Ws, TILE)
     token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_first = _is_first_program(1)  # writes the results that all programs of a tile compute
     pixels += b * pixels_stride_b
     association += b * association_stride_b
     total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
@@ -208,7 +218,7 @@ def group_kernel(
                     ).to(COMPUTE)
                     logits = _dot(some, tl.trans(near), logits, PRECISION)
             if IS_SOFTMAX:
-                # Zeros stand for neighbors outside the grid, and for padding pixels: both take part.
+                # Neighbors outside the grid and padding pixels are zeros, and they count in the softmax.
                 logits = tl.where(is_near, logits, -1e38)
                 powers = tl.exp2(logits * scale - (tl.max(logits, axis=1) * scale)[:, None])
                 is_cell = is_tile & (y < Hs * h) & (x < Ws * w)
@@ -217,7 +227,7 @@ def group_kernel(
             else:
                 weights = logits
             if WRITES_ASSOCIATION:
-                tl.store(association + weights_at, weights, mask=is_weight & (tl.program_id(1) == 0))
+                tl.store(association + weights_at, weights, mask=is_weight & is_first[:, None])
         if SUMS:
             total = _dot(tl.trans(weights), block, total, PRECISION)
             if IS_SOFTMAX:
@@ -227,7 +237,7 @@ def group_kernel(
         part = tile.to(tl.int64) * slots + tl.arange(0, SLOTS)
         tl.store(parts + (part * C)[:, None] + c[None, :], total, mask=is_token[:, None] & (c < C)[None, :])
         if IS_SOFTMAX:
-            tl.store(part_weights + part, weight, mask=is_token & (tl.program_id(1) == 0))
+            tl.store(part_weights + part, weight, mask=is_token & is_first)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count"])
@@ -236,7 +246,7 @@ def finish_kernel(
     part_weights,
     weights,  # (B, Hs, Ws) float32, contiguous
     tokens,  # (B, Hs, Ws, C), contiguous
-    count,  # of tokens
+    count,  # number of tokens, B * Hs * Ws
     Hs,
     Ws,
     C,
@@ -246,7 +256,10 @@ def finish_kernel(
     SUMS_WEIGHTS: tl.constexpr,
     READS_WEIGHTS: tl.constexpr,
 ):
-    """What the tiles owe to each token, summed; divided by the sum of weights, which is written, or by those given."""
+    """Sums the tiles' shares of each token.
+
+    SUMS_WEIGHTS sums the weights too, writes them and divides by them. READS_WEIGHTS divides by the given weights.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = token // Ws % Hs
@@ -256,7 +269,7 @@ def finish_kernel(
     tiles_x = tl.cdiv(Ws, TILE)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     weight = tl.zeros((BLOCK_T,), tl.float32)
-    # Its own tile, and in each axis at most one more: the next where the token is at the tile's edge.
+    # A token gets shares from its own tile and, at the edge of a tile, from the next tile of each axis.
     next_y = tl.where(row % TILE == TILE - 1, 1, -1)
     next_x = tl.where(col % TILE == TILE - 1, 1, -1)
     for dy in tl.static_range(2):
@@ -266,14 +279,16 @@ def finish_kernel(
             i = row - (tile_y * TILE - 1)
             j = col - (tile_x * TILE - 1)
             is_tile = (tile_y >= 0) & (tile_y < tiles_y) & (tile_x >= 0) & (tile_x < tiles_x)
-            owes = (token < count) & is_tile & (i >= 0) & (i < TILE + 2) & (j >= 0) & (j < TILE + 2)
+            has_share = (token < count) & is_tile & (i >= 0) & (i < TILE + 2) & (j >= 0) & (j < TILE + 2)
             part = ((b * tiles_y + tile_y) * tiles_x + tile_x) * ((TILE + 2) * (TILE + 2)) + i * (TILE + 2) + j
-            total += tl.load(parts + (part * C)[:, None] + c[None, :], mask=owes[:, None] & (c < C)[None, :], other=0.0)
+            total += tl.load(
+                parts + (part * C)[:, None] + c[None, :], mask=has_share[:, None] & (c < C)[None, :], other=0.0
+            )
             if SUMS_WEIGHTS:
-                weight += tl.load(part_weights + part, mask=owes, other=0.0)
+                weight += tl.load(part_weights + part, mask=has_share, other=0.0)
     if SUMS_WEIGHTS:
         weight += 1e-12
-        tl.store(weights + token, weight, mask=(token < count) & (tl.program_id(1) == 0))
+        tl.store(weights + token, weight, mask=(token < count) & _is_first_program(1))
     if READS_WEIGHTS:
         weight = tl.load(weights + token, mask=token < count, other=1.0)
     if SUMS_WEIGHTS or READS_WEIGHTS:
