@@ -454,7 +454,8 @@ class Hub:
         monkeypatch.setattr(hf_file_system.hffs, "endpoint", self.url)
         for name in ("_repo_and_revision_exists_cache", "dircache"):
             monkeypatch.setattr(hf_file_system.hffs, name, {})
-        monkeypatch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(self.url)})
+        if hasattr(_http, "_HUB_ORIGINS"):  # huggingface-hub 2.1 and newer
+            monkeypatch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(self.url)})
         # The shared session may go through a proxy; it comes back when the test ends.
         monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)
         if config := sys.modules.get("datasets.config"):
