@@ -97,7 +97,7 @@ def _why_not_in_this_context() -> str:
 
 def _is_in_hidden_onnx_export() -> bool:
     """Returns whether `torch.onnx.export(dynamo=True)` runs, which torch < 2.8 does not tell in any other way."""
-    frame: FrameType | None = sys._getframe() if torch.__version__ < (2, 8) else None
+    frame: FrameType | None = sys._getframe() if torch.__version__ < "2.8" else None
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx._internal.exporter"):
         frame = frame.f_back
     return frame is not None
