@@ -122,6 +122,7 @@ class FoldedResidualConv(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # TorchScript cannot ask whether autocast is on: PyTorch crashes.
         if not torch.jit.is_scripting() and _is_precise(x):
             return self.folded(x)
         return x + self.conv(x)
