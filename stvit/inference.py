@@ -134,8 +134,12 @@ def _is_precise(x: torch.Tensor) -> bool:
     if isinstance(x, torch.fx.Proxy):  # the graph must serve every dtype
         return False
     device = x.device.type
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.dtype in (torch.float32, torch.float64) and not is_autocast
+    if device not in (
+        "cpu",
+        "cuda",
+    ):  # autocast may not know other devices, and torch.compile cannot ask whether it does
+        return False
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
 
 
 class TiledConvMlp(nn.Module):
