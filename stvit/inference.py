@@ -137,7 +137,7 @@ def _is_precise(x: torch.Tensor) -> bool:
     if device not in (
         "cpu",
         "cuda",
-    ):  # autocast may not know other devices, and torch.compile cannot ask whether it does
+    ):  # autocast may not know others, and torch.compile cannot ask
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
 
