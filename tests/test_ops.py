@@ -19,6 +19,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from versions import needs_newer_torch
 
 from stvit import ops
 from stvit.ops import SuperTokenAttention, portable, reference, sample_super_tokens, upsample_super_tokens
@@ -412,6 +413,7 @@ def add_to_slices(parts: torch.Tensor) -> torch.Tensor:
     return total[:, 1:-1, 1:-1]
 
 
+@needs_newer_torch
 @pytest.mark.timeout(300)
 def test_compile_has_no_chain_of_additions_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor turns such a chain into nested masks, and compiles for over ten minutes."""
@@ -478,7 +480,7 @@ def export_ranks(module: nn.Module, x: torch.Tensor) -> list[int]:
 
 
 @each_stoken_size
-@pytest.mark.parametrize("ranks", [trace_ranks, export_ranks])
+@pytest.mark.parametrize("ranks", [trace_ranks, pytest.param(export_ranks, marks=needs_newer_torch)])
 def test_exported_graphs_have_few_axes(
     ranks: Callable[[nn.Module, torch.Tensor], list[int]], stoken_size: int | tuple[int, int]
 ) -> None:
@@ -533,6 +535,7 @@ def test_fx(stoken_size: int | tuple[int, int]) -> None:
         assert torch.equal(traced(x), module(x))
 
 
+@needs_newer_torch
 @each_stoken_size
 @pytest.mark.parametrize("named", [True, False], ids=["Dim", "Dim.AUTO"])
 def test_export(stoken_size: int | tuple[int, int], named: bool) -> None:

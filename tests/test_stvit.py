@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from versions import needs_newer_torch
 
 import stvit
 from stvit import STViT
@@ -751,6 +752,7 @@ def make_exportable() -> tuple[STViT, torch.Tensor]:
     return create().eval(), images(96, 80)
 
 
+@needs_newer_torch
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.long)], ids=["Dim", "Dim.AUTO"])
 def test_export(named: bool) -> None:
