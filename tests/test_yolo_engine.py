@@ -16,6 +16,7 @@ import torch
 import ultralytics
 from torch import nn
 from ultralytics.utils import ASSETS
+from versions import needs_gloo_average
 
 from stvit.adapters.yolo import YOLO, DetectionTrainer, TimmBackbone, model_file
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
@@ -494,6 +495,7 @@ dist.destroy_process_group()
 """
 
 
+@needs_gloo_average
 def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
