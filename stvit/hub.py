@@ -108,7 +108,7 @@ class Pushed:
 
 def save(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     *,
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
@@ -127,7 +127,7 @@ def save(
         OSError, safetensors.SafetensorError: If they cannot be written.
         ValueError: If an argument of the model cannot be written as JSON.
     """
-    details = dict(details or {})
+    details, folder = dict(details or {}), Path(folder)
     save_for_hf(
         # safetensors takes contiguous tensors alone
         copy.deepcopy(model).to(memory_format=torch.contiguous_format),

@@ -28,7 +28,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 __all__ = ["READERS", "SUFFIXES", "UnreadableImageError", "convert_image", "decode_image", "open_image"]
@@ -52,6 +52,8 @@ _STARTS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",  # BigTIFF
+    b"MM\0+": "TIFF",
 }
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,6 +65,7 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 BACKGROUND = "white"
+FLOAT_PROBLEM = "floating point pixels, whose values of black and white are unknown; convert it to 8 or 16 bits"
 
 
 class UnreadableImageError(ValueError):
@@ -114,9 +117,7 @@ def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if 0 in image.size:
         raise UnreadableImageError(f"empty, {image.width}x{image.height} pixels")
     if image.mode == "F":
-        raise UnreadableImageError(
-            "floating point pixels, whose values of black and white are unknown; convert it to 8 or 16 bits"
-        )
+        raise UnreadableImageError(FLOAT_PROBLEM)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
     if image.has_transparency_data:
@@ -172,10 +173,25 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
     except Exception as error:  # a damaged file makes Pillow raise nearly everything
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if kind == "TIFF" and _has_float_samples(file):  # Pillow reads only one kind of them
+            raise UnreadableImageError(FLOAT_PROBLEM, name) from error
         why = " ".join(str(error).split()) or type(error).__name__
         problem = f"damaged, cut off or of a kind of {kind} that Pillow does not know ({why})"
         raise UnreadableImageError(problem, name) from error
     return image
+
+
+def _has_float_samples(file: BinaryIO) -> bool:
+    """Returns whether the first page of a TIFF file has floating point samples."""
+    try:
+        file.seek(0)
+        header = file.read(8)
+        directory = ImageFileDirectory_v2(header + file.read(8) if b"+" in header[:4] else header)
+        file.seek(directory.next)
+        directory.load(file)
+        return 3 in directory.get(ExifTags.Base.SampleFormat, ())
+    except Exception:  # a damaged file makes Pillow raise nearly everything
+        return False
 
 
 def _scale_transparency(image: ImageFile) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from timm.layers import DropPath, LayerScale2d
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from stvit.fold import fold_batch_norms
 from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
@@ -31,7 +35,10 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     - `x + depthwise(x)` becomes one depthwise convolution, with a 1 added to the center of its kernel, in float32 and
       float64. A center in bfloat16 or float16 would lose bits to the 1: there, the addition stays.
     - Layer scale is folded into the projection before it. Dropout and stochastic depth are removed.
+    - Computed weights (parametrizations, pruning masks, weight norm) are replaced by their values.
     - Weights become channels_last. On a CPU the MLPs compute their hidden maps in tiles.
+
+    Convolutions with hooks, and modules that replace a convolution (LoRA), stay as they are.
 
     All of it is exact up to rounding: float32 outputs stay within 1e-4 of their standard deviation, and outputs in
     reduced precision are as close to float32 as those of the plain model. Four batch normalizations of the stem stay:
@@ -59,7 +66,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
             f"optimize_for_inference wants a model in evaluation mode, call model.eval() before; in training mode: "
             f"{', '.join(training[:3])}{', …' if len(training) > 3 else ''}"
         )
-    model = copy.deepcopy(model).requires_grad_(False)
+    model = copy.deepcopy(model, _computed_tensors(model)).requires_grad_(False)
     fold_constants(model)
     return model.eval().to(memory_format=torch.channels_last)
 
@@ -77,14 +84,17 @@ def fold_constants(model: nn.Module) -> int:
     Raises:
         ValueError: If torch.fx cannot trace the model. The model is then unchanged.
     """
+    for module in model.modules():
+        _set_computed_weights(module)
     folded = fold_batch_norms(model)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, STViTBlock)]
     for block in blocks:
         block.ls1 = _fold_layer_scale(block.attn.proj, block.ls1)
         if isinstance(block.mlp, ConvMlp):
             block.ls2 = _fold_layer_scale(block.mlp.fc2, block.ls2)
-            block.mlp = TiledConvMlp(block.mlp)
-        if isinstance(block.cpe, ResidualDepthwiseConv):
+            if all(map(_is_plain, (block.mlp.fc1, block.mlp.conv.conv, block.mlp.fc2))):
+                block.mlp = TiledConvMlp(block.mlp)
+        if isinstance(block.cpe, ResidualDepthwiseConv) and _is_plain(block.cpe.conv):
             block.cpe = FoldedResidualConv(block.cpe)
         block.attn.attn_drop.p = 0.0  # the fused attention reads it
         for module in (block, block.attn):  # modules of other models may read the rate of their dropout
@@ -92,6 +102,37 @@ def fold_constants(model: nn.Module) -> int:
                 if isinstance(child, (nn.Dropout, DropPath)) and name != "attn_drop":
                     setattr(module, name, nn.Identity())
     return folded
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Returns copies, by id, of the weights that hooks computed with gradients: `copy.deepcopy` refuses these."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
+def _set_computed_weights(module: nn.Module) -> None:
+    """Replaces weights that are computed at each call by their present values, in place."""
+    if parametrize.is_parametrized(module):
+        # Not remove_parametrizations: it edits the class, which a copy shares with its original.
+        parametrizations: Any = module.parametrizations
+        values = {name: getattr(module, name).detach() for name in parametrizations}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+            hook.remove(module)
+            del module._forward_pre_hooks[key]
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Returns whether a convolution is PyTorch's own and no hook takes part in it."""
+    return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
 
 
 class FoldedResidualConv(nn.Module):
@@ -207,7 +248,7 @@ def _parts(length: int, limit: int) -> Iterator[range]:
 
 def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
     """Folds a layer scale into the convolution before it, and returns the module that replaces it."""
-    if not isinstance(scale, LayerScale2d):
+    if not isinstance(scale, LayerScale2d) or not _is_plain(conv):
         return scale
     gamma = scale.gamma.double()
     conv.weight.copy_(conv.weight.double() * gamma.reshape(-1, 1, 1, 1))

@@ -285,7 +285,9 @@ def test_deep_gray_is_scaled_by_the_range_of_the_file(file: bytes, expected: lis
         (tiff(32, 1, struct.pack("<2f", 0, 1), 2, sample_format=3), "floating point pixels"),
         (tiff(16, 1, struct.pack("<2h", -5, 300), 2, sample_format=2), "32-bit pixels from -5 to 300"),
         (tiff(32, 1, struct.pack("<2I", 5, 65536), 2), "32-bit pixels from 5 to 65536"),
-        (tiff(64, 1, bytes(16), 2, sample_format=3), "of a kind of TIFF that Pillow does not know"),
+        (tiff(64, 1, bytes(16), 2, sample_format=3), "floating point pixels"),
+        (tiff(16, 1, bytes(4), 2, sample_format=3), "floating point pixels"),
+        (tiff(64, 1, bytes(16), 2), "of a kind of TIFF that Pillow does not know"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a supported format"),
         (b"", "not an image of a supported format"),
     ],
@@ -295,6 +297,13 @@ def test_files_that_are_refused(file: bytes, words: str, tmp_path: Path) -> None
     with pytest.raises(UnreadableImageError, match=rf"^a\.tif: .*{words}") as caught:
         open_image(tmp_path / "a.tif")
     assert str(caught.value) == f"a.tif: {caught.value.problem}"
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (8, 8), "red"), Image.new("I;16", (8, 8), 0x1234)], ids=["8", "16"])
+def test_big_tiff(image: Image.Image, tmp_path: Path) -> None:
+    for big in (False, True):
+        image.save(tmp_path / f"{big}.tif", big_tiff=big)
+    assert open_image(tmp_path / "True.tif").tobytes() == open_image(tmp_path / "False.tif").tobytes()
 
 
 def test_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

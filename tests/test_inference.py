@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fill
+import peft
 import pytest
 import timm
 import torch
@@ -120,6 +121,45 @@ def test_the_residual_is_exact_in_reduced_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(folded.float()(x.float()), module.float()(x.float()))
         torch.testing.assert_close(folded.float()(x.float()), module.float()(x.float()))
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "old weight_norm", "old spectral_norm", "prune"],
+)
+@pytest.mark.parametrize("name", ["test_stvit", "resnet18"])
+def test_computed_weights(name: str, reparametrize: Callable[[nn.Conv2d], object]) -> None:
+    model = create(name)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            reparametrize(module)
+    x = images(2, 64, 64)
+    model.train()(x).sum().backward()  # leaves weights that copy.deepcopy refuses
+    model.eval()
+    optimized = stvit.optimize_for_inference(model)
+    with torch.no_grad():
+        assert_same(optimized(x), model(x))
+    model.train()(x).sum().backward()  # the original still trains
+
+
+def test_replaced_and_hooked_convolutions() -> None:
+    model, x = create(ls_init_values=0.1), images(2, 64, 64)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["fc1", "cpe.conv"], r=64), model)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.05)
+    block = model.eval().stages[1].blocks[0]
+    for conv in (block.mlp.conv.conv, block.attn.proj):
+        conv.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    with torch.no_grad():
+        assert_same(stvit.optimize_for_inference(model)(x), model(x))
 
 
 def test_what_is_folded() -> None:

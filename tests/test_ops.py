@@ -535,6 +535,16 @@ def test_fx(stoken_size: int | tuple[int, int]) -> None:
         assert torch.equal(traced(x), module(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_trace_can_be_cast(dtype: torch.dtype) -> None:
+    module = SuperTokenAttention(16, stoken_size=4, num_heads=2).eval()
+    x = torch.randn(2, 16, 13, 17)
+    expected = module(x)
+    traced = torch.jit.trace(module, x).to(dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(traced(x.to(dtype)).float(), expected, rtol=tolerance, atol=tolerance)
+
+
 @needs_newer_torch
 @each_stoken_size
 @pytest.mark.parametrize("named", [True, False], ids=["Dim", "Dim.AUTO"])

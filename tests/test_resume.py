@@ -341,6 +341,18 @@ def test_an_extended_run_has_the_learning_rates_of_a_longer_run(
     assert (extended == whole) == (sched not in ("cosine", "poly"))
 
 
+def test_a_plateau_is_remembered(digits_folder: Path, tmp_path: Path) -> None:
+    """The epochs without progress before the interruption count."""
+    flags = [*SHORT, f"--data-dir={digits_folder}", "--sched=plateau", "--warmup-epochs=0"]
+    flags += ["--opt=sgd", "--lr=1e-7", "--min-lr=1e-9", "--no-aug", "--checkpoint-steps=0", f"--output={tmp_path}"]
+    assert train_cls.main([*flags, "--epochs=14", "--experiment=whole"]) == 0
+    for epochs in (6, 14):
+        assert train_cls.main([*flags, f"--epochs={epochs}", "--experiment=extended"]) == 0
+    whole, extended = ([row["lr"] for row in rows(tmp_path / name)] for name in ("whole", "extended"))
+    assert len(set(whole)) > 1  # the rate has dropped
+    assert extended == whole
+
+
 def rates(folder: Path) -> list[float]:
     """The learning rate that each update was followed by."""
     lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())

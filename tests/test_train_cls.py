@@ -419,7 +419,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--device=warp"], "--device warp cannot be used"),
         (["--model-kwargs", "depth=3"], "cannot create model test_stvit"),
         (["--model-kwargs", "stoken_size=0"], "stoken_size must be at least 1"),
-        (["--pretrained"], "offline mode is on (HF_HUB_OFFLINE) and it is not in the cache"),
+        (["--pretrained"], "test_stvit: no pretrained weights of this model are published"),
         (["--pretrained-path=nowhere.pth"], "cannot read weights from nowhere.pth: it is not a file"),
         ([f"--pretrained-path={__file__}"], f"cannot read weights from {__file__}"),
         (["--opt=adamx"], "cannot create optimizer adamx"),

@@ -705,12 +705,6 @@ def test_the_interpreter_cannot_be_asked_for_too_late() -> None:
     assert lines[1] == "reference"
 
 
-def test_modules_pickled_before_there_was_a_choice() -> None:
-    module, _ = make_attention()
-    del module.backend
-    assert module(torch.randn(1, 16, 8, 9, device=DEVICE)).shape == (1, 16, 8, 9)
-
-
 # Compiled for GPUs that are not there
 
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # that a program can have, by compute capability

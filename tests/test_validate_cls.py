@@ -301,7 +301,7 @@ def test_trouble_is_one_clear_line(
         ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
         ([data, "--model=stvit_small"], "of the Hub repository stvit/stvit_small.in1k (revision main): offline"),
         ([data, "--model=test_stvit"], "test_stvit: no pretrained weights of this model are published"),
-        ([f"--data-dir={tmp_path}", last], "cannot open the validation images"),
+        ([f"--data-dir={tmp_path}", last], "has no folder for --val-split validation"),
     ):
         assert said in refused(capsys, *flags), flags
     (tmp_path / "names.txt").write_text("a\nb\n")

@@ -709,7 +709,7 @@ class _Training:
             "images": [len(self.train_set), len(self.val_set)],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": None if self.scheduler is None else _schedule_state(self.scheduler),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         if task.has_ema():
@@ -771,7 +771,10 @@ class _Training:
         before = self._lr()
         if self.scheduler is not None:
             # Only the plateau schedule has a state that does not follow from the position; it knows no end either.
-            if then == args.epochs or isinstance(self.scheduler, PlateauLRScheduler):
+            if isinstance(self.scheduler, PlateauLRScheduler):
+                self.scheduler.restore_lr = state["scheduler"]["restore_lr"]
+                self.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["plateau"])
+            elif then == args.epochs:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:  # each call does nothing if the schedule counts in the other unit
                 self.scheduler.step(progress.epoch)
@@ -785,6 +788,14 @@ class _Training:
             f"learning rate goes on at {after:.4g}"
             + (f"; under the {args.sched} schedule for {then} epochs it was {before:.4g}" if after != before else "")
         )
+
+
+def _schedule_state(scheduler: Any) -> dict[str, Any]:
+    """Returns the state of a schedule. timm's own state of a plateau schedule lacks the epochs without progress."""
+    if isinstance(scheduler, PlateauLRScheduler):
+        return {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+    state: dict[str, Any] = scheduler.state_dict()
+    return state
 
 
 class _Stopped(Exception):

@@ -51,7 +51,9 @@ def upsample_super_tokens(
 ) -> torch.Tensor:
     """See `stvit.ops.upsample_super_tokens`, which checks the arguments."""
     H, W = association.shape[2], association.shape[3]
-    weights = _to_cells(association.to(tokens.dtype), stoken_size)  # (B, S, P, 9)
+    if association.dtype != tokens.dtype:  # a recorded conversion would keep a traced model from being cast
+        association = association.to(tokens.dtype)
+    weights = _to_cells(association, stoken_size)  # (B, S, P, 9)
     neighbors = _gather_neighbors(tokens).transpose(2, 3)  # (B, S, 9, C)
     return _from_cells(torch.matmul(weights, neighbors), stoken_size, H, W)
 
@@ -72,13 +74,15 @@ def _aggregate(cells: torch.Tensor, association: torch.Tensor, Hs: int, Ws: int)
     """Pixels (B, S, P, C) and the association (B, S, P, 9) to super tokens (B, C, Hs, Ws) (equation 4)."""
     B, _, _, C = cells.shape
     dtype = cells.dtype
-    if dtype in (torch.float16, torch.bfloat16):  # in which the sums overflow or lose precision
+    is_reduced = dtype in (torch.float16, torch.bfloat16)
+    if is_reduced:  # the sums would overflow or lose precision
         cells, association = cells.float(), association.float()
     weighted = torch.matmul(association.transpose(2, 3), cells)  # (B, S, 9, C)
     weight = association.sum(dim=2).unsqueeze(3)  # (B, S, 9, 1)
     both = torch.cat([weighted, weight], dim=3).permute(0, 2, 3, 1).contiguous()  # (B, 9, C + 1, S)
     both = _sum_neighbors(both.reshape(B, 9 * (C + 1), Hs, Ws), C + 1)
-    return (both[:, :C] / (both[:, C:] + 1e-12)).to(dtype)
+    tokens = both[:, :C] / (both[:, C:] + 1e-12)
+    return tokens.to(dtype) if is_reduced else tokens
 
 
 def _to_cells(x: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
