@@ -76,7 +76,9 @@ def _trace(model: nn.Module) -> fx.Graph:
         try:
             return _CarefulTracer().trace(model)
         except Exception as error:
-            raise ValueError(f"torch.fx cannot trace it ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
+            ) from error
 
 
 def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> nn.Conv2d | None:

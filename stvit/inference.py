@@ -38,7 +38,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     - Computed weights (parametrizations, pruning masks, weight norm) are replaced by their values.
     - Weights become channels_last. On a CPU the MLPs compute their hidden maps in tiles.
 
-    Convolutions with hooks, and modules that replace a convolution (LoRA), stay as they are.
+    Convolutions with hooks and modules that replace a convolution (LoRA) are not folded.
 
     All of it is exact up to rounding: float32 outputs stay within 1e-4 of their standard deviation, and outputs in
     reduced precision are as close to float32 as those of the plain model. Four batch normalizations of the stem stay:
@@ -171,7 +171,7 @@ class FoldedResidualConv(nn.Module):
 
 @torch.jit.unused
 def _is_precise(x: torch.Tensor) -> bool:
-    """Whether a convolution of x is computed in float32 or float64."""
+    """Returns whether a convolution of x computes in float32 or float64."""
     if isinstance(x, torch.fx.Proxy):  # the graph must serve every dtype
         return False
     device = x.device.type

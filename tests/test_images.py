@@ -131,7 +131,7 @@ def pixels_of(x: Any, mean: np.ndarray, std: np.ndarray) -> set[bytes]:
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of training, validation, calibration, visualize and demo, of each kind of file."""
+    """Training, validation, calibration, visualize and the demo read each kind of file alike."""
     for split in ("train", "val"):
         for name in ("a", "b"):  # the classes
             expected = write_images(tmp_path / split / name)

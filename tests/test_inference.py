@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import fill
-import peft
 import pytest
 import timm
 import torch
@@ -150,6 +149,7 @@ def test_computed_weights(name: str, reparametrize: Callable[[nn.Conv2d], object
 
 
 def test_replaced_and_hooked_convolutions() -> None:
+    peft = pytest.importorskip("peft")
     model, x = create(ls_init_values=0.1), images(2, 64, 64)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["fc1", "cpe.conv"], r=64), model)
     for name, p in model.named_parameters():

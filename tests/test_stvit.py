@@ -464,7 +464,7 @@ def test_output_stride(name: str, output_stride: int) -> None:
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_output_stride_keeps_what_convolutions_compute(output_stride: int) -> None:
-    """Without attention, the map of a lower stride holds the map of stride 32 at every second (fourth) pixel."""
+    """With attention removed, every second or fourth pixel of a dilated map is a pixel of the plain map."""
     plain, dilated = create().eval(), create(output_stride=output_stride).eval()
     for name, p in plain.named_parameters():
         if ".attn.proj." in name:

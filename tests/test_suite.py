@@ -30,7 +30,7 @@ def test_a_missing_browser_fails_in_ci(tmp_path: Path) -> None:
 
 
 def test_a_missing_module_fails_in_ci(tmp_path: Path) -> None:
-    """Of one test, and of a whole file."""
+    """A skip of one test fails, and so does a skip of a whole file."""
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "test_one.py").write_text("import pytest\ndef test(): pytest.importorskip('stvit_missing')\n")
     (tmp_path / "test_all.py").write_text("import pytest\npytest.importorskip('stvit_missing')\ndef test(): pass\n")

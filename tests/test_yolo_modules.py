@@ -119,7 +119,7 @@ def test_folding_says_what_it_cannot_trace() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.bn(x) if x.sum() > 0 else x
 
-    with pytest.raises(ValueError, match=r"torch.fx cannot trace it \(TraceError"):
+    with pytest.raises(ValueError, match=r"torch.fx cannot trace the model \(TraceError"):
         fold_batch_norms(Branches())
 
 

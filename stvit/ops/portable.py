@@ -5,15 +5,8 @@ The reference cuts the image into cells with a tensor of rank 6. Core ML accepts
 Here the columns of a cell and the channels share an axis: cutting needs rank 5, everything else rank 4 or less. The
 batch stays the first axis everywhere, because ncnn removes it.
 
-Shapes:
-    B        batch
-    C        channels
-    H, W     pixels
-    h, w     pixels of one cell, the `stoken_size`
-    P        pixels of one cell, h * w
-    Hs, Ws   super tokens, ceil(H / h) and ceil(W / w): one for each cell
+Shapes: as in stvit/ops/reference.py, and
     S        super tokens, Hs * Ws
-    9        the 3x3 super tokens around a cell, row by row; the cell's own is number 4
 
 No function branches on the value of a size, so that one graph serves all sizes.
 """
