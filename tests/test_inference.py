@@ -12,6 +12,7 @@ import torch
 from timm.layers import DropPath, LayerScale2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import needs_newer_torch
 
 import stvit
 from stvit import inference
@@ -384,6 +385,7 @@ def test_batch_sizes_unannounced_take_two_graphs(graphs: Graphs) -> None:
     assert graphs.count == 2
 
 
+@needs_newer_torch
 @pytest.mark.parametrize("optimized", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
     """If the first is no square: of that torch.compile assumes that they all are, and makes a second graph else."""
