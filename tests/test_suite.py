@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 
 
@@ -19,6 +21,7 @@ def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.long
 def test_a_missing_browser_fails_in_ci(tmp_path: Path) -> None:
     arguments = ("tests/test_demo.py", "-k", "test_classify")
     done = run_pytest(*arguments, PATH=str(tmp_path))
