@@ -3,7 +3,7 @@
 Every image becomes RGB or gray (L) of 8 bits per channel. The rules:
 
     formats        those of `READERS` only, recognized by their content
-    orientation    EXIF orientation is applied to files; an image of PIL is taken as it is
+    orientation    EXIF orientation is applied to files; a PIL image is not rotated
     16-bit gray    the range of the file's samples, 0 to 65535, becomes 0 to 255: the upper 8 bits are kept, as Pillow
                    does for 16-bit color. A TIFF file of 12 bits has the range 0 to 4095. The range of the values in
                    one image does not matter: 12-bit values in a 16-bit file stay dark.

@@ -249,7 +249,7 @@ def _explain(
 
 
 def _unpublished(cfg: Mapping[str, Any]) -> str:
-    """Says that nobody has published weights of a model, and how to load other weights."""
+    """Returns the error for a model without published weights, with the ways to load other weights."""
     message = (
         "no pretrained weights of this model are published. Pass pretrained=False for random weights. To load your "
         "own, pass 'hf-hub:ORG/NAME' or 'local-dir:FOLDER' as the name, or pretrained_cfg_overlay=dict(file=PATH)"

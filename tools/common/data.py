@@ -421,7 +421,7 @@ def _open_folder(args: argparse.Namespace, flag: str, split: str) -> ImageFolder
 
 
 def _find_split(root: str, split: str, suffix: str = "") -> Path | None:
-    """The folder of a split, or its archive of a suffix; None if there is none."""
+    """Returns the folder of a split, or its archive with this suffix. Returns None if it does not exist."""
     others = next((names for names in _SPLITS if split in names), ())
     paths = [Path(root) / f"{name}{suffix}" for name in dict.fromkeys([split, *others])]
     return next((path for path in paths if (path.is_file() if suffix else path.is_dir())), None)
