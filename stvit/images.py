@@ -215,6 +215,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     bits, is_inverted = 16, False
     if image.mode == "I":
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.SampleFormat, (1,))[0] == 1:
+            values = values.view(np.uint32)  # Pillow reads unsigned samples as signed ones
         if values.min() < 0 or values.max() > 65535:
             raise UnreadableImageError(
                 f"32-bit pixels from {values.min()} to {values.max()}, expected 16-bit values from 0 to 65535; "

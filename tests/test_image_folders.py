@@ -165,8 +165,9 @@ def write_shards(folder: Path, splits: dict[str, list[tuple[str, bytes, int]]]) 
     for split, files in splits.items():
         with tarfile.open(folder / f"{split}.tar", "w") as tar:
             for number, (suffix, content, target) in enumerate(files):
-                for ending, value in ((suffix, content), (".cls", str(target).encode())):
-                    member = tarfile.TarInfo(f"{number}{ending}")
+                companion = f"._{number}{suffix}", b"\0\5\x16\7"  # as macOS writes it
+                for name, value in (companion, (f"{number}{suffix}", content), (f"{number}.cls", str(target).encode())):
+                    member = tarfile.TarInfo(f"images/{name}")
                     member.size = len(value)
                     tar.addfile(member, io.BytesIO(value))
         shards = {"filenames": [f"{split}.tar"], "shard_lengths": [len(files)]}
@@ -352,3 +353,10 @@ def test_the_split_is_found_by_its_synonyms(tmp_path: Path) -> None:
     assert (len(images.train), len(images.val)) == (32, 32) and images.class_names == CLASSES
     with pytest.raises(CommandError, match="has no folder for --val-split test; it must hold"):
         open_images(args_of(f"--data-dir={tmp_path}", "--val-split=test"), CPU)
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
+def test_compressed_archives_are_refused_by_name(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"val{suffix}").write_bytes(b"")
+    with pytest.raises(CommandError, match=f"val{suffix} is compressed.* unpack it .* or make it an uncompressed val.tar"):
+        open_images(args_of(f"--data-dir={tmp_path}", "--val-split=val"), CPU)

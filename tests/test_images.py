@@ -285,6 +285,7 @@ def test_deep_gray_is_scaled_by_the_range_of_the_file(file: bytes, expected: lis
         (tiff(32, 1, struct.pack("<2f", 0, 1), 2, sample_format=3), "floating point pixels"),
         (tiff(16, 1, struct.pack("<2h", -5, 300), 2, sample_format=2), "32-bit pixels from -5 to 300"),
         (tiff(32, 1, struct.pack("<2I", 5, 65536), 2), "32-bit pixels from 5 to 65536"),
+        (tiff(32, 1, struct.pack("<2I", 5, 4294967295), 2), "32-bit pixels from 5 to 4294967295"),
         (tiff(64, 1, bytes(16), 2, sample_format=3), "floating point pixels"),
         (tiff(16, 1, bytes(4), 2, sample_format=3), "floating point pixels"),
         (tiff(64, 1, bytes(16), 2), "of a kind of TIFF that Pillow does not know"),

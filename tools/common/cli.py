@@ -123,7 +123,9 @@ def _is_lost_process(error: Exception) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The message of somebody else's error in one line."""
+    """Returns the message of another library's error in one line."""
+    if isinstance(error, UnicodeDecodeError) and error.encoding.startswith("utf-8"):
+        return f"byte {error.start} is not UTF-8 text; save the file as UTF-8"
     message = " ".join(str(error).split())
     return f"{type(error).__name__} {message}".strip() if isinstance(error, KeyError) or not message else message
 

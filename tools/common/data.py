@@ -266,6 +266,9 @@ def _watch_shards(bad_images: BadImages) -> None:
     plain = getattr(reader_wds._decode, "plain", reader_wds._decode)
 
     def decode(sample: dict[str, Any], **kwargs: Any) -> dict[str, Any] | None:
+        # macOS adds a file "._1.jpg" for each "1.jpg". The key ends before the first dot, so it has only the folder.
+        if str(sample.get("__key__")).endswith("/"):
+            return None
         try:
             return plain(sample, **kwargs)
         except Exception as error:
@@ -415,6 +418,13 @@ def _open_folder(args: argparse.Namespace, flag: str, split: str) -> ImageFolder
     folder = _find_split(args.data_dir, split)
     if folder is not None:
         return ImageFolder(folder)
+    for suffix in (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"):
+        packed = _find_split(args.data_dir, split, suffix)
+        if packed is not None:
+            raise CommandError(
+                f"{packed} is compressed, and its images cannot be read in any order; unpack it into a folder beside "
+                f"it, or make it an uncompressed {packed.name.removesuffix(suffix)}.tar"
+            )
     raise CommandError(
         f"--data-dir {args.data_dir} has no folder for {flag} {split}; it must hold train/<class>/* and val/<class>/*"
     )
