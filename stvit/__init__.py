@@ -3,6 +3,15 @@
 Importing this package registers the models in timm: `import stvit; timm.create_model("stvit_small")`.
 """
 
+import signal
+import sys
+
+# `python -m stvit.tools.NAME` imports this file before the command. Until the command begins, Ctrl-C ends it without a
+# traceback.
+if sys.argv[:1] == ["-m"] and any(argument.startswith("stvit.tools.") for argument in sys.orig_argv[:9]):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from stvit import visualize
 from stvit.inference import optimize_for_inference
 from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens

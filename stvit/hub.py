@@ -34,6 +34,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from stvit.pretrained import create_model, hub_reason, is_of_network, is_of_package
+from stvit.safe_text import code_span, escape_markdown, one_line, redact
 
 __all__ = [
     "HubError",
@@ -78,7 +79,13 @@ PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
 
 
 class HubError(RuntimeError):
-    """Something could not be pushed, or reads back otherwise. The message says what, why, and what to do."""
+    """Raised when a push fails or when the uploaded files differ from the local ones.
+
+    The message is one line without secrets. It says what failed, why, and what to do.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -210,25 +217,30 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
         ]
         or None,
     )
-    quoted = json.dumps(name, ensure_ascii=False)  # the backslashes of a Windows path, too
+    quoted = json.dumps(one_line(name), ensure_ascii=False)  # the backslashes of a Windows path, too
     names = config.get("label_names")
     size = "x".join(str(n) for n in cfg["input_size"])
     facts = [
-        f"architecture: `{architecture}`, {_parameters(folder):.2f} M parameters",
-        f"images: {size}, crop {cfg.get('crop_pct')}, {cfg.get('interpolation')}, mean {_numbers(cfg['mean'])}, "
-        f"standard deviation {_numbers(cfg['std'])}",
-        f"classes: {config['num_classes']}{_some(list(names)) if names else ''}",
-        *([f"weights: {details['weights']}"] if details.get("weights") else []),
-        *([f"made from: {details['source']}"] if details.get("source") else []),
+        f"architecture: {code_span(architecture)}, {_parameters(folder):.2f} M parameters",
+        f"images: {escape_markdown(size)}, crop {escape_markdown(cfg.get('crop_pct'))}, "
+        f"{escape_markdown(cfg.get('interpolation'))}, mean {_numbers(cfg['mean'])}, standard deviation "
+        f"{_numbers(cfg['std'])}",
+        f"classes: {escape_markdown(config['num_classes'])}{_some(list(names)) if names else ''}",
+        *([f"weights: {escape_markdown(details['weights'])}"] if details.get("weights") else []),
+        *([f"made from: {escape_markdown(details['source'])}"] if details.get("source") else []),
         f"sha256 of model.safetensors: `{file_sha256(folder / 'model.safetensors')}`",
         *([] if license else ["license: not stated by their owner"]),
     ]
-    rows = [f"| {m['name']} | {m['value']:.2f} % | {m['dataset']} | {m['how']} |" for m in metrics]
+    rows = [
+        f"| {escape_markdown(m['name'])} | {m['value']:.2f} % | {escape_markdown(m['dataset'])} | "
+        f"{escape_markdown(m['how'])} |"
+        for m in metrics
+    ]
     measured = "\n".join(["| | | on | measured |", "|---|---:|---|---|", *rows] if metrics else [])
     text = f"""
 {CARD_MARK}
 
-# {title}
+# {escape_markdown(title)}
 
 {"A Super Token Vision Transformer" if is_ours else "An image classifier"} for timm.
 
@@ -292,7 +304,8 @@ def _parameters(folder: Path) -> float:
 
 
 def _some(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+    """Returns the first class names, in parentheses. They may come from anybody's folders."""
+    return f" ({', '.join(map(code_span, names[:10]))}{', …' if len(names) > 10 else ''})"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -599,7 +612,7 @@ def _is_own_card(api: HfApi, repo_id: str, commit: str | None, card: Path, repo_
 
 
 def _commit_url(api: HfApi, repo_id: str, commit: str | None, repo_type: str) -> str:
-    return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}/commit/{commit}"
+    return redact(f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}/commit/{commit}")
 
 
 def _changed(folder: Path, paths: Iterable[str], there: Mapping[str, str]) -> list[str]:

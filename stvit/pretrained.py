@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, is_model_in_modules, load_state_dict, parse_model_name
 from torch import nn
 
+from stvit.safe_text import one_line
 from stvit.state_dict import strip_prefix, tensor_names
 
 __all__ = [
@@ -49,11 +50,17 @@ _HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
 
 
 class PretrainedError(RuntimeError):
-    """Pretrained weights could not be loaded. The message says of which model and from where, why, and what to do."""
+    """Raised when pretrained weights cannot be loaded.
+
+    The message is one line without secrets. It names the model, the source and the reason, and says what to do.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class PretrainedDownloadError(PretrainedError, OSError):
-    """They could not be had: the Hub, the network or the disk is at fault, and not what is in the weights."""
+    """Raised when weights cannot be downloaded: an error of the Hub, the network or the disk."""
 
 
 def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
@@ -113,7 +120,7 @@ def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
         raise PretrainedError(f"{model_name}: cannot load pretrained weights from {file}: {error}") from error
     if not said:
         return {}
-    _logger.warning("%s: %s", file, said)
+    _logger.warning("%s", one_line(f"{file}: {said}"))
     return {"state_dict": weights}
 
 
@@ -284,7 +291,7 @@ def _code(error: Exception) -> str | None:
 
 
 def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, *, from_cache: bool = True) -> str:
-    """Why a request to the Hub failed, and what to do.
+    """Returns why a request to the Hub failed, and what to do.
 
     Args:
         error: What huggingface_hub, or a library below it, raised.
@@ -293,8 +300,12 @@ def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, 
         from_cache: Whether the cache would have served as well.
 
     Returns:
-        Reason and next step, without the last full stop, and without the token.
+        Reason and next step in one line, without the last full stop and without secrets.
     """
+    return one_line(_hub_reason(error, repo_id, revision, from_cache))
+
+
+def _hub_reason(error: BaseException, repo_id: str, revision: str | None, from_cache: bool) -> str:
     chain = _chain(error)
     status = next((code for code in map(_status, chain) if code is not None), None)
 

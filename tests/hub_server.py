@@ -41,7 +41,7 @@ OWNER, READER, STRANGER = "hf_owner_secret", "hf_reader_secret", "hf_stranger_se
 
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 _LFS = (".safetensors", ".pt", ".bin", ".pth", ".png", ".jpg")
-_FAULTS = re.compile(r"cut|reset|lost|truncate|flip|pointer|html|hang|slow:[0-9.]+|status:[1-5]\d\d")
+_FAULTS = re.compile(r"cut|reset|lost|truncate|flip|pointer|html|hang|echo|slow:[0-9.]+|status:[1-5]\d\d")
 _PAGE = b"<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in to use this network.</body></html>\n"
 # What would lead a process elsewhere, or keep it from asking at all.
 _LEFT_OUT = (
@@ -269,6 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
             healed.wait(float(value))
         if fault == "status":
             reply = _RefusedError(int(value), f"A fault of the test: {value}").reply
+        elif fault == "echo":
+            reply = _RefusedError(400, f"Bad header (Authorization: {self.headers.get('Authorization')})").reply
         else:
             reply = _part(_spoiled(hub._answer(self.command, self.path, body, who), fault), self.headers.get("Range"))
         if fault == "lost":
@@ -402,7 +404,7 @@ class Hub:
             pattern: Searched in "METHOD /path?query" as sent, quoted.
             how: "cut" (half of the body, of the answer or of an upload, then the connection's end, as by a proxy
                 that gives up; "reset" the same as by a network that breaks), "lost" (done, without an answer),
-                "slow:SECONDS", "status:CODE",
+                "slow:SECONDS", "status:CODE", "echo" (status 400, with the header of authorization in its message),
                 "truncate" (half, with headers that agree), "flip" (one bit), "pointer" (the text Git LFS keeps in
                 place of a file), "html" (the page of a captive portal), or "hang" (until `heal`).
             times: So many requests, then no more. A download is HEAD and GET: "cut", "reset" and "flip" leave HEAD

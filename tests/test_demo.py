@@ -697,6 +697,7 @@ def test_space_holds_what_it_needs(space: Path) -> None:
 
 
 @needs_browser
+@pytest.mark.long
 def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> None:
     """Its own stvit, in an interpreter that does not know of this one; it offers its model alone."""
     where = "import stvit, stvit.tools.demo as d; print(stvit.__file__, d.__file__)"

@@ -16,6 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stvit.tools import train_cls
+from stvit.tools.common.cli import CommandError
+from stvit.tools.common.processes import World
+
 # 203 and 101 images: no number of processes or images of a batch divides them.
 TRAIN, VAL = 203, 101
 RUN = (
@@ -158,11 +162,11 @@ def test_signal_to_the_launcher_saves(digits_folder: Path, tmp_path: Path) -> No
     assert (tmp_path / f"it/checkpoints/{int(epoch):05d}-{int(update):08d}.pt").exists()
 
 
-def test_batch_norm_over_processes_needs_gpus(digits_folder: Path, tmp_path: Path) -> None:
-    line = [*command(2), *RUN, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--sync-bn"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert "--sync-bn needs several processes (torchrun), each with a GPU" in result.stderr
+def test_batch_norm_over_processes_needs_gpus() -> None:
+    args = train_cls.parse_args([*RUN, "--data-dir=data", "--sync-bn"])
+    for size in (1, 2):
+        with pytest.raises(CommandError, match=r"--sync-bn needs several processes \(torchrun\), each with a GPU"):
+            train_cls._check_args(args, World(torch.device("cpu"), size=size))
 
 
 @pytest.mark.long

@@ -357,6 +357,7 @@ def test_the_split_is_found_by_its_synonyms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
 def test_compressed_archives_are_refused_by_name(suffix: str, tmp_path: Path) -> None:
-    (tmp_path / f"val{suffix}").write_bytes(b"")
-    with pytest.raises(CommandError, match=f"val{suffix} is compressed.* unpack it .* or make it an uncompressed val.tar"):
+    (tmp_path / f"train{suffix}").write_bytes(b"")
+    said = f"train{suffix} is compressed.* unpack it .* or make it an uncompressed train.tar"
+    with pytest.raises(CommandError, match=said):
         open_images(args_of(f"--data-dir={tmp_path}", "--val-split=val"), CPU)

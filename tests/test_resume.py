@@ -110,7 +110,7 @@ def killed(halfway: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(halfway, tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.long)])
 def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("random moments of seed", seed)
@@ -132,12 +132,9 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.long  # test_distributed.py and test_train_cls.py send these signals to other runs
 @pytest.mark.parametrize(
-    ("signum", "status", "word"),
-    [
-        (signal.SIGTERM, 143, "terminated"),
-        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long),  # tests/test_train_cls.py has it too
-    ],
+    ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_signal_saves_and_says_how_to_go_on(
     signum: int, status: int, word: str, reference: Path, tmp_path: Path
@@ -213,7 +210,9 @@ def test_damaged_checkpoint_is_named(kind: str, killed: Path, capsys: pytest.Cap
 def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> None:
     newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
     damage(newest, "flipped")
-    assert f"warning: checkpoint {newest} is damaged" in finish(killed)
+    # The path of the run's folder counts, whatever the experiment is called now.
+    out = finish(killed, f"--resume={killed / 'it'}", "--experiment=other")
+    assert f"warning: checkpoint {newest} is damaged" in out
     assert_same_run(killed, reference)
 
 
@@ -282,8 +281,8 @@ def test_other_flags_are_refused(killed: Path, capsys: pytest.CaptureFixture[str
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_resume_by_path(killed: Path, reference: Path, tmp_path: Path) -> None:
-    """A folder or a file, whatever the experiment is called now."""
+@pytest.mark.long
+def test_resume_by_the_path_of_a_file(killed: Path, reference: Path) -> None:
     checkpoint = Checkpoints(killed / "it/checkpoints").paths()[0]
     out = finish(killed, f"--resume={checkpoint}", "--experiment=other")
     assert f"resuming {checkpoint}" in out

@@ -385,6 +385,14 @@ def test_bad_recipe_is_refused(recipe: str, said: str, tmp_path: Path, capsys: p
     assert said in line and str(path) in line
 
 
+def test_recipe_in_another_encoding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output: Größe", encoding="utf-16")
+    assert f"cannot read --config {path}: byte 0 is not UTF-8 text; save the file as UTF-8" in refused(
+        capsys, f"--config={path}"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -498,8 +506,9 @@ def test_unforeseen_error_is_one_line_too(
     monkeypatch.setattr(train_cls, "evaluate", fail)
     assert "unforeseen ZeroDivisionError: by chance; please report it" in refused(capsys, f"--data-dir={digits_folder}")
     monkeypatch.setenv("STVIT_TRACEBACK", "1")
-    with pytest.raises(ZeroDivisionError):
-        train_cls.main([*SHORT, f"--data-dir={digits_folder}"])
+    assert train_cls.main([*SHORT, f"--data-dir={digits_folder}"]) == 1
+    said = capsys.readouterr().err
+    assert "in fail" in said and said.endswith("ZeroDivisionError: by chance\n")
 
 
 def test_images_without_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

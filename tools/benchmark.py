@@ -31,6 +31,11 @@ alone (functions) and with attention in between (operator), forward alone and wi
 the floor: the fewest bytes over the bandwidth of a large copy in the same run. Without a GPU the bytes stand alone.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import logging
 import sys

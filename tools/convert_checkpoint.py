@@ -12,6 +12,11 @@ the published ones, with the paper's license, image size and accuracy. Of a file
 average, say which to take: --use-ema or --no-use-ema. No code in a pickle is run: one that needs it is refused.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import logging
 import sys

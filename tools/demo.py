@@ -12,12 +12,16 @@ A model is a run, a file, `hf-hub:ORG/NAME` (which may also be typed into the pa
 then random. `push_to_hub.py --space` makes a Space of the Hugging Face Hub of this page and a model.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import errno
 import html
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence

@@ -20,6 +20,11 @@ Each file is loaded by its own runtime and compared with the PyTorch model at th
 place; with data, also over the validation images.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import contextlib
 import copy

@@ -16,6 +16,11 @@ After the push the model is loaded back by its commit, and every tensor and chec
 sends nothing; a push that was cut off changes nothing, and can be given again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import logging
 import shutil

@@ -18,12 +18,16 @@ and the config.json by which timm loads them; checkpoints/, from which --resume 
 run.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import logging
 import math
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import OrderedDict
@@ -51,6 +55,7 @@ from torch import nn
 from tqdm import tqdm
 
 from stvit import hub
+from stvit.safe_text import redact_values
 from stvit.tools.common.checkpoint import (
     Checkpoints,
     get_random_state,
@@ -1059,8 +1064,11 @@ def _recipe_key(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe that repeats the run: every flag but --config, which it stands for, and --resume."""
-    return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
+    """Returns the recipe that repeats the run: every flag except --config and --resume.
+
+    Secrets in URLs are left out, because the recipe is uploaded with the run.
+    """
+    return redact_values({key: value for key, value in vars(args).items() if key not in ("config", "resume")})
 
 
 def save_model(

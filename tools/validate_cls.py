@@ -15,6 +15,11 @@ there, those of each class to per_class.csv, and for up to 100 classes a picture
 confusion.png.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import csv
 import json
@@ -34,6 +39,7 @@ from timm.data import RealLabelsImagenet
 from torch.utils.data import IterableDataset
 
 import stvit
+from stvit.safe_text import redact_values
 from stvit.tools.common.checkpoint import replace_whole
 from stvit.tools.common.cli import (
     CommandError,
@@ -363,7 +369,7 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
         elif not draw_confusion(counts.confusion.cpu(), names, folder / "confusion.png"):
             print("no confusion.png, for which matplotlib is needed: pip install matplotlib")
         # Last, for it says that the folder is whole.
-        text = json.dumps(results, indent=2) + "\n"
+        text = json.dumps(redact_values(results), indent=2) + "\n"
         replace_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error

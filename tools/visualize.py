@@ -18,6 +18,11 @@ regions: boundary recall and undersegmentation error, in OUT/measures.csv, and a
 scikit-image's (`pip install 'stvit[visualize]'`).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import csv
 import re

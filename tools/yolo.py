@@ -14,6 +14,11 @@ stvit_pico to stvit_large, any timm model with feature maps, `stvit` for the one
 (yolo26s.pt, of the same scale), backbone_lr and layer_decay (factors on the learning rate of the backbone).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+
 import argparse
 import os
 import sys

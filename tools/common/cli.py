@@ -5,27 +5,38 @@ import difflib
 import io
 import math
 import os
-import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
+from stvit.safe_text import one_line, printable, redact
+
 
 class CommandError(Exception):
-    """What went wrong and what to do about it, in one line for the user.
+    """An error of the user's input or machine: one line that says what is wrong and what to do.
+
+    The message is made one line without secrets and control characters, whatever names and arguments it contains.
 
     Attributes:
         status: Exit status of the command.
     """
 
     status = 1
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught ") and " in DataLoader worker process " in message.partition("\n")[0]:
+            # PyTorch creates the error of a worker process again, from its traceback. The last line is the error.
+            message = message.strip().rpartition("\n")[2].partition("Error: ")[2]
+        super().__init__(one_line(message))
 
 
 class OneProcessError(CommandError):
@@ -43,9 +54,17 @@ class Interrupted(CommandError):
 def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Runs a command and prints its error, if any, in one line on standard error; returns the exit status.
 
-    Of several processes (RANK of torchrun) only the first prints, but each prints errors of its own images.
+    Of several processes (RANK of torchrun) only the first prints, but each prints errors of its own images. What the
+    command prints on standard output has no secrets and no escape sequences.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # which a command sets while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     print_any_text()
+    with redirect_stdout(_SafeOutput(sys.stdout)):
+        return _run(command, args)
+
+
+def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     rank = _rank()
     prefix = f"error: process {rank}: " if rank else "error: "
     try:
@@ -53,9 +72,7 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         return 0
     except CommandError as error:
         if rank == 0 or isinstance(error, OneProcessError):
-            # From a loader's worker process an error comes wrapped in that process's traceback, itself the last line.
-            message = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-            print(f"{'' if isinstance(error, Interrupted) else prefix}{message}", file=sys.stderr)
+            print(f"{'' if isinstance(error, Interrupted) else prefix}{error}", file=sys.stderr)
         # An error out of a loader is part of a cycle that holds the loader: its workers end at once only without it.
         traceback.clear_frames(error.__traceback__)
         return error.status
@@ -66,7 +83,8 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         return 130
     except Exception as error:
         if os.environ.get("STVIT_TRACEBACK"):
-            raise
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+            return 1
         if _is_out_of_memory(error):
             print(
                 f"{prefix}out of memory: lower --batch-size or set --grad-checkpointing ({reason(error)})",
@@ -92,6 +110,24 @@ def print_any_text() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _SafeOutput:
+    """Standard output that shows neither secrets nor control characters, which names of files and classes may hold."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(redact(text), kept="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
@@ -126,7 +162,7 @@ def reason(error: BaseException) -> str:
     """Returns the message of another library's error in one line."""
     if isinstance(error, UnicodeDecodeError) and error.encoding.startswith("utf-8"):
         return f"byte {error.start} is not UTF-8 text; save the file as UTF-8"
-    message = " ".join(str(error).split())
+    message = one_line(" ".join(str(error).split()))
     return f"{type(error).__name__} {message}".strip() if isinstance(error, KeyError) or not message else message
 
 
@@ -145,8 +181,7 @@ class Parser(argparse.ArgumentParser):
         super().print_help(file)
 
     def error(self, message: str) -> Any:
-        message = re.sub(r"\bhf_\w+", "hf_…", message)  # a token of the Hub is not shown again
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n" if _rank() == 0 else None)
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n" if _rank() == 0 else None)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

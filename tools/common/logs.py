@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from stvit.safe_text import redact_values
 from stvit.tools.common.checkpoint import cut_torn_line, replace_whole
 from stvit.tools.common.cli import CommandError, reason
 
@@ -74,7 +75,7 @@ class RunLog:
                     dir=str(folder),
                     id=wandb_id,
                     resume="allow",
-                    config=dict(config),
+                    config=redact_values(config),
                 )
             except Exception as error:  # its errors are of many kinds, the network's among them
                 self._lines.close()
@@ -116,8 +117,10 @@ class RunLog:
             self._wandb.finish()
 
     def _write(self, event: str, values: Mapping[str, Any]) -> None:
-        # JSON has no word for what is not finite.
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        # JSON has no word for what is not finite. The file is uploaded: errors of the network may hold secrets.
+        values = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else redact_values(v) for k, v in values.items()
+        }
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         self._lines.write(json.dumps({"event": event, "time": now, **values}) + "\n")
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from stvit import hub
 from stvit.pretrained import verify
+from stvit.safe_text import code_span, escape_markdown
 from stvit.stvit import find_variant
 from stvit.tools.common.checkpoint import load_checkpoint, replace_files
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
@@ -266,10 +267,11 @@ def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license
         tags=[pipeline, "ultralytics", *(["stvit", "super-token-attention"] if facts["has_super_tokens"] else [])],
     )
     names = [str(name) for name in facts["names"].values()]
-    rows = [f"| {name} | {value:.4f} |" for name, value in facts["metrics"].items()]
+    rows = [f"| {escape_markdown(name)} | {value:.4f} |" for name, value in facts["metrics"].items()]
     how = (
         f"By Ultralytics {facts['version']} in its validation while it trained, on the validation images of "
-        f"`{facts['data']}` at {facts['imgsz']} pixels, which chose the epoch too; fractions of 1."
+        f"{code_span(facts['data'])} at {escape_markdown(facts['imgsz'])} pixels, which chose the epoch too; fractions "
+        "of 1."
     )
     measured = "\n".join([how, "", "| | |", "|---|---:|", *rows]) if rows else "Not measured."
     text = f"""
@@ -277,7 +279,8 @@ def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license
 
 # {title}
 
-A model of Ultralytics in half precision, made from `{facts["model"]}`, for the task `{facts["task"]}`.
+A model of Ultralytics in half precision, made from {code_span(facts["model"])}, for the task
+{code_span(facts["task"])}.
 
 ```python
 from stvit.adapters.yolo import YOLO
@@ -286,10 +289,10 @@ model = YOLO("hf-hub:{repo_id}")  # no code of the checkpoint is run
 results = model.predict("photos")
 ```
 
-![What it sees in {facts["image"]}](example.jpg)
+![What it sees in {escape_markdown(facts["image"])}](example.jpg)
 
 - {facts["parameters"] / 1e6:.2f} M parameters
-- {len(names)} classes: {", ".join(names[:20])}{", …" if len(names) > 20 else ""}
+- {len(names)} classes: {", ".join(map(code_span, names[:20]))}{", …" if len(names) > 20 else ""}
 - sha256 of model.pt: `{hub.file_sha256(folder / "model.pt")}`
 
 ## Results

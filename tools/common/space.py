@@ -11,6 +11,7 @@ import stvit.adapters
 import stvit.configs
 import stvit.tools
 from stvit import hub
+from stvit.safe_text import escape_markdown
 from stvit.tools.common.cli import CommandError, reason
 
 FILES = {"app.py", "requirements.txt", "stvit", "model", "LICENSE", "NOTICE", hub.CARD}
@@ -47,7 +48,7 @@ pinned: false
 
 {mark}
 
-# {title}
+# {heading}
 
 What {model} sees in your image. Your image is deleted within the hour.
 
@@ -76,11 +77,11 @@ def write_space(folder: Path, repo_id: str, model: str, what: str, license: str 
         ) from error
     title = repo_id.rsplit("/", 1)[-1]
     card = _CARD.format(
-        title=title,
+        heading=escape_markdown(title),
         quoted=json.dumps(title),  # no and 123 are others in YAML
         gradio=gradio,
         mark=hub.CARD_MARK,
-        model=what,
+        model=escape_markdown(what),
         license=f"license: {license}\n" if license else "",
     )
     try:

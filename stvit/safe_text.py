@@ -1,0 +1,118 @@
+"""Text that is safe to show: without secrets, control characters and markup.
+
+Messages, logs and cards contain names of files and classes, arguments, and answers of servers. Any of these may hold an
+access token, an escape sequence of the terminal, a line break or HTML.
+"""
+
+import base64
+import html
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from huggingface_hub import get_token
+
+__all__ = ["code_span", "escape_markdown", "one_line", "printable", "redact", "redact_values"]
+
+HIDDEN = "***"
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
+_URL_VARIABLES = ("HF_ENDPOINT", "WANDB_BASE_URL", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+# Shorter values are words that occur everywhere.
+_SHORTEST_SECRET = 6
+_PATTERNS = (
+    # Access tokens of the Hub. Names such as hf_hub_download are none.
+    (re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w.-]+|[A-Za-z0-9]{8,})"), f"hf_{HIDDEN}"),
+    (re.compile(r"""(?i)\b(authorization["']?\s*[:=]\s*["']?)(?:[a-z]+\s+)?[^\s"',;)\]}]+"""), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
+    # User and password of a URL. Neither contains a slash.
+    (re.compile(r"""(?<=://)[^\s/"'\\<>]+@"""), f"{HIDDEN}@"),
+    (
+        re.compile(
+            r"""(?i)([?&](?:access_token|api_?key|token|password|secret|sig(?:nature)?|x-amz-[a-z-]+)=)[^&\s"'\\<>]+"""
+        ),
+        rf"\1{HIDDEN}",
+    ),
+)
+# Joiners within emoji and words of some scripts.
+_HARMLESS_FORMATS = "\u200c\u200d"
+
+
+def redact(text: str) -> str:
+    """Replaces access tokens, and users and passwords in URLs, with '***'.
+
+    The secrets are the access token of the Hub in use, the values of variables such as `WANDB_API_KEY`, the user and
+    the password in `HF_ENDPOINT` and in the proxies' addresses, and whatever looks like one of these.
+    """
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redact_values(value: Any) -> Any:
+    """Returns a copy of nested dictionaries and lists with all their text redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redact_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redact_values, value))
+    return value
+
+
+def printable(text: str, kept: str = "") -> str:
+    r"""Escapes characters that are not shown: a line break becomes '\n', an escape character '\x1b'.
+
+    Args:
+        text: Any text, such as the name of a file.
+        kept: Characters to leave as they are.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode("ascii") if _is_control(char) and char not in kept else char
+        for char in text
+    )
+
+
+def one_line(text: object) -> str:
+    """Returns a message as one line without secrets and control characters."""
+    return printable(redact(str(text).strip()))
+
+
+def code_span(text: object) -> str:
+    """Returns text as code of Markdown, in which neither HTML nor Markdown has an effect, for use in tables too."""
+    line = one_line(text)
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{line}{space}{fence}".replace("|", r"\|")
+
+
+def escape_markdown(text: object) -> str:
+    """Returns one line of text in which HTML and Markdown have no effect."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(one_line(text), quote=False))
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in _HARMLESS_FORMATS
+
+
+def _secrets() -> set[str]:
+    found = {get_token(), *(os.environ.get(name) for name in _TOKEN_VARIABLES)}
+    for name in (*_URL_VARIABLES, *map(str.lower, _URL_VARIABLES)):
+        found.update(_credentials(os.environ.get(name, "")))
+    return {secret for secret in found if secret and len(secret) >= _SHORTEST_SECRET}
+
+
+def _credentials(url: str) -> Iterator[str]:
+    """Yields user and password of a URL in every form in which a library may repeat them."""
+    match = re.match(r"[\w+.-]+://(.+)@", url)
+    if match is None:
+        return
+    for user in {match[1], unquote(match[1])}:
+        yield user
+        yield user.partition(":")[2]
+        yield base64.b64encode(user.encode()).decode()
