@@ -7,12 +7,14 @@ card README.md. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads i
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,6 +35,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from stvit.model_config import read_config as check_config
 from stvit.pretrained import create_model, hub_reason, is_of_network, is_of_package
 from stvit.safe_text import code_span, escape_markdown, one_line, redact
 
@@ -46,6 +49,7 @@ __all__ = [
     "check_token",
     "compare_files_with_hub",
     "compare_with_hub",
+    "copy_file",
     "differing",
     "fetch",
     "file_sha256",
@@ -284,14 +288,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder.
 
     Raises:
-        HubError: If it cannot be read, or is not one of timm's.
+        HubError: If it cannot be read, is not one of timm's, or a field has a wrong type or range.
     """
     path = folder / "config.json"
     try:
+        check_config(path)
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config.get("pretrained_cfg"), dict) or "architecture" not in config:
+        if not isinstance(config.get("pretrained_cfg"), dict):
             raise ValueError("it has no architecture and pretrained_cfg, as timm writes them")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise HubError(f"cannot read {path}: {error}; make the folder anew") from error
     config["num_classes"] = config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
     return config
@@ -325,7 +330,8 @@ def check_push(folder: Path, repo_id: str, *, pickles: bool = False) -> dict[str
         pickles: Whether files of Python's pickle format are meant to be there.
 
     Raises:
-        HubError: If the name is none, the folder is empty, or holds a pickle that is not meant to be there.
+        HubError: If the name is none, or the folder is empty, holds a link, or holds a pickle that is not meant to be
+            there.
     """
     check_repo_id(repo_id)
     files = list_files(folder)
@@ -388,12 +394,126 @@ def check_token() -> None:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """Size in bytes of each file of a folder, by its path there."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
-    }
+    """Returns the size in bytes of each file of a folder, by its path there with slashes.
+
+    Hidden files and folders, whose names begin with a dot, do not count. The folder itself may be a link. A hard link
+    looks like any other file and cannot be recognized.
+
+    Raises:
+        HubError: If something in the folder is a link or is neither a file nor a folder, or cannot be read.
+    """
+    files = {}
+    try:
+        for place, folders, names in os.walk(folder, onerror=_raise):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in folders + [name for name in names if not name.startswith(".")]:
+                path = Path(place, name)
+                relative = path.relative_to(folder).as_posix()
+                _refuse_link(folder, relative)
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    files[relative] = path.lstat().st_size
+                elif not stat.S_ISDIR(mode):
+                    raise _not_a_file(folder, relative)
+    except OSError as error:
+        raise HubError(f"cannot read {folder}: {error.strerror or error}") from error
+    return dict(sorted(files.items()))
+
+
+def copy_file(folder: Path, name: str, target: Path, *, link: bool = False) -> None:
+    """Copies a file of a folder and follows no link on the way, even if somebody puts one there meanwhile.
+
+    Args:
+        folder: The folder, which may itself be a link.
+        name: Path of the file in the folder, with slashes.
+        target: Path of the copy. Its folder is made if it is missing.
+        link: Whether a hard link is as good as a copy. It is for a file that programs replace but never write to.
+
+    Raises:
+        HubError: If the file or a folder on the way is a link, or it is not a file.
+        OSError: If it cannot be read or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_link(folder, name)
+    with _opened_file(folder, name) as (descriptor, parent):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _not_a_file(folder, name)
+        if link and parent is not None:
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(PurePosixPath(name).name, target, src_dir_fd=parent, follow_symlinks=False)
+                if os.path.samestat(target.lstat(), os.fstat(descriptor)):
+                    return
+                target.unlink()
+        with open(descriptor, "rb", closefd=False) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+
+
+@contextmanager
+def _opened_file(folder: Path, name: str) -> Iterator[tuple[int, int | None]]:
+    """Opens a file without following links below the folder; gives its descriptor and that of the folder it is in.
+
+    Windows opens no folders: there the second is None, and only `_refuse_link` looks for links.
+    """
+    if os.open not in os.supports_dir_fd:
+        descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            yield descriptor, None
+        finally:
+            os.close(descriptor)
+        return
+    opened = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY)]
+    try:
+        *folders, last = PurePosixPath(name).parts
+        try:
+            for part in folders:
+                opened.append(os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=opened[-1]))
+            # Without O_NONBLOCK a pipe would wait for somebody to write to it.
+            opened.append(os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=opened[-1]))
+        except OSError:
+            _refuse_link(folder, name)  # where a link is the reason, its error says more
+            raise
+        yield opened[-1], opened[-2]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _refuse_link(folder: Path, name: str) -> None:
+    """Refuses a link at any place of a path below a folder.
+
+    Raises:
+        HubError: If there is one.
+    """
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink() or getattr(os.path, "isjunction", os.path.islink)(path):
+            raise HubError(
+                f"{path.relative_to(folder).as_posix()} in {folder} is a link to {os.readlink(path)}: links are not "
+                "followed, because they can publish files from outside the folder; replace it by a copy of the file, "
+                "or copy the whole folder with `cp -RL` (a snapshot of the Hub's cache, for example)"
+            )
+
+
+def _not_a_file(folder: Path, name: str) -> HubError:
+    return HubError(f"{name} in {folder} is not a file but a pipe, a socket or a device: remove it")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextmanager
+def _own_files(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Sets the files of a folder aside in a private folder, where nobody replaces one by a link during the push."""
+    try:
+        private = TemporaryDirectory(dir=folder.resolve().parent, prefix=f".{folder.resolve().name}-")
+    except OSError:  # nothing can be written there
+        private = TemporaryDirectory(prefix="stvit-")
+    with private as place:
+        for name in names:
+            copy_file(folder, name, Path(place, name), link=True)
+        yield Path(place)
 
 
 def push(
@@ -410,6 +530,8 @@ def push(
     repo_type: str = "model",
 ) -> Pushed:
     """Pushes the files of a folder in one commit, unless they are there already.
+
+    No link is followed. All files are set aside first, so that what is checked is what is sent.
 
     The token is that of the environment (HF_TOKEN) or of the login. Files travel first, the branch is made next, and
     the commit comes last: until it stands, no file of the repository is changed, and a push that was cut off can be
@@ -428,14 +550,15 @@ def push(
         repo_type: 'model', or 'space' for a page of Gradio.
 
     Raises:
-        HubError: If it cannot be done.
+        HubError: If the folder holds a link or something else that is not pushed, or the push fails.
     """
     files = check_push(folder, repo_id, pickles=pickles)
     check_options(revision, tag, create_pr)
     check_token()
     api = HfApi(library_name="stvit")
     of_type: dict[str, Any] = {"repo_type": repo_type}
-    with _explained(repo_id, revision, f"{repo_id} is as it was, and the same can be pushed again"):
+    outcome = f"{repo_id} is as it was, and the same can be pushed again"
+    with _explained(repo_id, revision, outcome), _own_files(folder, files) as own:
         repo_id = _prepare_repository(api, repo_id, private, repo_type)
         refs = api.list_repo_refs(repo_id, **of_type)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
@@ -446,8 +569,8 @@ def push(
         is_new = branch not in branches
         head = branches.get("main" if is_new else branch)  # where a new branch begins
         there = _files_there(api, repo_id, head, repo_type)
-        sent = _changed(folder, files, there)
-        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, folder / CARD, repo_type)
+        sent = _changed(own, files, there)
+        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, own / CARD, repo_type)
         if kept_card:
             sent.remove(CARD)
         gone = [path for path in there if path not in files and any(Path(path).match(pattern) for pattern in delete)]
@@ -460,7 +583,7 @@ def push(
             if is_new:
                 api.create_branch(repo_id, branch=branch, revision=head, **of_type)
         else:
-            commit, url = _commit(api, repo_id, folder, sent, gone, branch, head, is_new, message, create_pr, repo_type)
+            commit, url = _commit(api, repo_id, own, sent, gone, branch, head, is_new, message, create_pr, repo_type)
     if tag and tag not in tags:
         with _explained(repo_id, revision, f"the files are there as commit {commit}, without the tag"):
             api.create_tag(repo_id, tag=tag, revision=commit, **of_type)

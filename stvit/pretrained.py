@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,30 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
+from huggingface_hub import constants, errors, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, is_model_in_modules, load_state_dict, parse_model_name
+from timm.models import (
+    get_pretrained_cfg,
+    is_model_in_modules,
+    load_state_dict,
+    parse_model_name,
+)
 from torch import nn
 
+from stvit.model_config import ModelTooLargeError, check_model_args, check_pretrained_cfg, limit_parameters, read_config
 from stvit.safe_text import one_line
 from stvit.state_dict import strip_prefix, tensor_names
+from stvit.weights_file import check_file, count_elements
 
 __all__ = [
     "NAMESPACE_VARIABLE",
     "PretrainedDownloadError",
     "PretrainedError",
+    "check_source",
     "create_model",
     "damage",
     "explained",
+    "explained_config",
     "hub_reason",
     "is_of_network",
     "is_of_package",
@@ -46,6 +55,12 @@ NAMESPACE_VARIABLE = "STVIT_HUB_NAMESPACE"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The functions of timm in which weights are loaded; what fails outside of them is not about weights.
 _LOADERS = {"load_pretrained", "load_model_config_from_hf", "load_model_config_from_path"}
+# What a model may have beyond twice the elements of its file, for a classifier of other classes and the like: 1 GB.
+_SPARE_PARAMETERS = 1 << 28
+# Of a model that is built from somebody's config.json without the weights.
+_MAX_PARAMETERS = 1 << 30
+# Ends of the names of files of weights in which timm looks for those of a folder.
+_SUFFIXES = {".bin", ".pth", ".safetensors", ".tar"}
 _HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
 
 
@@ -91,13 +106,117 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
     if pretrained and overlay.get("file") and not overlay.get("state_dict") and not overlay.get("custom_load"):
         kwargs["pretrained_cfg_overlay"] = {**overlay, **_stripped_file(model_name, overlay["file"])}
     with explained(model_name, cfg, kwargs.get("cache_dir")):
-        model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        limit = _check_foreign(model_name, cfg, pretrained, kwargs.get("cache_dir"))
+        with limit_parameters(limit):
+            model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
     if verify:
         cfg = model.pretrained_cfg
         if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
             raise ValueError(f"verify=True compares with the Hub's record, and {model_name} was not loaded from there")
         _verify(model_name, cfg["hf_hub_id"], kwargs.get("cache_dir"))
     return model
+
+
+def _check_foreign(
+    model_name: str, cfg: Mapping[str, Any], pretrained: bool, cache_dir: str | Path | None
+) -> int | None:
+    """Calls `check_source` for a model of timm; the models of this package call it themselves.
+
+    Returns:
+        Limit of the model's parameters, None for no limit.
+
+    Raises:
+        PretrainedError: If the weights or config.json are refused.
+    """
+    args: Any = {}
+    architecture = str(cfg.get("architecture"))
+    if cfg.get("source"):
+        if cfg["source"] == "local-dir":
+            path = Path(str(cfg["file"])) / "config.json"
+        else:
+            path = Path(_download(str(cfg["hf_hub_id"]), "config.json", cache_dir))
+        try:
+            with explained_config(model_name, cfg, cache_dir):
+                architecture, more, args = read_config(path)
+        except OSError:  # timm says so
+            return None
+        cfg = {**more, **cfg}
+    if is_of_package(architecture) or not timm.is_model(architecture):  # timm refuses an unknown one
+        return None
+    limit = check_source(model_name, cfg, args, pretrained, cache_dir)
+    if cfg.get("source"):
+        with explained_config(model_name, cfg, cache_dir), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            with limit_parameters(limit):
+                try:
+                    timm.create_model(architecture, pretrained_cfg=dict(cfg), **args)
+                except ModelTooLargeError:
+                    raise
+                except Exception:  # some models cannot be built there; timm says what is wrong with the others
+                    pass
+    return limit
+
+
+def check_source(
+    model: str, cfg: Mapping[str, Any], args: Any, pretrained: bool, cache_dir: str | Path | None = None
+) -> int | None:
+    """Checks the configuration of a model, and the file of its weights, which is downloaded first if need be.
+
+    Args:
+        model: Name of the model, for the message.
+        cfg: timm's `PretrainedCfg` as a mapping.
+        args: Arguments of the model in config.json (`model_args`); empty for a model that was named.
+        pretrained: Whether the weights will be loaded.
+        cache_dir: The cache of downloads; None for huggingface_hub's.
+
+    Returns:
+        The number of parameters that a model of these weights has at most; None for no limit.
+
+    Raises:
+        PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
+            could exhaust the memory. It is a `PretrainedDownloadError` if the file cannot be downloaded.
+    """
+    with explained_config(model, cfg, cache_dir):
+        check_pretrained_cfg(cfg)
+        check_model_args(args or {})
+    if not pretrained:
+        return _MAX_PARAMETERS if cfg.get("source") else None
+    try:
+        elements = [count_elements(path) for path in _weight_files(cfg, cache_dir)]
+    except Exception as error:  # of the Hub, the network or a file of any kind
+        kind, message = _explain(error, cfg, cache_dir, is_of_config=False)
+        raise kind(f"{model}: {message}") from error
+    return 2 * max(elements) + _SPARE_PARAMETERS if elements else None
+
+
+def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
+    """Returns the files of weights that timm may read; none if it reads none or says itself that they are missing."""
+    source, hub_id = cfg.get("source"), cfg.get("hf_hub_id")
+    if cfg.get("custom_load") or (not source and cfg.get("state_dict")):
+        return []
+    if source == "local-dir":
+        folder = Path(str(cfg["file"]))
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
+        return [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES] if folder.is_dir() else []
+    if not source and cfg.get("file"):
+        return [path for path in [Path(str(cfg["file"]))] if path.exists()]
+    if not hub_id:
+        return []
+    name = cfg.get("hf_hub_filename")
+    # A file of safetensors comes before the pickle of the same name.
+    names = list(_WEIGHTS) if name is None else [*([f"{name[:-4]}.safetensors"] if name.endswith(".bin") else []), name]
+    for candidate in names[:-1]:
+        try:
+            return [Path(_download(str(hub_id), candidate, cache_dir))]
+        except errors.EntryNotFoundError:
+            pass
+    return [Path(_download(str(hub_id), names[-1], cache_dir))]
+
+
+def _download(hub_id: str, name: str, cache_dir: str | Path | None) -> str:
+    """Downloads a file of 'org/name' or 'org/name@revision'; returns its path in the cache."""
+    repo_id, _, revision = hub_id.partition("@")
+    return hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir)
 
 
 def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
@@ -111,8 +230,9 @@ def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
     if not timm.is_model(model_name) or is_of_package(model_name):
         return {}
     try:
+        check_file(Path(file))
         state_dict = load_state_dict(str(file))
-    except Exception:  # timm reads the file again, and its error is explained
+    except Exception:  # the file is checked and read again, and the error is explained
         return {}
     try:
         weights, said = strip_prefix(state_dict, tensor_names(model_name))
@@ -187,6 +307,29 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
         if not frames & loaders:
             raise
         kind, message = _explain(error, cfg, cache_dir, is_of_config="load_pretrained" not in frames)
+        raise kind(f"{model}: {message}") from error
+
+
+@contextmanager
+def explained_config(
+    model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None, names: Collection[str] | None = None
+) -> Iterator[None]:
+    """Context manager: a `ValueError` about config.json names the file. Other models raise it as it is.
+
+    Args:
+        model: Name of the model, for the message.
+        cfg: As for `explained`.
+        cache_dir: As for `explained`.
+        names: Arguments that come from the file. An error about another one, whose message begins with its name, is
+            raised as it is. None if all of them do.
+    """
+    try:
+        yield
+    except ValueError as error:
+        is_of_file = names is None or isinstance(error, ModelTooLargeError) or str(error).split(" ", 1)[0] in names
+        if not cfg.get("source") or not is_of_file:
+            raise
+        kind, message = _explain(error, cfg, cache_dir, is_of_config=True)
         raise kind(f"{model}: {message}") from error
 
 
@@ -445,7 +588,8 @@ def damage(path: Path) -> str | None:
             # The header's length, the header, and the tensors: https://github.com/huggingface/safetensors#format
             (length,) = struct.unpack("<Q", start[:8])
             file.seek(8)
-            header = json.loads(file.read(length) if length < size else b"")
+            # safetensors refuses a header of more than 100 MB.
+            header = json.loads(file.read(length) if length < min(size, 100_000_000) else b"")
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return f"is truncated or no safetensors at all ({size} bytes)"

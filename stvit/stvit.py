@@ -20,6 +20,7 @@ Shapes:
 
 import logging
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -49,9 +50,10 @@ from timm.models import (
 )
 from torch import nn
 
+from stvit.model_config import check_model_args, limit_parameters
 from stvit.ops import SuperTokenAttention
 from stvit.ops.portable import is_exporting
-from stvit.pretrained import NAMESPACE_VARIABLE, explained, is_of_package
+from stvit.pretrained import NAMESPACE_VARIABLE, check_source, explained, explained_config, is_of_package
 from stvit.state_dict import strip_prefix, tensor_names
 
 __all__ = ["STViT", "checkpoint_filter_fn", "find_variant", "strip_prefix_of"]
@@ -304,12 +306,13 @@ class STViT(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If an argument does not fit the number of stages, `output_stride` or `backend` has another
-                value, or `SuperTokenAttention` refuses an argument.
+            ValueError: If an argument has a wrong type or range or does not fit the number of stages.
         """
         super().__init__()
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        if not isinstance(output_stride, int) or output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
+        if not isinstance(dims, (tuple, list)) or not 1 <= len(dims) <= _MAX_STAGES:
+            raise ValueError(f"dims must hold the channels of 1 to {_MAX_STAGES} stages, got {dims!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         num_stages = len(dims)
         per_stage = {
@@ -322,9 +325,28 @@ class STViT(nn.Module):
                 ("ls_init_values", ls_init_values),
             )
         }
-        act = get_act_layer(act_layer)
-        norm = get_norm_layer(norm_layer)
-        attn_norm = get_norm_layer(attn_norm_layer)
+        _check_integers("in_chans", [in_chans], 1, _MAX_CHANNELS)
+        _check_integers("num_classes", [num_classes], 0, _MAX_CLASSES)
+        _check_integers("dims", dims, 2, _MAX_CHANNELS)
+        _check_integers("depths", per_stage["depths"], 0, _MAX_DEPTH)
+        _check_integers("num_heads", per_stage["num_heads"], 1, _MAX_CHANNELS)
+        _check_integers("head_hidden_size", [head_hidden_size], 1, _MAX_CHANNELS)
+        _check_number("mlp_ratio", mlp_ratio, 1 / min(dims), _MAX_RATIO)
+        for value in per_stage["ls_init_values"]:
+            if value is not None:
+                _check_number("ls_init_values", value, -_MAX_RATIO, _MAX_RATIO)
+        for name, rate in (
+            ("drop_rate", drop_rate),
+            ("attn_drop_rate", attn_drop_rate),
+            ("proj_drop_rate", proj_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            _check_number(name, rate, 0.0, 1.0)
+        if not isinstance(global_pool, str) or global_pool.lower() not in _POOLS:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, _POOLS))}, got {global_pool!r}")
+        act: Any = _find_layer("act_layer", get_act_layer, act_layer)
+        norm: Any = _find_layer("norm_layer", get_norm_layer, norm_layer)
+        attn_norm: Any = _find_layer("attn_norm_layer", get_norm_layer, attn_norm_layer)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -552,6 +574,38 @@ class STViT(nn.Module):
         return self.forward_head(x)
 
 
+# A hundred times what the published models have, and little enough that each fits into memory.
+_MAX_STAGES = 16
+_MAX_DEPTH = 512
+_MAX_CHANNELS = 1 << 14
+_MAX_CLASSES = 1 << 24
+_MAX_RATIO = 100.0
+_POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
+
+
+def _check_integers(name: str, values: Any, low: int, high: int) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
+            kind = "an integer" if len(values) == 1 else "integers"
+            raise ValueError(f"{name} must be {kind} from {low} to {high:,}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) <= high:  # NaN too
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+
+
+def _find_layer(name: str, find: Callable[..., Any], layer: Any) -> Any:
+    """Returns timm's layer of a name; layers themselves stay as they are."""
+    try:
+        found = find(layer)
+    except (AssertionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} must be a layer or the name of one in timm, got {layer!r}") from error
+    if not callable(found):
+        raise ValueError(f"{name} must be a layer or the name of one in timm, got {layer!r}")
+    return found
+
+
 def _per_stage(name: str, value: Any, num_stages: int) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         return (value,) * num_stages
@@ -771,8 +825,18 @@ def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STVi
         **_company_source(variant, kwargs.get("pretrained_cfg")),
         **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
     }
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-    with explained(variant, cfg.to_dict(), kwargs.get("cache_dir")):
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay).to_dict()
+    cache_dir = kwargs.get("cache_dir")
+    saved_args = kwargs.get("pretrained_model_args")  # those of config.json
+    limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
+    check_model_args({key: kwargs[key] for key in ("features_only", "out_indices") if key in kwargs})
+    # Any other argument that is wrong is the caller's mistake.
+    names = [key for key, value in (saved_args or {}).items() if kwargs.get(key) == value]
+    with (
+        explained_config(variant, cfg, cache_dir, names),
+        explained(variant, cfg, cache_dir),
+        limit_parameters(limit),
+    ):
         return build_model_with_cfg(
             STViT,
             variant,

@@ -10,8 +10,9 @@
 `python tools/yolo.py` is the same program. Arguments are those of `yolo`; `yolo help` of Ultralytics lists them. Names
 of model files are ours too: yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml, where BACKBONE is
 stvit_pico to stvit_large, any timm model with feature maps, `stvit` for the one that pairs with the scale, or
-`stokenattention`. Four arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), neck_weights
-(yolo26s.pt, of the same scale), backbone_lr and layer_decay (factors on the learning rate of the backbone).
+`stokenattention`. Five arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), neck_weights
+(yolo26s.pt, of the same scale), backbone_lr and layer_decay (factors on the learning rate of the backbone), and
+trust=true, which opens local checkpoints that hold more than a detector, and runs the code in them.
 """
 
 import signal
@@ -63,9 +64,14 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
     options: dict[str, Any] = {}
     others = []
+    trust = False
     for argument in arguments:
         key, equals, value = argument.lstrip("-").partition("=")
-        if key not in OPTIONS:
+        if key == "trust":
+            if value.lower() not in ("", "true", "false"):
+                raise CommandError(f"trust must be true or false, got {value!r}")
+            trust = value.lower() != "false"
+        elif key not in OPTIONS:
             others.append(argument)
         elif not equals or not value:
             raise CommandError(f"{key} needs a value: {key}=…")
@@ -78,7 +84,7 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             options[key] = True if key == "pretrained_backbone" and value.lower() == "true" else value
     if options and any(other == "resume" or other.startswith("resume=") for other in others):
         raise CommandError(f"resume goes on with the run's own {', '.join(options)}: leave it out")
-    return options, others
+    return options | ({"trust": True} if trust else {}), others
 
 
 @contextmanager

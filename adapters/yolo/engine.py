@@ -12,12 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from ultralytics.models import yolo
 from ultralytics.nn.tasks import load_checkpoint, yaml_model_load
-from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR
+from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR, YAML, checks
+from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.adapters.yolo import modules
 from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
-from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
+from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint, trusting
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
 
@@ -42,6 +43,30 @@ class BackboneTrainer:
 
     The rates are keys of the model's configuration (`yolo_config`), and so stay with it in its checkpoints.
     """
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """Finds the checkpoint to resume, as Ultralytics does, and checks it and the teacher that it names.
+
+        Raises:
+            stvit.PretrainedError: If a file is not safe to open.
+        """
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        if arguments.resume:
+            is_named = isinstance(arguments.resume, (str, Path)) and Path(arguments.resume).exists()
+            check_local(arguments.resume if is_named else get_latest_run())
+        super().check_resume(overrides)  # type: ignore[misc]
+        check_local(self.args.distill_model)  # type: ignore[attr-defined]
+
+    def setup_model(self) -> Any:
+        """Builds the model, as Ultralytics does, from files that are safe to open.
+
+        Raises:
+            stvit.PretrainedError: If one is not.
+        """
+        for name in (self.model, self.args.pretrained):  # type: ignore[attr-defined]
+            if not (isinstance(name, str | Path) and Path(name).suffix.lower() in (".yaml", ".yml")):
+                check_local(name)
+        return super().setup_model()  # type: ignore[misc]
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Builds the model for the data's classes and channels, and loads the weights into it.
@@ -114,6 +139,10 @@ class YOLO(ultralytics.YOLO):
         neck_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
         backbone_lr: Learning rate of the backbone, over that of the rest.
         layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
+
+    No code of a checkpoint is run, whether it is a local file, one that Ultralytics downloads, or on the Hub. A file
+    that holds more than a detector is refused; `trust=True` opens it all the same, in everything that this object does,
+    unless it is on the Hub.
     """
 
     # Of a model from a model file the tensors that were loaded: training draws the others again, under its seed. None
@@ -121,6 +150,7 @@ class YOLO(ultralytics.YOLO):
     loaded_keys: list[str] | None = None
     # From the Hub, by somebody else's hand.
     is_published = False
+    trust = False
 
     def __init__(
         self,
@@ -132,6 +162,7 @@ class YOLO(ultralytics.YOLO):
         neck_weights: str | Path | None = None,
         backbone_lr: float | None = None,
         layer_decay: float | None = None,
+        trust: bool = False,
     ) -> None:
         """
         Args:
@@ -142,16 +173,22 @@ class YOLO(ultralytics.YOLO):
             neck_weights: See above.
             backbone_lr: See above.
             layer_decay: See above.
+            trust: See above.
 
         Raises:
             ValueError: If the model file, the backbone or an option is not as described.
-            RuntimeError: If weights cannot be read or do not fit; from the Hub `stvit.PretrainedError`, which is one.
+            RuntimeError: If weights cannot be read, are not safe to open or do not fit; mostly a
+                `stvit.PretrainedError`, which is one.
         """
         is_published = isinstance(model, (str, Path)) and str(model).strip().startswith(PREFIXES)
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
             model = _find_model_file(_local(str(model).strip()))
+            # Before Ultralytics makes an object of another class of it, as of a name with "-world" in it.
+            if not model.lower().endswith((".yaml", ".yml")):
+                check_local(model, trust)
+        self.trust = trust
         super().__init__(model=model, task=task, verbose=verbose)
         if is_published:
             self._forget_data()
@@ -188,6 +225,7 @@ class YOLO(ultralytics.YOLO):
         """Loads what fits, as Ultralytics' YOLO does; rows that have moved find their weights where they were."""
         if isinstance(weights, (str, Path)):
             weights = _local(str(weights))
+            check_local(weights, self.trust)
         if isinstance(weights, str) and isinstance(self.model, nn.Module):
             source = load_checkpoint(weights)[0]
             aligned = align(source, self.model)
@@ -245,13 +283,20 @@ class YOLO(ultralytics.YOLO):
         model: Any = self.model
         if loaded_keys is not None:
             model.loaded_keys = loaded_keys
+        check_local(self._pretrained(kwargs), self.trust)
         try:
-            return super().train(trainer=trainer, **kwargs)
+            with trusting(self.trust):
+                return super().train(trainer=trainer, **kwargs)
         finally:
             self.is_published = self.is_published and model is self.model
             model.__dict__.pop("loaded_keys", None)
             if model is not self.model:
                 self.loaded_keys = None
+
+    def _pretrained(self, kwargs: dict[str, Any]) -> Any:
+        """Returns what Ultralytics takes for `pretrained`: the argument, or that of a file of arguments."""
+        arguments = YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else self.overrides
+        return {"pretrained": self.overrides.get("pretrained"), **arguments, **kwargs}["pretrained"]
 
     def export(self, **kwargs: Any) -> str:
         """Exports as Ultralytics' YOLO does.
@@ -284,7 +329,7 @@ class YOLO(ultralytics.YOLO):
             raise ValueError(f"{of_backbone[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
         keys = []
         if neck_weights is not None:
-            keys += load_stock(model, neck_weights)
+            keys += load_stock(model, neck_weights, trust=self.trust)
         if backbone is not None and pretrained:
             load_backbone(backbone, pretrained_backbone)
             keys += [f"model.0.net.{key}" for key in backbone.net.state_dict()]

@@ -1,10 +1,13 @@
 """Detectors on the Hugging Face Hub: their checkpoint, made fit to be seen, and opened safely from there."""
 
+import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,13 +17,23 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from ultralytics.nn import tasks
 from ultralytics.nn.tasks import torch_safe_load
-from ultralytics.utils import ASSETS
+from ultralytics.utils import ASSETS, SETTINGS, checks
+from ultralytics.utils.downloads import attempt_download_asset
 
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.ops import SuperTokenAttention
 from stvit.pretrained import PretrainedDownloadError, PretrainedError, damage, hub_reason
+from stvit.weights_file import WeightsFileError, check_file
 
-__all__ = ["PREFIXES", "fetch_checkpoint", "open_safely", "prepare_checkpoint"]
+__all__ = [
+    "PREFIXES",
+    "check_local",
+    "fetch_checkpoint",
+    "is_trusting",
+    "open_safely",
+    "prepare_checkpoint",
+    "trusting",
+]
 
 PREFIXES = ("hf-hub:", "hf_hub:")
 CHECKPOINT = "model.pt"
@@ -73,25 +86,84 @@ def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) 
         return download("best.pt" if "best.pt" in files else files[0])
 
 
-def open_safely(path: Path) -> dict[str, Any]:
-    """What a checkpoint of Ultralytics holds, none of whose code is run.
+# Set while files are trusted: training opens them in other processes too, one for each GPU.
+_TRUST_VARIABLE = "STVIT_YOLO_TRUST"
 
-    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored, with plain containers and a
-    plain configuration, and without hooks: Ultralytics opens the file once more in its ordinary way, and training
-    builds the model anew.
+
+def check_local(name: Any, trust: bool = False) -> None:
+    """Checks a checkpoint before Ultralytics opens it, which runs whatever code is in the file.
+
+    Args:
+        name: What Ultralytics takes for a model: a path, a name such as 'yolo26n.pt' or a URL, which is downloaded
+            first. Anything but the name of a checkpoint (.pt) is left to Ultralytics.
+        trust: Whether to leave the file to Ultralytics as well.
 
     Raises:
-        PretrainedError: If it is damaged, or holds anything else; names what.
+        PretrainedError: If the file is damaged or holds more than `open_safely` allows; names it, and `trust`.
+    """
+    if trust or is_trusting() or not isinstance(name, str | Path):
+        return
+    text = str(name).strip()
+    if text.lower().startswith(checks.REMOTE_FILE_PREFIXES):
+        text = str(checks.check_file(text, download_dir=SETTINGS["weights_dir"]))
+    text = str(checks.check_model_file_from_stem(text))
+    if Path(text).suffix.lower() != ".pt":
+        return
+    path = Path(attempt_download_asset(text))
+    if not path.is_file():  # Ultralytics says so
+        return
+    try:
+        open_safely(path)
+    except PretrainedError as error:
+        raise PretrainedError(
+            f"{error}. A file that is not safe to open runs code on your machine: if you trust who made it, pass "
+            "trust=True"
+        ) from error
+
+
+@contextmanager
+def trusting(trust: bool) -> Iterator[None]:
+    """Context manager: `check_local` lets every file pass, in this process and in those that it starts."""
+    before = os.environ.get(_TRUST_VARIABLE)
+    if trust:
+        os.environ[_TRUST_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if trust and before is None:
+            os.environ.pop(_TRUST_VARIABLE, None)
+
+
+def is_trusting() -> bool:
+    """Returns whether the program is within `trusting(True)`, or was started there."""
+    return os.environ.get(_TRUST_VARIABLE) == "1"
+
+
+def open_safely(path: Path) -> dict[str, Any]:
+    """Returns the contents of a checkpoint of Ultralytics; runs no code of it.
+
+    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored, with plain containers, a plain
+    configuration, and the losses and transforms that Ultralytics keeps with its models. Hooks are refused. Ultralytics
+    opens the file once more in its ordinary way, and training builds the model again.
+
+    Raises:
+        PretrainedError: If the file is damaged, could exhaust the memory or holds anything else; names what.
     """
     broken = damage(path)
     if broken is not None:
         raise PretrainedError(f"{path} {broken}")
     try:
+        check_file(path)
+    except WeightsFileError as error:
+        raise PretrainedError(
+            f"{path} is no checkpoint of Ultralytics that can be opened: it {error.problem}"
+        ) from error
+    try:
         allow_modules(path)
         checkpoint = torch_safe_load(path, safe_only=True)[0]
     except Exception as error:  # unpickling what is no checkpoint raises nearly everything
         try:
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            names = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _RESTRICTED)
         except Exception:  # not of PyTorch's present format
             names = []
         if names:
@@ -122,7 +194,7 @@ def _check_module(path: Path, module: nn.Module) -> None:
         if type(own.get(name)) not in (dict, OrderedDict) or _attributes(own[name]):
             raise PretrainedError(f"{path}: {name} of a {type(module).__name__} are no plain mapping")
     hooks = [name for name, value in own.items() if "_hooks" in name and value]
-    replaced = [name for name, value in own.items() if callable(value)]
+    replaced = [name for name, value in own.items() if callable(value) and not _is_own_callable(module, name, value)]
     if hooks or replaced:
         raise PretrainedError(
             f"{path}: {', '.join([*hooks, *replaced])} of a {type(module).__name__} wants to run in place of what its "
@@ -136,6 +208,26 @@ def _check_module(path: Path, module: nn.Module) -> None:
             if not isinstance(child, nn.Module):
                 raise PretrainedError(f"{path}: a {type(module).__name__} holds a {type(child).__name__} as a module")
             _check_module(path, child)
+
+
+def _is_own_callable(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether Ultralytics itself keeps something callable under a name: older versions do in their checkpoints."""
+    where = f"{type(value).__module__}."
+    if name in ("criterion", "transforms"):  # of training, and of classifiers
+        return where.startswith(("ultralytics.utils.loss.", "torchvision.transforms."))
+    if name == "detect":  # of heads for segmentation, poses and boxes: the forward of the head that they extend
+        return (
+            isinstance(value, FunctionType)
+            and value.__name__ == "forward"
+            and value.__module__ == "ultralytics.nn.modules.head"
+        )
+    # A fused layer: one method of the class in place of another.
+    return (
+        name == "forward"
+        and isinstance(value, MethodType)
+        and value.__self__ is module
+        and value.__func__.__name__ in ("forward", "forward_fuse")
+    )
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -249,6 +341,8 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
     }
 
 
+# Globals that Ultralytics restores in a restricted form.
+_RESTRICTED = {"builtins.getattr", "numpy.dtype"}
 # Where layers are defined; whole models, which build themselves from a configuration of their own, are elsewhere.
 _LAYERS = ("torch.nn.", "torchvision.ops.", "ultralytics.nn.modules.", "stvit.adapters.yolo.")
 _PythonPickler: Any = pickle._Pickler

@@ -13,9 +13,10 @@ from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
 import stvit
-from stvit.adapters.yolo.hub import PREFIXES, fetch_checkpoint
+from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint
 from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
 from stvit.stvit import strip_prefix_of
+from stvit.weights_file import check_file
 
 # Ends of the names of files of weights.
 _FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
@@ -69,12 +70,13 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
     return len(target)
 
 
-def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
+def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool = False) -> list[str]:
     """Loads Ultralytics' own YOLO26 weights into those layers of a detector that are Ultralytics' own.
 
     Args:
         model: The detector, made from one of our model files.
         source: 'yolo26s.pt', of the same scale, or the model itself.
+        trust: Whether to open a file that holds more than a detector, which runs its code.
 
     Returns:
         Names of the tensors that were loaded.
@@ -83,7 +85,7 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
         ValueError: If the scale or the generation differs, or nothing fits.
         RuntimeError: If they cannot be read.
     """
-    weights = source if isinstance(source, nn.Module) else _load_detector(source)
+    weights = source if isinstance(source, nn.Module) else _load_detector(source, trust)
     configs = [getattr(m, "yaml", {}) for m in (model, weights)]
     if isinstance(weights.model[-1], Detect) and isinstance(model.model[-1], Detect):  # type: ignore[index]
         families = [(config.get("end2end"), config.get("reg_max")) for config in configs]
@@ -110,11 +112,16 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module) -> list[str]:
     return loaded
 
 
-def _load_detector(source: str | Path) -> Any:
+def _load_detector(source: str | Path, trust: bool) -> Any:
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
     if str(source).startswith(PREFIXES):
         source = fetch_checkpoint(str(source))
+    else:
+        try:
+            check_local(source, trust)
+        except (OSError, RuntimeError, TypeError) as error:
+            raise RuntimeError(f"neck_weights={_label(source)} could not be loaded: {error}") from error
     try:
         weights = load_checkpoint(source)[0]
     except Exception as error:  # a suffix, the network, a file of any kind
@@ -250,6 +257,7 @@ def _pretrained_model(backbone: TimmBackbone, source: str | Path | bool) -> tupl
 def _classes_of(path: Path, backbone: TimmBackbone) -> int:
     """Classes of the classifier in a file of weights, or 0: told these, timm checks the file to the last key."""
     try:
+        check_file(path)
         state_dict = load_state_dict(str(path))
     except Exception as error:  # a file of any kind
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -29,6 +29,9 @@ __all__ = [
     "why_not_triton",
 ]
 
+MAX_STOKEN_SIZE = 512
+MAX_N_ITER = 100
+
 
 # The public functions are leaves for torch.fx: what they check cannot be asked of a symbolic tensor.
 @torch.fx.wrap
@@ -129,8 +132,8 @@ class SuperTokenAttention(nn.Module):
         """
         Args:
             dim: Channels of the input and of the output.
-            stoken_size: Height and width of a super token's cell in pixels, each at least 1.
-            n_iter: Rounds of association and averaging, at least 1.
+            stoken_size: Height and width of a super token's cell in pixels, each from 1 to 512.
+            n_iter: Rounds of association and averaging, from 1 to 100.
             num_heads: Attention heads; must divide `dim`.
             qkv_bias: Whether the projection to queries, keys and values has a bias.
             attn_drop: Dropout rate of the attention weights.
@@ -153,6 +156,11 @@ class SuperTokenAttention(nn.Module):
         self.backend = check_backend(backend)
         self.stoken_size = _cell_size(stoken_size)
         self.n_iter = _check_n_iter(n_iter)
+        # The smallest image takes memory for a whole cell, and time for every round.
+        if max(self.stoken_size) > MAX_STOKEN_SIZE:
+            raise ValueError(f"stoken_size must be at most {MAX_STOKEN_SIZE} in each axis, got {stoken_size}")
+        if n_iter > MAX_N_ITER:
+            raise ValueError(f"n_iter must be at most {MAX_N_ITER}, got {n_iter}")
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
         # Channels of qkv: for each head its queries, then its keys, then its values (the published order).

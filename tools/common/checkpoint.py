@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from stvit.tools.common.cli import CommandError, reason
+from stvit.weights_file import check_file
 
 # The newest, and the one before it should the newest be damaged on the disk.
 KEPT = 2
@@ -93,6 +94,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CommandError: If the file is not a whole checkpoint.
     """
     try:
+        check_file(path)
         # PyTorch does not look at the checksums that it writes.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -6,8 +6,6 @@ import os
 import pickle
 import pickletools
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import clean_state_dict, get_pretrained_cfg_value, resolve_model_input_args
 from torch import nn
 
@@ -25,6 +22,7 @@ from stvit.pretrained import damage
 from stvit.stvit import strip_prefix_of
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
+from stvit.weights_file import WeightsFileError, read_file
 
 # What a run's checkpoint tells of its model and of the images that it was made for.
 RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
@@ -127,6 +125,9 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any
     return pick_weights(open_file(path), path, use_ema)
 
 
+_NO_WEIGHTS = "it is no file of weights, or a damaged one"
+
+
 def open_file(path: Path) -> Mapping[str, Any]:
     """What a file of weights holds, none of whose code is run.
 
@@ -134,18 +135,12 @@ def open_file(path: Path) -> Mapping[str, Any]:
         path: safetensors, or PyTorch's format: tensors, numbers, strings, and the flags of a run.
 
     Raises:
-        CommandError: If the file cannot be read, or holds more than that; names what.
+        CommandError: If the file cannot be read, could exhaust the memory, or holds more than that; names what.
     """
     if not path.is_file():
         raise CommandError(f"cannot read weights from {path}: it is not a file")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            # Checkpoints of timm and of the authors hold the flags of their runs.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what follows in words
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_file(path)
     except Exception as error:  # unpickling what is no checkpoint raises nearly everything
         wanted = _wanted_code(path, error)
         if wanted:
@@ -153,22 +148,14 @@ def open_file(path: Path) -> Mapping[str, Any]:
                 f"cannot read weights from {path}: it wants to run {', '.join(wanted)}, and no code of a checkpoint is "
                 "run here: ask its owner for the tensors alone, or safetensors"
             ) from error
-        why = reason(error) if isinstance(error, OSError) else _shape_of(path)
+        if isinstance(error, WeightsFileError):
+            why = damage(path) or f"it {error.problem}"
+        else:
+            why = reason(error) if isinstance(error, OSError) else damage(path) or _NO_WEIGHTS
         raise CommandError(f"cannot read weights from {path}: {why}") from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise CommandError(f"cannot read weights from {path}: it holds a {type(content).__name__}, not weights by name")
     return content
-
-
-def _shape_of(path: Path) -> str:
-    """What a file is that is none of weights; what the libraries advise at length is not for it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                return "it is a TorchScript program, give the checkpoint that it was made from"
-    except (OSError, zipfile.BadZipFile):
-        pass
-    return damage(path) or "it is no file of weights, or a damaged one"
 
 
 def _wanted_code(path: Path, error: Exception) -> list[str]:

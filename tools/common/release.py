@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,8 +148,8 @@ def write_release(release: Release, folder: Path, name: str, license: str | None
             else:
                 fresh.mkdir()
                 for file in ("model.safetensors", "config.json", hub.CARD):
-                    if (release.files / file).is_file():
-                        shutil.copyfile(release.files / file, fresh / file)
+                    if os.path.lexists(release.files / file):
+                        hub.copy_file(release.files, file, fresh / file)
                 hub.remove_repeated_arguments(fresh)
                 config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
                 if release.details != config.get("stvit", {}):
@@ -188,6 +188,9 @@ def fresh_folder(path: str | None, replace: bool = False, ours: Set[str] = WRITT
         return
     folder = Path(path).expanduser()
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    links = sorted(name for name in names if (folder / name).is_symlink())
+    if links:  # writing would follow them
+        raise CommandError(f"--output {folder} holds a link, {links[0]}: remove it, or choose another folder")
     card = folder / hub.CARD
     is_ours = names <= ours and card.is_file() and hub.CARD_MARK in card.read_text(encoding="utf-8")
     if folder.is_file() or (names and not (replace and is_ours)):

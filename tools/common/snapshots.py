@@ -134,7 +134,7 @@ class Snapshots:
         place = self._place / str(epoch)
         try:
             _set_aside(self.folder, place)
-        except OSError as error:
+        except (OSError, hub.HubError) as error:
             shutil.rmtree(place, ignore_errors=True)
             self._report("hub_failed", {"epoch": epoch, "error": reason(error)})
             return
@@ -182,31 +182,25 @@ class _Upload(threading.Thread):
 
 
 def _set_aside(folder: Path, place: Path) -> None:
-    """Copies what is to be uploaded of a run, which the training may replace at any moment."""
-    last, main = place / BRANCH, place / "main"
-    for name in _RECORDS:
-        if (folder / name).is_file():
-            last.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, last / name)
+    """Copies what is to be uploaded of a run, which the training may replace at any moment.
+
+    Raises:
+        stvit.hub.HubError: If one of the files is a link.
+        OSError: If one cannot be copied.
+    """
     newest = Checkpoints(folder / "checkpoints").paths()[-1]
-    _link(newest, last / "checkpoints" / newest.name)
+    last = {name: name for name in _RECORDS if os.path.lexists(folder / name)}
+    last[f"checkpoints/{newest.name}"] = f"checkpoints/{newest.name}"
     for name in _WEIGHTS:
-        for file in (folder / name).glob("*.*"):
-            _link(file, last / name / file.name)
-    for part, target in (("last", last), ("best", main)):
-        for file in (folder / part).glob("*.*"):
-            _link(file, target / file.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-links a file that is replaced but never written to; copies it where there are no hard links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if os.name == "nt":  # an upload has the file open, and under no name can it be replaced meanwhile
-            raise OSError("hard links of open files cannot be replaced")
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        last |= {f"{name}/{file.name}": f"{name}/{file.name}" for file in (folder / name).glob("*.*")}
+    last |= {file.name: f"last/{file.name}" for file in (folder / "last").glob("*.*")}
+    main = {file.name: f"best/{file.name}" for file in (folder / "best").glob("*.*")}
+    for part, files in ((BRANCH, last), ("main", main)):
+        for name, source in files.items():
+            # Weights and checkpoints are replaced but never written to: a hard link holds what they are now. Not on
+            # Windows, where a file that an upload has open cannot be replaced.
+            is_replaced = source not in _RECORDS and os.name != "nt"
+            hub.copy_file(folder, source, place / part / name, link=is_replaced)
 
 
 def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:

@@ -104,12 +104,14 @@ def write_space(folder: Path, repo_id: str, model: str, what: str, license: str 
 
 
 def _copy_package(source: Path, target: Path) -> None:
-    shutil.copytree(
-        source,
-        target,
-        ignore=lambda _, names: [name for name in names if name == "__pycache__" or name.endswith((".pyc", ".tmp"))],
-        dirs_exist_ok=True,
-    )
+    """Copies the files of an installed package, without compiled and temporary ones.
+
+    Raises:
+        stvit.hub.HubError: If the package holds a link to a file.
+    """
+    for name in hub.list_files(source):
+        if "__pycache__" not in name.split("/") and not name.endswith((".pyc", ".tmp")):
+            hub.copy_file(source, name, target / name)
 
 
 def _requirements() -> list[str]:

@@ -1,7 +1,6 @@
 """Models to look at: classifiers and detectors, of a run, a file, the Hub, or with random weights."""
 
 import argparse
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from stvit import hub, images, visualize
 from stvit.tools.common.cli import CommandError, reason
 from stvit.tools.common.image_folders import find_image_files
 from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
+from stvit.weights_file import WeightsFileError, class_names
 
 # Of an image that a model is shown; the network's time and memory grow with them.
 MAX_PIXELS = 64 * 2**20
@@ -120,11 +120,10 @@ def _detector_in(path: Path) -> Path | None:
     if path.suffix != ".pt" or not path.is_file():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    except (OSError, zipfile.BadZipFile):  # what it is, is said where it is read
+        names = class_names(path)
+    except (OSError, WeightsFileError):  # the reader of the file says what is wrong
         return None
-    return path if any(b"ultralytics.nn." in content for content in pickles) else None
+    return path if any(name.startswith("ultralytics.nn.") for name in names) else None
 
 
 def _open_detector(path: Path) -> Any:

@@ -1,0 +1,261 @@
+"""Checks what config.json says of a model before anything is built from it.
+
+A folder or a repository on the Hub may come from anybody. Each field that timm or this package uses has a type and a
+range here, and the parameters of a model are counted while it is built.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+__all__ = ["ModelTooLargeError", "check_model_args", "check_pretrained_cfg", "limit_parameters", "read_config"]
+
+MAX_CONFIG = 64 << 20  # bytes
+MAX_IMAGE = 1 << 28  # values of an image: 1 GB in float32
+MAX_SIDE = 1 << 14
+MAX_CLASSES = 1 << 24
+MAX_NUMBER = 1e9
+MAX_LENGTH = 10_000
+# Modules and parameters of a model; the largest models of timm have a few thousand.
+MAX_PARTS = 20_000
+
+
+class ModelTooLargeError(ValueError):
+    """Raised while a model is built that has more parameters than its weights."""
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Reads config.json and checks its fields.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name of the architecture, fields of timm's `PretrainedCfg`, arguments of the model.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not JSON, or a field has a wrong type or range; names the field.
+    """
+    if path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes, and {MAX_CONFIG:,} is the limit")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError("architecture must be the name of a model")
+    cfg = config.get("pretrained_cfg", config)  # older files have no level below
+    if not isinstance(cfg, dict):
+        raise ValueError(f"pretrained_cfg must be a mapping of names to values, got {_short(cfg)}")
+    cfg = {**cfg, **{key: config[key] for key in ("num_classes", "label_names") if config.get(key) is not None}}
+    args = config.get("model_args") or {}
+    check_pretrained_cfg(cfg)
+    check_model_args(args)
+    return config["architecture"], cfg, args
+
+
+def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
+    """Checks the fields of timm's `PretrainedCfg`.
+
+    Args:
+        cfg: Fields by name. A field that is missing or None has timm's default.
+
+    Raises:
+        ValueError: If a field has another type or range; names it.
+    """
+    for key, (is_valid, wanted) in _FIELDS.items():
+        value = cfg.get(key)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{key} must be {wanted}, got {_short(value)}")
+
+
+def check_model_args(args: Any) -> None:
+    """Checks the arguments of a model that config.json holds (`model_args`).
+
+    The model checks what it alone knows. Here are the arguments that all models share, and limits for any other.
+
+    Raises:
+        ValueError: If an argument has another type or range; names it.
+    """
+    if not isinstance(args, Mapping):
+        raise ValueError(f"model_args must be a mapping of names to values, got {_short(args)}")
+    for key, value in args.items():
+        if value is None:
+            continue
+        is_valid, wanted = _ARGUMENTS.get(key, (_is_modest, _MODEST))
+        if "drop" in key and key.endswith("_rate"):
+            is_valid, wanted = _is_rate, "a number from 0 to 1"
+        if not is_valid(value):
+            raise ValueError(f"{key} must be {wanted}, got {_short(value)}")
+
+
+@contextmanager
+def limit_parameters(limit: int | None) -> Iterator[None]:
+    """Context manager: a model that this thread builds has at most a number of parameters.
+
+    Layers allocate a parameter before they fill it, and memory is taken when it is filled. The error thus comes before
+    the parameter that exceeds the limit takes any.
+
+    Args:
+        limit: Number of parameters; None for no limit.
+
+    Raises:
+        ModelTooLargeError: If the model has more.
+    """
+    if limit is None:
+        yield
+        return
+    thread, parameters, parts = threading.get_ident(), 0, 0
+
+    def count(_module: Any, _name: str, part: Any) -> None:
+        nonlocal parameters, parts
+        if part is None or threading.get_ident() != thread:
+            return
+        parts += 1
+        parameters += part.numel() if hasattr(part, "numel") else 0
+        if parameters > limit or parts > MAX_PARTS:
+            many = f"{limit:,} parameters" if parameters > limit else f"{MAX_PARTS:,} modules and parameters"
+            raise ModelTooLargeError(
+                f"architecture and model_args describe a model of more than {many}, which does not belong to the "
+                "weights; to build such a model, pass its arguments to timm.create_model by the architecture's name"
+            )
+
+    handles = [
+        register_module_parameter_registration_hook(count),
+        register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types and ranges
+
+
+def _is_integer(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    )
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value, 0, 1)
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool], low: int = 0, high: int = MAX_LENGTH) -> bool:
+    return isinstance(value, list | tuple) and low <= len(value) <= high and all(map(is_item, value))
+
+
+def _is_image_size(value: Any) -> bool:
+    return _is_list(value, lambda side: _is_integer(side, 1), 3, 3) and math.prod(value) <= MAX_IMAGE
+
+
+def _is_size(value: Any) -> bool:
+    sides = [value, value] if _is_integer(value) else value
+    return _is_list(sides, lambda side: _is_integer(side, 1), 2, 2) and math.prod(sides) * 3 <= MAX_IMAGE
+
+
+def _is_std(value: Any) -> bool:
+    return _is_number(value, 0, MAX_NUMBER) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_crop(value: Any) -> bool:
+    return _is_number(value, 0.05, 2)
+
+
+def _is_layer(value: Any) -> bool:
+    return _is_text(value) or _is_list(value, _is_text)
+
+
+def _is_modest(value: Any, depth: int = 0) -> bool:
+    """Whether a value of any kind has no huge or infinite number in it."""
+    if depth > 10:
+        return False
+    if isinstance(value, int | float):
+        return _is_number(value, -MAX_NUMBER, MAX_NUMBER) or isinstance(value, bool)
+    if isinstance(value, Mapping):
+        return len(value) <= MAX_LENGTH and all(_is_modest(item, depth + 1) for item in value.values())
+    if isinstance(value, list | tuple):
+        return len(value) <= MAX_LENGTH and all(_is_modest(item, depth + 1) for item in value)
+    return True
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "a deeply nested value"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+_IMAGE = (_is_image_size, f"three integers of at least 1 (channels, height, width) with a product up to {MAX_IMAGE:,}")
+_CROP = (_is_crop, "a number from 0.05 to 2")
+_TEXT = (_is_text, "text")
+_INTEGERS = (lambda value: _is_list(value, lambda item: _is_integer(item, 1, MAX_SIDE)), "a list of integers")
+_LAYER = (_is_layer, "the name of a layer or a list of them")
+_MODEST = f"made of finite numbers up to {MAX_NUMBER:g} and at most {MAX_LENGTH:,} items"
+_CLASSES = (lambda value: _is_integer(value, 0, MAX_CLASSES), f"an integer from 0 to {MAX_CLASSES:,}")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": _IMAGE,
+    "test_input_size": _IMAGE,
+    "min_input_size": _IMAGE,
+    "fixed_input_size": (_is_bool, "true or false"),
+    "interpolation": _TEXT,
+    "crop_pct": _CROP,
+    "test_crop_pct": _CROP,
+    "crop_mode": _TEXT,
+    "mean": (
+        lambda value: _is_list(value, lambda item: _is_number(item, -MAX_NUMBER, MAX_NUMBER), 1),
+        "a list of numbers",
+    ),
+    "std": (lambda value: _is_list(value, _is_std, 1), "a list of numbers above 0"),
+    "num_classes": _CLASSES,
+    "label_offset": (lambda value: _is_integer(value, 0, MAX_CLASSES), "an integer of at least 0"),
+    "label_names": (
+        lambda value: isinstance(value, Mapping) or _is_list(value, _is_text, 0, MAX_CLASSES),
+        "a list of names",
+    ),
+    "label_descriptions": (lambda value: isinstance(value, Mapping | list | tuple), "a mapping of names to texts"),
+    "pool_size": _INTEGERS,
+    "test_pool_size": _INTEGERS,
+    "first_conv": _LAYER,
+    "classifier": _LAYER,
+    "custom_load": (lambda value: _is_bool(value) or _is_text(value), "true or false"),
+    "hf_hub_filename": _TEXT,
+    "license": _TEXT,
+}
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_classes": _CLASSES,
+    "in_chans": (lambda value: _is_integer(value, 1, MAX_SIDE), f"an integer from 1 to {MAX_SIDE:,}"),
+    "img_size": (_is_size, f"an integer or a pair of them of at least 1, with an area up to {MAX_IMAGE // 3:,}"),
+    "features_only": (_is_bool, "true or false"),
+    "out_indices": (
+        lambda value: _is_integer(value, -1000, 1000) or _is_list(value, lambda item: _is_integer(item, -1000, 1000)),
+        "an integer or a list of them",
+    ),
+}
