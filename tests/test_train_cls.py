@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -385,12 +386,34 @@ def test_bad_recipe_is_refused(recipe: str, said: str, tmp_path: Path, capsys: p
     assert said in line and str(path) in line
 
 
-def test_recipe_in_another_encoding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nested without end, growing without end, too large, and no text at all."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("output: Größe", encoding="utf-16")
-    assert f"cannot read --config {path}: byte 0 is not UTF-8 text; save the file as UTF-8" in refused(
-        capsys, f"--config={path}"
-    )
+    laughs = "\n".join([f"a0: &a0 [{'x, ' * 9}]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 30))])
+    recipes = {
+        "nested too deeply": "model_kwargs: " + "[" * 3000 + "]" * 3000,
+        "nested too": "model_kwargs: " + "{a: " * 3000 + "}" * 3000,
+        "more than 10000 values": laughs,
+        "contains itself": "model_kwargs: &a {a: *a}",
+        "a value of 100000 characters": f"epochs: {'9' * 100_000}",
+        "special characters are not allowed": "\0\1\2",
+        "month must be in 1..12": "model: 2020-13-99",
+        "stands twice": "epochs: 1\nepochs: 2",
+        "unhashable key": "{[1]: 2}",
+    }
+    for said, text in recipes.items():
+        path.write_text(text)
+        line = refused(capsys, f"--config={path}")
+        assert f"cannot read --config {path}: " in line and said in line
+    path.write_bytes(bytes(range(128, 256)))
+    assert "byte 0 is not UTF-8 text; save the file as UTF-8" in refused(capsys, f"--config={path}")
+    os.truncate(path, 1 << 30)
+    assert "1073741824 bytes, more than the limit of 1048576" in refused(capsys, f"--config={path}")
+    path.write_text(f"epochs: [{'1, ' * 5000}]")
+    assert len(refused(capsys, f"--config={path}")) < 400
+    # An alias is no crime.
+    path.write_text("mean: &x [0.5]\nstd: *x\n")
+    assert train_cls.parse_args([f"--config={path}"]).std == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -344,3 +344,88 @@ def test_hostile_file_runs_nothing(digits_folder: Path, tmp_path: Path, capsys: 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
     assert "cannot read weights from" in refused(capsys, *flags)
     assert not (tmp_path / "harm").exists()
+
+
+# Names that plots and files may not take
+
+
+def with_class(folder: Path, name: bytes) -> Path:
+    """Renames a class of both splits; the name need not be valid text."""
+    for split in (b"train", b"val"):
+        place = os.fsencode(folder) + b"/" + split + b"/"
+        os.rename(place + b"digit_0", place + name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["$a__b$", "$", r"$\frac{", "a\nb", "犬", "_" * 200])
+def test_every_name_of_a_class_is_evaluated_and_drawn(
+    name: str, own_digits_folder: Path, run_folder: Path, validate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """matplotlib takes text between dollar signs for a formula."""
+    data = with_class(own_digits_folder, name.encode())
+    map_file = own_digits_folder / "names.txt"
+    map_file.write_text("\n".join([name, "digit_1", "digit_2", "digit_3"]))
+    flags = [f"--checkpoint={run_folder}"]
+    if "\n" not in name:
+        flags.append(f"--class-map={map_file}")
+        results = validate(*flags, data=data)
+        assert name in (results["folder"] / "per_class.csv").read_text()
+        with Image.open(results["folder"] / "confusion.png") as picture:
+            assert picture.width > 500
+    confusion = torch.eye(2, dtype=torch.int64)
+    assert validate_cls.draw_confusion(confusion, [name, "b"], own_digits_folder / "a.png")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_failed_picture_is_a_warning(
+    run_folder: Path, validate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from matplotlib.figure import Figure
+
+    def savefig(*_: object, **__: object) -> None:
+        raise ValueError("a font is missing")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    results = validate(f"--checkpoint={run_folder}")
+    assert results["images"] == 20 and (results["folder"] / "per_class.csv").exists()
+    assert not list(results["folder"].glob("confusion*"))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"warning: cannot draw {results['folder'] / 'confusion.png'}: a font is missing"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(
+    own_digits_folder: Path, run_folder: Path, validate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image may have one; a class may not, for its name goes into every result."""
+    train = [*"--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --max-bad-images=1".split()]
+    train += [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--experiment=it"]
+    place = os.fsencode(own_digits_folder / "val/digit_0")
+    name = min(os.listdir(place))
+    os.rename(place + b"/" + name, place + b"/\xff" + name)
+    shutil.copy(place + b"/\xff" + name, os.fsencode(own_digits_folder / "train/digit_0") + b"/\xfe.png")
+    Path(os.fsdecode(os.fsencode(own_digits_folder / "train/digit_0") + b"/\xfe.png")).write_bytes(b"")
+    assert train_cls.main(train) == 0
+    assert validate(f"--checkpoint={tmp_path / 'it'}", data=own_digits_folder)["images"] == 20
+    (line,) = (tmp_path / "it/bad_images.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["image"].endswith("\udcfe.png")
+    capsys.readouterr()
+    data = with_class(own_digits_folder, b"caf\xe9")
+    for command, flags in (
+        (train_cls.main, [*train, "--experiment=other"]),
+        (validate_cls.main, [f"--checkpoint={run_folder}", f"--data-dir={data}", "--workers=0"]),
+    ):
+        assert command(flags) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: class 'caf\\udce9' of {data}: its name is not valid UTF-8")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_data_folder_that_is_not_utf8(own_digits_folder: Path, tmp_path: Path) -> None:
+    moved = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    own_digits_folder.rename(moved)
+    flags = "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --experiment=it".split()
+    assert train_cls.main([*flags, f"--data-dir={moved}", f"--output={tmp_path}"]) == 0
+    details = json.loads((tmp_path / "it/best/config.json").read_text(encoding="utf-8"))["stvit"]
+    assert details["metrics"][0]["dataset"] == "images in caf\N{REPLACEMENT CHARACTER}"
+    assert train_cls.main([f"--config={tmp_path / 'it/config.yaml'}", "--epochs=2", "--resume=auto"]) == 0

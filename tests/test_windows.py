@@ -21,6 +21,7 @@ from stvit.tools import train_cls, visualize
 from stvit.tools.benchmarks import measure
 from stvit.tools.common import cli
 from stvit.tools.common.cli import CommandError
+from stvit.tools.common.locks import PathLock
 from stvit.tools.common.processes import check_dtype, join_world
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +237,8 @@ def test_windows_paths_in_recipes(
 def test_names_of_runs(model: str, name: str, tmp_path: Path) -> None:
     """They hold no characters that Windows refuses or that begin another folder."""
     args = train_cls.parse_args([f"--model={model}", f"--output={tmp_path}"])
-    folder, _ = train_cls.find_run(args, (3, 32, 32))
+    with PathLock() as lock:
+        folder, _ = train_cls.find_run(args, (3, 32, 32), lock)
     assert folder.parent == tmp_path and folder.name.split("-", 2)[2] == f"{name}-32"
 
 

@@ -24,8 +24,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
 
 import argparse
+import itertools
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -58,6 +60,8 @@ from stvit import hub
 from stvit.safe_text import redact_values
 from stvit.tools.common.checkpoint import (
     Checkpoints,
+    find_mismatch,
+    find_optimizer_mismatch,
     get_random_state,
     load_checkpoint,
     replace_files,
@@ -66,15 +70,18 @@ from stvit.tools.common.checkpoint import (
 )
 from stvit.tools.common.cli import (
     CommandError,
+    CommandLineSwitch,
     Interrupted,
     KeyValues,
     Parser,
     Switch,
     count,
+    load_yaml,
     parse_with_recipe,
     positive,
     progress_bar,
     rate,
+    read_text,
     reason,
     run,
 )
@@ -90,10 +97,13 @@ from stvit.tools.common.data import (
     resolve_images,
 )
 from stvit.tools.common.evaluation import evaluate
-from stvit.tools.common.logs import RunLog, require_loggers
+from stvit.tools.common.fingerprint import find_changes, find_fingerprint_mismatch, fingerprint
+from stvit.tools.common.locks import InUseError, PathLock
+from stvit.tools.common.logs import RunLog, has_matplotlib, require_loggers
 from stvit.tools.common.model import check_img_size, create_model, read_weights
 from stvit.tools.common.processes import (
     DTYPES,
+    StopNow,
     StopRequest,
     World,
     add_device_arguments,
@@ -103,6 +113,12 @@ from stvit.tools.common.processes import (
 )
 from stvit.tools.common.snapshots import Snapshots, fetch_run, read_remote_recipe
 
+# A signal ends the run within a second or so, unless images do not arrive: then after so many seconds.
+PATIENCE_S = 3.0
+# Images (B, C, H, W) and class numbers (B,).
+Batch = tuple[torch.Tensor, torch.Tensor]
+# File in the folder of a run by which its process locks it; see `PathLock`.
+RUN_LOCK = ".lock"
 # Flags that a resumed run may change: they say where and how fast, not what.
 FREE_FLAGS = {
     "batch_size",
@@ -246,6 +262,11 @@ def create_parser() -> Parser:
         "wrote, if anything; another --epochs extends or shortens the run",
     )
     group.add_argument(
+        "--allow-changed-data",
+        action=CommandLineSwitch,
+        help="resume although the images or the names of their classes have changed",
+    )
+    group.add_argument(
         "--checkpoint-steps", type=count, default=500, metavar="N", help="updates between checkpoints within an epoch"
     )
     group.add_argument(
@@ -316,19 +337,37 @@ def train(args: argparse.Namespace) -> None:
         CommandError: If the data, the model or the run is at fault, or a signal ended it.
     """
     require_loggers(args.log_tensorboard, args.wandb_project if args.log_wandb else None)
-    with join_world(args.device, args.dist_backend) as world, StopRequest() as stop:
-        _Training(args, world, stop).run()
+    with join_world(args.device, args.dist_backend) as world, StopRequest() as stop, PathLock() as lock:
+        try:
+            with stop.at_once():
+                training = _Training(args, world, stop, lock)
+        except StopNow:
+            stopped = _Stopped(stop)
+            raise Interrupted(f"{stopped} before the training began", stopped.signum) from None
+        training.run()
 
 
 class _Training:
     """One run: what it is made of, and its steps from top to bottom."""
 
-    def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest) -> None:
+    def __init__(self, args: argparse.Namespace, world: World, stop: StopRequest, lock: PathLock) -> None:
+        """Prepares the run.
+
+        Args:
+            args: The flags; flags that were left out are filled in.
+            world: The processes of the run.
+            stop: Signals that ask the run to end.
+            lock: Lock to take on the folder of the run, by the first process.
+
+        Raises:
+            CommandError: If the flags, the data or the model are at fault, or the folder is in use.
+        """
         self.args, self.world, self.stop = args, world, stop
         _check_args(args, world)
         world.by_first(partial(_check_hub, args))
         random_seed(args.seed)
         images = open_images(args, world)
+        self.data = world.by_first(partial(fingerprint, images))
         self.train_set, self.val_set, self.class_names = images.train, images.val, images.class_names
         args.num_classes = _num_classes(args.num_classes, self.class_names)
 
@@ -368,10 +407,11 @@ class _Training:
         if world.size > 1:
             self.task.prepare_distributed(device_ids=[world.device] if world.device.type == "cuda" else None)
 
-        self.folder, resumed = world.by_first(partial(find_run, args, self.data_config["input_size"]))
+        self.folder, resumed = world.by_first(partial(find_run, args, self.data_config["input_size"], lock))
         world.by_first(partial(_check_remote_run, args, is_resumed=resumed is not None))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoint_epochs)
         self.progress = Progress()
+        self.changes: list[str] = []  # of the images, on which the run goes on all the same
         self.former_epochs: int | None = None  # of a run whose number of epochs this command changes
         random_seed(args.seed, world.rank)
         if resumed is not None:
@@ -428,7 +468,7 @@ class _Training:
             if log is not None:
                 log.close()
         if world.is_first:
-            if not (self.folder / "curve.png").exists():
+            if not has_matplotlib():
                 print("there is no curve.png, for which matplotlib is needed: pip install matplotlib")
             bad = len(self.bad_images.names())
             if bad:
@@ -456,6 +496,8 @@ class _Training:
             "resume" if progress.epoch or progress.step else "start",
             {"epoch": progress.epoch, "step": progress.step, "processes": self.world.size, "torch": torch.__version__},
         )
+        if self.changes:
+            log.event("changed_data", {"changes": self.changes})
         if self.former_epochs is not None:
             log.event("epochs", {"from": self.former_epochs, "to": args.epochs, "lr": self._lr()})
         return log
@@ -488,7 +530,12 @@ class _Training:
         batches = self.loader.epoch(progress.epoch, progress.step * accum)
         while progress.step < self.updates:
             for micro_step in range(1, accum + 1):
-                image, target, labels = self._next_batch(batches)
+                try:
+                    # Within an update the state is not whole.
+                    image, target, labels = self._next_batch(batches, can_stop=micro_step == 1)
+                except _Stopped:
+                    progress.loss_sum, progress.correct = loss_sum.item(), int(correct)
+                    raise
                 if image is None:
                     break
                 with task.no_sync() if micro_step < accum else nullcontext():
@@ -545,9 +592,22 @@ class _Training:
         if self.mixup is not None and args.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < args.mixup_off_epoch
 
-    def _next_batch(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Any, Any, Any]:
+    def _read(self, batches: Iterator[Batch], can_stop: bool = True) -> Batch | None:
+        """Reads the next batch; returns None at the end.
+
+        Raises:
+            _Stopped: If `can_stop` and a signal has come, also while it waits: images may be where nothing answers.
+        """
+        try:
+            # One process of several must not leave alone: the others would wait for it.
+            with self.stop.at_once(can_stop and self.world.size == 1, PATIENCE_S):
+                return next(batches, None)
+        except StopNow:
+            raise _Stopped(self.stop) from None
+
+    def _next_batch(self, batches: Iterator[Batch], can_stop: bool) -> tuple[Any, Any, Any]:
         """Images, what to learn, and class numbers; None for the images at the end."""
-        batch = next(batches, None)
+        batch = self._read(batches, can_stop)
         if batch is None:
             return None, None, None
         image, labels = batch
@@ -661,25 +721,19 @@ class _Training:
             )
 
     def _evaluate(self, model: nn.Module) -> OrderedDict[str, float]:
-        def leave_if_asked(*_: object) -> None:
-            if self.stop:
-                raise _Stopped(self.stop)
+        def batches() -> Iterator[Batch]:
+            iterator = iter(self.val_loader)
+            while (batch := self._read(iterator)) is not None:
+                yield batch
 
-        return evaluate(
-            model,
-            self.val_loader,
-            self.world,
-            autocast(self.args, self.world),
-            self.args.channels_last,
-            # One process of several must not leave alone: the others would wait for it.
-            on_batch=leave_if_asked if self.world.size == 1 else None,
-        )
+        return evaluate(model, batches(), self.world, autocast(self.args, self.world), self.args.channels_last)
 
     # Checkpoints
 
     def _save_model(self, model: nn.Module, name: str, kind: str, row: dict[str, Any]) -> None:
         args = self.args
-        dataset = args.dataset or f"images in {Path(args.data_dir).name}"
+        folder = os.fsencode(Path(args.data_dir or "").name).decode("utf-8", "replace")
+        dataset = args.dataset or f"images in {folder}"
         how = (
             f"{len(self.val_set)} images of {args.val_split} at {self.data_config['input_size'][-1]} pixels, crop "
             f"{self.data_config['crop_pct']:g}, {self.data_config['interpolation']}; tools/train_cls.py after epoch "
@@ -696,30 +750,39 @@ class _Training:
 
     def _save_checkpoint(self) -> None:
         """Writes all that the rest of the run depends on."""
-        progress, task = self.progress, self.task
-        own = {
+        progress = self.progress
+        processes = self.world.gather(self._own_state())
+        if not self.world.is_first:
+            return
+        state = self._shared_state() | {"processes": processes}
+        self.checkpoints.save(state, progress.epoch, progress.step)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Returns the state that each process has for itself."""
+        progress = self.progress
+        return {
             "random": get_random_state(self.world.device),
             "loss_sum": progress.loss_sum,
             "correct": progress.correct,
             "images": progress.images,
         }
-        processes = self.world.gather(own)
-        if not self.world.is_first:
-            return
+
+    def _shared_state(self) -> dict[str, Any]:
+        """Returns the state that is the same in each process."""
         state = {
-            "progress": asdict(progress),
-            "processes": processes,
+            "progress": asdict(self.progress),
             "recipe": _recipe_key(self.args),
             "update_images": self._update_images(),
             "images": [len(self.train_set), len(self.val_set)],
+            "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else _schedule_state(self.scheduler),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
-        if task.has_ema():
-            state["model_ema"] = unwrap_model(task.get_trainable_module(ema=True)).state_dict()
-        self.checkpoints.save(state, progress.epoch, progress.step)
+        if self.task.has_ema():
+            state["model_ema"] = unwrap_model(self.task.get_trainable_module(ema=True)).state_dict()
+        return state
 
     def _update_images(self) -> int:
         return self.args.batch_size * self.args.grad_accum_steps * self.world.size
@@ -731,18 +794,18 @@ class _Training:
             CommandError: If the checkpoint is damaged or is of another run.
         """
         state = load_checkpoint(path)
+        mismatch = self._find_mismatch(state)
+        if mismatch is not None:
+            raise CommandError(
+                f"{path} does not fit this run: {mismatch}; resume from another checkpoint (--resume PATH), or start "
+                "afresh with another --experiment, from its weights if you like (--pretrained-path)"
+            )
         if state["update_images"] != self._update_images():
             raise CommandError(
                 f"{path} is of a run with {state['update_images']} images an update, this one has "
                 f"{self._update_images()}: let processes x --batch-size x --grad-accum-steps be the same"
             )
-        then, now = state["images"], [len(self.train_set), len(self.val_set)]
-        if then != now:
-            raise CommandError(
-                f"{path} is of a run on {then[0]} training and {then[1]} validation images, here are {now[0]} and "
-                f"{now[1]}: go on with the same, or start afresh with another --experiment, from its weights if you "
-                "like (--pretrained-path)"
-            )
+        self.changes = self._find_changes(state, path)
         try:
             self.model.load_state_dict(state["model"])
             if self.task.has_ema():
@@ -750,24 +813,76 @@ class _Training:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            self.progress = Progress(**{key: state["progress"][key] for key in asdict(Progress())})
+            self.progress.step = min(self.progress.step, self.updates)  # of changed images there may be fewer
+            self._resume_schedule(state)
+            self._resume_process(state["processes"])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CommandError(f"{path} does not fit this run: {reason(error)}") from error
-        self.progress = Progress(**state["progress"])
-        self._resume_schedule(state)
-        processes, rank = state["processes"], self.world.rank
+        self.world.say(f"resuming {path}: {self.progress.epoch} epochs and {self.progress.step} updates are done")
+
+    def _find_mismatch(self, state: dict[str, Any]) -> str | None:
+        """Compares a state with the one that this run would save; returns the first difference in structure."""
+        like = self._shared_state()
+        for key in ("recipe", "optimizer", "data"):  # are compared elsewhere
+            del like[key]
+        mismatch = find_mismatch(state, {**like, "processes": []})
+        mismatch = mismatch or find_optimizer_mismatch(state.get("optimizer"), self.optimizer)
+        if mismatch is None and "data" in state:  # which checkpoints of earlier versions lack
+            mismatch = find_fingerprint_mismatch(state["data"])
+        if mismatch is not None:
+            return mismatch
+        own = self._own_state()
+        own["random"] = get_random_state(torch.device("cpu"))  # a run may go on on another device
+        own["random"]["python"][2] = None  # a number or nothing
+        for i, process in enumerate(state["processes"]):
+            mismatch = find_mismatch(process, own, f"processes[{i}]")
+            if mismatch is not None:
+                return mismatch
+        return _find_wrong_progress(state)
+
+    def _find_changes(self, state: dict[str, Any], path: Path) -> list[str]:
+        """Returns what has changed of the images since a checkpoint was written.
+
+        Raises:
+            CommandError: If something has, and --allow-changed-data is not given.
+        """
+        if "data" in state:
+            changes = find_changes(state["data"], self.data)
+        else:
+            then, now = state["images"], [len(self.train_set), len(self.val_set)]
+            kinds = zip(("training", "validation"), then, now, strict=True)
+            changes = [f"{kind} images: {old}, now {new}" for kind, old, new in kinds if old != new]
+            self.world.say(
+                f"{path} was written by an earlier version, which did not note the names of the images and classes: "
+                "make sure that they are the same as before"
+            )
+        if changes and not self.args.allow_changed_data:
+            raise CommandError(
+                f"the images are not those that {path} was trained on ({'; '.join(changes)}): results would mix both, "
+                "and class names could be wrong; put the images back, start afresh with another --experiment, from "
+                "the weights of this run if you like (--pretrained-path), or pass --allow-changed-data to go on "
+                "with the images and names as they are now"
+            )
+        for change in changes:
+            self.world.say(f"going on with changed data: {change}")
+        return changes
+
+    def _resume_process(self, processes: list[dict[str, Any]]) -> None:
+        """Loads what each process has for itself, or deals it out to another number of processes."""
+        rank = self.world.rank
         if len(processes) == self.world.size:
             own = processes[rank]
             set_random_state(own["random"], self.world.device)
             for name in ("loss_sum", "correct", "images"):
                 setattr(self.progress, name, own[name])
-        else:
-            # The data stay the same, what each process draws by itself (dropout, mixup, …) cannot.
-            for name in ("loss_sum", "correct", "images"):
-                total = sum(process[name] for process in processes)
-                setattr(self.progress, name, total if rank == 0 else 0)
-            random_seed(self.args.seed + self.progress.epoch * self.updates + self.progress.step, rank)
-            self.world.say(f"resuming on {self.world.size} processes what {len(processes)} began")
-        self.world.say(f"resuming {path}: {self.progress.epoch} epochs and {self.progress.step} updates are done")
+            return
+        # The data stay the same, what each process draws by itself (dropout, mixup, …) cannot.
+        for name in ("loss_sum", "correct", "images"):
+            total = sum(process[name] for process in processes)
+            setattr(self.progress, name, total if rank == 0 else 0)
+        random_seed(self.args.seed + self.progress.epoch * self.updates + self.progress.step, rank)
+        self.world.say(f"resuming on {self.world.size} processes what {len(processes)} began")
 
     def _resume_schedule(self, state: dict[str, Any]) -> None:
         """Loads the schedule's state, or moves a schedule for another number of epochs to where the run is."""
@@ -779,7 +894,7 @@ class _Training:
             if isinstance(self.scheduler, PlateauLRScheduler):
                 self.scheduler.restore_lr = state["scheduler"]["restore_lr"]
                 self.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["plateau"])
-            elif then == args.epochs:
+            elif then == args.epochs and not self.changes:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:  # each call does nothing if the schedule counts in the other unit
                 self.scheduler.step(progress.epoch)
@@ -801,6 +916,27 @@ def _schedule_state(scheduler: Any) -> dict[str, Any]:
         return {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
     state: dict[str, Any] = scheduler.state_dict()
     return state
+
+
+def _find_wrong_progress(state: dict[str, Any]) -> str | None:
+    """Returns what is impossible in the progress of a state of the right structure; None if nothing is."""
+    progress, processes = state["progress"], state["processes"]
+    epoch, step, history = progress["epoch"], progress["step"], progress["history"]
+    if not processes:
+        return "processes is empty"
+    if min(epoch, step, *(process["images"] for process in processes)) < 0:
+        return "progress is negative"
+    if (step > 0) != (sum(process["images"] for process in processes) > 0):
+        return f"progress.step is {step}, but the processes have seen {'no' if step else 'some'} images since"
+    measured = {"epoch": 0, "train_loss": 0.0, "train_top1": 0.0, "eval_loss": 0.0, "eval_top1": 0.0}
+    if len(history) != epoch:
+        return f"progress.history has {len(history)} epochs, expected {epoch}"
+    for i, row in enumerate(history):
+        mismatch = find_mismatch(row, measured, f"progress.history[{i}]")
+        mismatch = mismatch or find_mismatch(row, dict.fromkeys(history[0], 0.0), f"progress.history[{i}]")
+        if mismatch is not None or len(row) != len(history[0]):
+            return mismatch or f"progress.history[{i}] has other columns than the first row"
+    return None
 
 
 class _Stopped(Exception):
@@ -955,24 +1091,42 @@ def create_mixup(args: argparse.Namespace) -> Mixup | None:
 # The run's folder
 
 
-def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path, Path | None]:
-    """The folder of this run, and the checkpoint to go on from (None to begin)."""
+def find_run(args: argparse.Namespace, input_size: Sequence[int], lock: PathLock) -> tuple[Path, Path | None]:
+    """Finds the folder of this run, and locks it.
+
+    Args:
+        args: The flags.
+        input_size: (C, H, W) of the images.
+        lock: Lock to take, so that no other process writes to the folder.
+
+    Returns:
+        The folder, and the checkpoint to go on from; None for the latter to begin.
+
+    Raises:
+        CommandError: If the folder is in use, holds another run, or cannot be made, or there is no checkpoint.
+    """
     output = Path(args.output).expanduser()
     if args.resume and args.resume.startswith(("hf-hub:", "hf_hub:")):
-        return fetch_run(
+        folder, path = fetch_run(
             args.resume, output, args.experiment, lambda state, name: _check_same_recipe(args, state, name)
         )
+        _lock_run(folder, lock)
+        return folder, path
     if args.resume and args.resume != "auto":
         path = Path(args.resume).expanduser()
         if path.is_dir():
             folder = path
+            _lock_run(folder, lock)
             found = Checkpoints(folder / "checkpoints").load()
         else:
             path = path.resolve()
             if path.is_file() and path.parent.name != "checkpoints":
                 raise CommandError(f"--resume {path} must be in the folder checkpoints/ of its run, to go on there")
             folder = path.parent.parent
-            found = (load_checkpoint(path), path) if path.is_file() else None
+            found = None
+            if path.is_file():
+                _lock_run(folder, lock)
+                found = load_checkpoint(path), path
         if found is None:
             raise CommandError(
                 f"--resume {args.resume}: no checkpoint there; give a run's folder, a checkpoint, or auto"
@@ -983,43 +1137,90 @@ def find_run(args: argparse.Namespace, input_size: Sequence[int]) -> tuple[Path,
     if args.experiment is None and args.resume == "auto":
         own = _comparable(_resolved(args))
         others: dict[Path, Any] = {}  # that differ in the number of epochs only, newest first
-        for checkpoints in sorted(output.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True):
+        for checkpoints in sorted(filter(Path.is_dir, output.glob("*/checkpoints")), key=_changed_at, reverse=True):
             recipe = _recipe_of(checkpoints.parent)
             if recipe == own:
+                _lock_run(checkpoints.parent, lock)
                 found = Checkpoints(checkpoints).load()
                 if found is not None:
                     return checkpoints.parent, found[1]
+                lock.release()
             elif recipe is not None and {**recipe, "epochs": own["epochs"]} == own:
                 others[checkpoints.parent] = recipe.get("epochs")
         for run, epochs in list(others.items())[:1]:
             print(f"{run} is the same run with --epochs {epochs}; to change its epochs, pass --experiment {run.name}")
-    # Of 'local-dir:C:\\models\\x' and 'hf-hub:org/name' too, as one name that every system takes.
-    model = re.sub(r"[^\w.-]+", "_", args.model.partition(":")[2] or args.model).strip("_.")
-    name = args.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
-    folder = output / name
-    if args.resume == "auto":
-        found = Checkpoints(folder / "checkpoints").load()
-        if found is not None:
-            _check_same_recipe(args, found[0], folder)
-            return folder, found[1]
-    if (folder / "summary.csv").exists() or ((folder / "checkpoints").exists() and args.resume is None):
+    if args.experiment is None:
+        return _make_unnamed_run(args, output, input_size, lock), None
+    folder = output / args.experiment
+    _make_folder(folder)
+    _lock_run(folder, lock)
+    found = Checkpoints(folder / "checkpoints").load() if args.resume == "auto" else None
+    if found is not None:
+        _check_same_recipe(args, found[0], folder)
+    elif _holds_run(folder, args.resume):
         raise CommandError(
             f"{folder} holds the results of another run: choose another --experiment, move it away, or go on with it "
             "by --resume auto"
         )
+    return folder, None if found is None else found[1]
+
+
+def _make_unnamed_run(args: argparse.Namespace, output: Path, input_size: Sequence[int], lock: PathLock) -> Path:
+    """Makes and locks a folder named after the time, the model and the image size, and if need be a number."""
+    # Of 'local-dir:C:\\models\\x' and 'hf-hub:org/name' too, as one name that every system takes.
+    model = re.sub(r"[^\w.-]+", "_", args.model.partition(":")[2] or args.model).strip("_.")
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{input_size[-1]}"
+    for number in itertools.count(1):
+        folder = output / (name if number == 1 else f"{name}-{number}")
+        _make_folder(folder)
+        try:
+            _lock_run(folder, lock)
+        except InUseError:  # by a run that began in the same second
+            continue
+        if not _holds_run(folder, args.resume):
+            return folder
+        lock.release()
+    raise AssertionError("unreachable")
+
+
+def _lock_run(folder: Path, lock: PathLock) -> None:
+    """Locks the folder of a run.
+
+    Raises:
+        InUseError: If another process trains in it.
+    """
+    try:
+        lock.acquire(folder / RUN_LOCK)
+    except InUseError as error:
+        raise InUseError(f"{error}: wait for it to end, or choose another --experiment to begin another run") from error
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return folder, None
+
+
+def _holds_run(folder: Path, resume: str | None) -> bool:
+    """Returns whether a folder has results that a new run would overwrite; with `resume` checkpoints are none."""
+    return (folder / "summary.csv").exists() or ((folder / "checkpoints").exists() and resume is None)
+
+
+def _changed_at(path: Path) -> float:
+    """Returns when a folder was last changed, in seconds since 1970; 0 for one that is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:
     try:
-        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        recipe = load_yaml(read_text(folder / "config.yaml"))
+        return _comparable(recipe) if isinstance(recipe, dict) else None
+    except (OSError, ValueError, TypeError, RuntimeError):  # not one that a run wrote
         return None
-    return _comparable(recipe) if isinstance(recipe, dict) else None
 
 
 def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -1064,11 +1265,12 @@ def _recipe_key(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the recipe that repeats the run: every flag except --config and --resume.
+    """Returns the recipe that repeats the run: every flag except --config and those that hold for one command.
 
     Secrets in URLs are left out, because the recipe is uploaded with the run.
     """
-    return redact_values({key: value for key, value in vars(args).items() if key not in ("config", "resume")})
+    left_out = ("config", "resume", "allow_changed_data", "allow_shard_commands")
+    return redact_values({key: value for key, value in vars(args).items() if key not in left_out})
 
 
 def save_model(

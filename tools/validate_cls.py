@@ -66,6 +66,7 @@ from stvit.tools.common.evaluation import (
     map_classes,
     mapped,
 )
+from stvit.tools.common.logs import has_matplotlib, save_plot
 from stvit.tools.common.model import (
     Weights,
     add_model_arguments,
@@ -245,6 +246,8 @@ def _open_real_labels(images: Any, path: str) -> list[list[int]]:
     if isinstance(images, IterableDataset):
         raise CommandError("--real-labels needs images with file names in order, which wds/ shards are not")
     names = [Path(images.name(index)).name for index in range(len(images))]
+    if path and not Path(path).is_file():  # opening a pipe would wait forever
+        raise CommandError(f"cannot read --real-labels {path}: it is not a file")
     try:
         labels = RealLabelsImagenet(names, real_json=path or None).real_labels
     except AssertionError:
@@ -361,18 +364,20 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
                 shares = [f"{100 * right / images:.4f}" if images else "" for right in correct]
                 writer.writerow([number, names[number] if names else "", images, *shares])
 
+    text = json.dumps(redact_values(results), indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_whole(folder / "per_class.csv", write_classes)
-        if counts.confusion is None:
-            print(f"no confusion.png: the model has more than {MOST_CLASSES_OF_A_PICTURE} classes")
-        elif not draw_confusion(counts.confusion.cpu(), names, folder / "confusion.png"):
-            print("no confusion.png, for which matplotlib is needed: pip install matplotlib")
-        # Last, for it says that the folder is whole.
-        text = json.dumps(redact_values(results), indent=2) + "\n"
+        # Before the picture, which says nothing else and may fail.
         replace_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
+    if counts.confusion is None:
+        print(f"no confusion.png: the model has more than {MOST_CLASSES_OF_A_PICTURE} classes")
+    elif not has_matplotlib():
+        print("no confusion.png, for which matplotlib is needed: pip install matplotlib")
+    else:
+        draw_confusion(counts.confusion.cpu(), names, folder / "confusion.png")
     print(f"results are in {folder}")
 
 
@@ -381,38 +386,42 @@ def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path)
 
     Args:
         confusion: Numbers of images, (K, K).
-        names: Of the classes, None to number them.
+        names: Names of the classes; None to number them.
         path: PNG to write.
 
     Returns:
-        Whether it could be drawn: False without matplotlib.
+        Whether it was drawn: False without matplotlib, and after an error, which is printed as a warning.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     num_classes = len(confusion)
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = max(5.0, 1.5 + 0.17 * num_classes + (2.0 if num_classes <= 20 else 0.0))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(100 * share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    labels = [f"{name:.24}" for name in names] if names else [str(number) for number in range(num_classes)]
+    labels = [_label(name) for name in names] if names else [str(number) for number in range(num_classes)]
     size = 9 if num_classes <= 20 else 6
-    axes.set_xticks(range(num_classes), labels, rotation=90, fontsize=size)
-    axes.set_yticks(range(num_classes), labels, fontsize=size)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
-    if num_classes <= 20:
-        for row in range(num_classes):
-            for column in range(num_classes):
-                value = 100 * share[row, column].item()
-                if value >= 0.05:
-                    color = "white" if value > 50 else "black"
-                    axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=axes, label="share of the class (%)", shrink=0.8)
-    replace_whole(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
-    return True
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(100 * share.numpy(), cmap="Blues", vmin=0, vmax=100)
+        axes.set_xticks(range(num_classes), labels, rotation=90, fontsize=size)
+        axes.set_yticks(range(num_classes), labels, fontsize=size)
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            label.set_parse_math(False)  # dollar signs in the name of a class are no formula
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        if num_classes <= 20:
+            for row in range(num_classes):
+                for column in range(num_classes):
+                    value = 100 * share[row, column].item()
+                    if value >= 0.05:
+                        color = "white" if value > 50 else "black"
+                        axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+        figure.colorbar(image, ax=axes, label="share of the class (%)", shrink=0.8)
+
+    return save_plot(path, draw, (side + 1, side))
+
+
+def _label(name: str) -> str:
+    """Returns the beginning of a class name, in characters that can be drawn in one line."""
+    return f"{name if name.isprintable() else ascii(name)[1:-1]:.24}"
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import stvit
 from stvit import visualize
 from stvit.superpixels import boundaries, boundary_recall, undersegmentation_error
-from stvit.tools.common.checkpoint import replace_whole
+from stvit.tools.common.checkpoint import Checkpoints, replace_whole
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.model import add_model_arguments
 from stvit.tools.common.viewing import (
@@ -264,7 +264,7 @@ def _find_checkpoints(sources: Sequence[str]) -> list[tuple[str, Path]]:
         if path.is_file():
             found.append((_label(path), path))
             continue
-        files = sorted((path / "checkpoints").glob("*.pt")) + sorted(
+        files = Checkpoints(path / "checkpoints").paths() + sorted(
             (path / "weights").glob("epoch*.pt"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0)
         )
         files = files or sorted(path.glob("*.pt")) or sorted((path / "weights").glob("*.pt"))

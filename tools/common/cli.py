@@ -5,10 +5,12 @@ import difflib
 import io
 import math
 import os
+import re
 import signal
+import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,7 +87,10 @@ def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace
         if os.environ.get("STVIT_TRACEBACK"):
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
             return 1
-        if _is_out_of_memory(error):
+        lost_worker = _describe_lost_worker(error)
+        if lost_worker is not None:
+            print(f"{prefix}{lost_worker}", file=sys.stderr)
+        elif _is_out_of_memory(error):
             print(
                 f"{prefix}out of memory: lower --batch-size or set --grad-checkpointing ({reason(error)})",
                 file=sys.stderr,
@@ -152,6 +157,33 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
+# What to say of a loader's process that a signal ended, under the name that PyTorch gives the signal.
+_LOST_WORKERS = {
+    "Killed": "most likely the memory was full and the system ended the process; lower --workers or --batch-size",
+    "Bus error": "the shared memory (/dev/shm) was full; make it larger (docker run --shm-size), or lower --workers",
+}
+
+
+def _describe_lost_worker(error: BaseException) -> str | None:
+    """Returns what to say of a process of a data loader that ended unexpectedly; None for another error."""
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        messages.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(messages)
+    by_signal = re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", text)
+    ended = re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", text)
+    if by_signal:
+        name = by_signal[2].strip()
+        who, why = f"{by_signal[1]} ({name})", _LOST_WORKERS.get(name, "look for a faulty library, or set --workers 0")
+    elif ended:
+        who, why = ended[1], _LOST_WORKERS["Killed"]
+    else:
+        return None
+    return f"the loading of images lost its process {who}: {why}; a training goes on with --resume auto"
+
+
 def _is_lost_process(error: Exception) -> bool:
     """Whether a collective operation failed because a process it needs is gone."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
@@ -204,6 +236,13 @@ class Switch(argparse.BooleanOptionalAction):
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, **{"default": False, **kwargs})
+
+
+class CommandLineSwitch(Switch):
+    """A switch that a recipe cannot turn on, because it permits something that its author should not decide.
+
+    It holds for one command: the recipe that a run writes does not contain it.
+    """
 
 
 def count(text: str) -> int:
@@ -262,22 +301,98 @@ def parse_with_recipe(create_parser: Callable[[], Parser], argv: Sequence[str] |
     return parser.parse_args(recipe + argv)
 
 
-class _RecipeLoader(yaml.SafeLoader):
+# A recipe has a few dozen short lines.
+_MAX_YAML_BYTES = 1 << 20
+_MAX_YAML_VALUES = 10_000
+_MAX_YAML_SCALAR = 3500  # Python does not print integers of more than 4,300 digits
+
+
+def read_text(path: Path, max_bytes: int = 64 << 20) -> str:
+    """Reads a text file in UTF-8.
+
+    Args:
+        path: The file. A byte order mark at its beginning is removed.
+        max_bytes: Largest size.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a regular file (reading a pipe could wait forever), too large, or not UTF-8.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{status.st_size} bytes, more than the limit of {max_bytes}")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def load_yaml(text: str) -> Any:
+    """Reads YAML from an untrusted source.
+
+    Raises:
+        ValueError: If the text is not YAML, contains a key twice, is nested too deeply, or has too many or too long
+            values. An alias counts as all the values that it stands for.
+    """
+    if len(text) > _MAX_YAML_BYTES:
+        raise ValueError(f"{len(text)} characters, more than the limit of {_MAX_YAML_BYTES}")
+    try:
+        loader = _YamlLoader(text)
+    except yaml.YAMLError as error:  # a character that no text has
+        raise ValueError(reason(error)) from error
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MAX_YAML_VALUES:
+            raise ValueError(f"more than {_MAX_YAML_VALUES} values; write repeated values without aliases (* and &)")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as a date of a 13th month
+        raise ValueError(reason(error)) from error
+    finally:
+        loader.dispose()
+
+
+class _YamlLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, of which PyYAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):  # which PyYAML refuses
+                continue
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Counts the values of a YAML document, those of an alias as often as it is used."""
+    if node in counts:
+        if counts[node] < 0:
+            raise ValueError("a value contains itself")
+        return counts[node]
+    counts[node] = -1
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > _MAX_YAML_SCALAR:
+            raise ValueError(f"a value of {len(node.value)} characters, more than the limit of {_MAX_YAML_SCALAR}")
+    elif isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    else:
+        children = node.value
+    counts[node] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[node]
 
 
 def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
     parser = create_parser()
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = load_yaml(read_text(path, _MAX_YAML_BYTES)) or {}
+    except (OSError, ValueError) as error:
         is_escape = "unknown escape character" in str(error) or "escape sequence of" in str(error)
         hint = "; write Windows paths without quotes, or in single quotes" if is_escape else ""
         parser.error(f"cannot read --config {path}: {reason(error)}{hint}")
@@ -294,13 +409,21 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
             continue
         action = actions[name]
         option = action.option_strings[0]
+        if isinstance(action, CommandLineSwitch):
+            parser.error(
+                f"{path}: {key} must be decided by whoever runs the recipe; remove it, and pass {option} on the "
+                "command line if you want it"
+            )
         if action.nargs == 0:
             if not isinstance(value, bool):
-                parser.error(f"{path}: {key} must be true or false, got {value!r}")
+                parser.error(f"{path}: {key} must be true or false, got {_clipped(value)}")
             flags += [option] if value else []
         elif isinstance(action, ParseKwargs):
             if not isinstance(value, dict):
-                parser.error(f"{path}: {key} must be a mapping, got {value!r}")
+                parser.error(f"{path}: {key} must be a mapping, got {_clipped(value)}")
+            for argument in value:  # one that begins with a dash would be read as a flag
+                if not str(argument).isidentifier():
+                    parser.error(f"{path}: {key} has the key {_clipped(argument)}, expected the name of an argument")
             flags += [option, *(f"{k}={v!r}" for k, v in value.items())]
         else:
             values = value if isinstance(value, list) and action.nargs else [value]
@@ -308,11 +431,15 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
                 # YAML reads 1e-3, without a point, as text: numbers may be either, text must be text.
                 wanted = str if action.type is None else (int, float, str)
                 if isinstance(item, bool) or not isinstance(item, wanted):
-                    parser.error(f"{path}: {key} must be {'text' if wanted is str else 'a number'}, got {value!r}")
-                if isinstance(item, str) and not item.isprintable():
+                    kind = "text" if wanted is str else "a number"
+                    parser.error(f"{path}: {key} must be {kind}, got {_clipped(value)}")
+                if action.nargs and re.match(r"-(?![\d.])", str(item)):
+                    parser.error(f"{path}: {key} holds {_clipped(item)}, which would be read as a flag; remove it")
+                # A path may have bytes that are not UTF-8, which Python keeps as lone surrogates.
+                if isinstance(item, str) and not re.sub("[\udc80-\udcff]", "", item).isprintable():
                     parser.error(
-                        f"{path}: {key} holds control characters, {item!r}; in double quotes a backslash begins an "
-                        "escape: write Windows paths without quotes, or in single quotes"
+                        f"{path}: {key} holds control characters, {_clipped(item)}; in double quotes a backslash "
+                        "begins an escape: write Windows paths without quotes, or in single quotes"
                     )
             if action.nargs:
                 flags += [option, *map(str, values)]
@@ -323,3 +450,9 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
     checker.error = lambda message: parser.error(f"{path}: {message}")  # type: ignore[method-assign]
     checker.parse_args(flags)
     return flags
+
+
+def _clipped(value: Any) -> str:
+    """Returns a value as Python writes it, cut to the length of a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

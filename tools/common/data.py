@@ -7,30 +7,48 @@ processes and workers, nor on where a run was interrupted.
 import argparse
 import copy
 import json
+import os
 import random
+import stat
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from timm.data import auto_augment, create_dataset, create_transform, resolve_input_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from stvit.images import SUFFIXES, UnreadableImageError, convert_image, open_image
+from stvit.images import READERS, SUFFIXES, UnreadableImageError, convert_image, open_image
 from stvit.tools.common.checkpoint import cut_torn_line
-from stvit.tools.common.cli import CommandError, OneProcessError, Switch, above_zero, count, positive, reason
+from stvit.tools.common.cli import (
+    CommandError,
+    CommandLineSwitch,
+    OneProcessError,
+    Switch,
+    above_zero,
+    count,
+    positive,
+    reason,
+)
 from stvit.tools.common.image_folders import ImageFolder, ImageTar, TorchImageFolder
 from stvit.tools.common.processes import World, obey_parent_alone
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+# Largest image. Its decoding takes 3 to 12 bytes of memory for each pixel, in each of the processes that load images.
+MAX_PIXELS = 1 << 27
 # Unreadable images in a row after which the fault is not the images'.
 MOST_BAD_IN_A_ROW = 10
 # Names of a split that stand for each other, as in timm.
@@ -48,6 +66,11 @@ def add_data_arguments(group: Any) -> None:
     group.add_argument("--workers", "-j", type=count, default=4, metavar="N", help="processes that load images")
     group.add_argument(
         "--max-bad-images", type=count, default=0, metavar="N", help="unreadable images to skip before stopping"
+    )
+    group.add_argument(
+        "--allow-shard-commands",
+        action=CommandLineSwitch,
+        help="run programs that addresses of wds/ shards ask for: pipe: any command, http: curl, gs: gsutil, …",
     )
 
 
@@ -130,11 +153,11 @@ def _random_state(*key: int) -> Iterator[None]:
     """Makes all random numbers depend on the key, and leaves the generators as they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     low, high = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
-    random.seed(low)
-    np.random.seed(low)
-    # Not torch.manual_seed, which would reach for CUDA, out of a worker process too.
-    torch.default_generator.manual_seed(high << 32 | low)
-    try:
+    try:  # from here on: a signal may end the block anywhere, and the run is saved with the states as they were
+        random.seed(low)
+        np.random.seed(low)
+        # Not torch.manual_seed, which would reach for CUDA, out of a worker process too.
+        torch.default_generator.manual_seed(high << 32 | low)
         yield
     finally:
         random.setstate(states[0])
@@ -186,8 +209,15 @@ class ImageSamples(Dataset):
         given: Any = None
         try:
             given, target = self.source[index]
-            open_it = convert_image if isinstance(given, Image.Image) else open_image
-            return open_it(given, self.mode), target
+            if (
+                isinstance(given, ImageFile) and type(given) not in READERS.values()
+            ):  # opened elsewhere, not yet decoded
+                raise UnreadableImageError(f"not an image of a supported format ({', '.join(READERS)})")
+            if isinstance(given, Image.Image):
+                return convert_image(given, self.mode), target
+            return open_image(given, self.mode, MAX_PIXELS), target
+        except CommandError:  # not of this image alone
+            raise
         except Exception as error:  # of a damaged set nearly everything
             self.bad_images.add(given if isinstance(given, str) else self.name(index), _problem(error))
         return None, -1
@@ -216,13 +246,15 @@ class StreamSamples(IterableDataset):
             images: shards are rarely as many as to be dealt out evenly, and so each image counts once.
         is_training: Whether the images are shuffled and augmented.
         seed: Of both.
+        allow_commands: Whether addresses of shards may run programs.
     """
 
-    def __init__(self, reader: Any, world: World, is_training: bool, seed: int) -> None:
+    def __init__(self, reader: Any, world: World, is_training: bool, seed: int, allow_commands: bool = False) -> None:
         self.reader = reader
         self.rank, self.world_size = world.rank, world.size
         self.is_training = is_training
         self.seed = seed
+        self.allow_commands = allow_commands
         self.transform: Any = None
         self.bad_images = BadImages()
         reader.dist_rank, reader.dist_num_replicas = (world.rank, world.size) if is_training else (0, 1)
@@ -242,7 +274,7 @@ class StreamSamples(IterableDataset):
         if worker is None:
             reader.worker_seed = self.seed + epoch
         _watch_shards(self.bad_images)
-        _open_drives()
+        _prepare_webdataset(self.allow_commands)
         for place, (image, target) in enumerate(reader):
             if self.is_training:
                 with _random_state(self.seed, epoch, self.rank, worker_id, place):
@@ -283,22 +315,127 @@ def _watch_shards(bad_images: BadImages) -> None:
     decode.plain = plain  # type: ignore[attr-defined]
     reader_wds._decode = decode  # type: ignore[assignment]
     # The reader calls Image.open, then converts the image to its mode. RGB from `open_image` becomes the same L there.
-    reader_wds.Image = SimpleNamespace(open=open_image)  # type: ignore[assignment]
+    reader_wds.Image = SimpleNamespace(open=partial(open_image, max_pixels=MAX_PIXELS))  # type: ignore[assignment]
     reader_wds.log_and_continue = stop
 
 
-def _open_drives() -> None:
-    """Makes webdataset read paths with a drive letter, which it takes for URLs of a scheme 'c'."""
+_webdataset_schemes: dict[str, Any] = {}
+
+
+def _prepare_webdataset(allow_commands: bool) -> None:
+    """Makes webdataset open files on drives, and run no program to open a shard unless that is allowed.
+
+    webdataset takes the letter of a drive for the scheme of a URL. It opens every scheme but file: by a program.
+    """
     try:
         import webdataset
     except ImportError:  # timm says so when it opens the set
         return
-    for letter in string.ascii_lowercase:
-        webdataset.gopen_schemes.setdefault(letter, _open_local)
+    schemes = webdataset.gopen_schemes
+    if not _webdataset_schemes:
+        _webdataset_schemes.update(schemes)
+    schemes.update(_webdataset_schemes if allow_commands else dict.fromkeys(_webdataset_schemes, _refuse_scheme))
+    schemes.update(dict.fromkeys(string.ascii_lowercase, _open_local))
 
 
 def _open_local(path: str, *_: Any, **__: Any) -> Any:
     return Path(path).open("rb")
+
+
+def _refuse_scheme(url: str, *_: Any, **__: Any) -> Any:
+    raise CommandError(_scheme_problem(url))
+
+
+def _scheme_problem(url: str) -> str:
+    return (
+        f"wds/ address {url}: webdataset runs a program to read it (for pipe: the command in the address, for others "
+        "curl, gsutil or ais), and whoever wrote a recipe or an _info.json could choose it; if you trust this address, "
+        "pass --allow-shard-commands on the command line, or copy the shards to a folder"
+    )
+
+
+def _local_path(url: str) -> Path | None:
+    """Returns the path that a shard's address stands for; None if webdataset opens it by a program."""
+    parts = urlparse(url)
+    if parts.scheme == "file":
+        return Path(url2pathname(parts.path))
+    return Path(url) if len(parts.scheme) <= 1 and url != "-" else None
+
+
+def _check_shard_urls(urls: Sequence[str], allow_commands: bool, is_required: bool = True) -> None:
+    """Checks the addresses of shards or their description before any is opened.
+
+    Raises:
+        CommandError: If one would run a program although that is not allowed, or is not a regular file.
+    """
+    for url in urls:
+        path = _local_path(url)
+        if path is None:
+            if not allow_commands:
+                raise CommandError(_scheme_problem(url))
+        elif not path.exists():
+            if is_required:
+                raise CommandError(f"shard {path}, which _info.json lists, does not exist")
+        elif not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever
+            raise CommandError(f"{path} is not a regular file")
+
+
+def _check_shards(root: str, info: Any, allow_commands: bool) -> None:
+    """Checks what timm took from the description of a wds/ set.
+
+    Raises:
+        CommandError: If a value is of the wrong type, or a shard cannot be opened.
+    """
+    has_names = all(isinstance(name, str) for name in info.filenames)
+    numbers = [info.num_samples, *info.shard_lengths]
+    if not has_names or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CommandError(
+            f"the description of the shards in {root} is wrong: filenames must be texts, num_samples and shard_lengths "
+            "whole numbers"
+        )
+    _check_shard_urls([os.path.join(root, name) for name in info.filenames], allow_commands)
+
+
+class _ParquetImages:
+    """Images and class numbers of a set that Hugging Face's `datasets` reads.
+
+    timm's reader opens a file that the set names without a look at its kind: a pipe would be waited for.
+
+    Args:
+        reader: timm's reader of an hfds/ set.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        for column in (reader.image_key, reader.label_key):
+            if column not in reader.dataset.column_names:
+                raise ValueError(f"it has no column {column!r}")
+        self.reader = reader
+        self.class_to_idx: dict[str, int] = reader.class_to_idx
+
+    def __len__(self) -> int:
+        return len(self.reader.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Returns the path or the open file of an image, and its class number."""
+        item = self.reader.dataset[index]
+        image = item[self.reader.image_key] or {}
+        if not image.get("bytes") and not image.get("path"):
+            raise UnreadableImageError("empty")
+        return BytesIO(image["bytes"]) if image.get("bytes") else image["path"], item[self.reader.label_key]
+
+    def filename(self, index: int, absolute: bool = False) -> str | None:
+        """Returns the name of an image as the set records it; None if it records none."""
+        name: str | None = (self.reader.dataset[index][self.reader.image_key] or {}).get("path")
+        return name
+
+    def paths_and_labels(self) -> Iterator[tuple[str, int]]:
+        """Yields the file name of each image without its folder, empty if there is none, and its class number."""
+        image, label = self.reader.image_key, self.reader.label_key
+        rows = self.reader.dataset.select_columns([image, label]).with_format("arrow")
+        for table in rows.iter(batch_size=1000):
+            columns = table.flatten()
+            paths, labels = columns.column(f"{image}.path").to_pylist(), columns.column(label).to_pylist()
+            yield from ((Path(path or "").name, number) for path, number in zip(paths, labels, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +483,7 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
             f"unknown dataset {args.dataset!r}: give sklearn/digits, torch/…, hfds/… or wds/…, or leave --dataset out "
             "for the image folder --data-dir"
         )
-    if args.data_dir is None and not args.dataset.startswith("hfds/"):
+    if not args.data_dir and not args.dataset.startswith("hfds/"):
         raise CommandError("no data: give --data-dir, or --dataset sklearn/digits to try the program out")
     if not args.dataset and not Path(args.data_dir).is_dir():
         raise CommandError(
@@ -365,6 +502,7 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
             world.say(line)
 
     names = _class_names(datasets[0])
+    _check_names(names or [], args.dataset or args.data_dir)
     if names is not None and len(names) < 2:
         raise CommandError(f"the images have one class alone, {names[0]!r}: a classifier needs two or more")
     if names is not None and _class_names(datasets[-1]) not in (None, names):
@@ -374,15 +512,20 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
         is_stream = isinstance(dataset, IterableDataset)
         source = getattr(dataset, "reader", dataset)
         samples.append(
-            StreamSamples(source, world, training, args.seed) if is_stream else ImageSamples(source, mode, args.seed)
+            StreamSamples(source, world, training, args.seed, args.allow_shard_commands)
+            if is_stream
+            else ImageSamples(source, mode, args.seed)
         )
     return Images(samples[0] if is_training else None, samples[-1], names)
 
 
 def _open_split(args: argparse.Namespace, mode: str, flag: str, split: str, is_training: bool) -> Any:
     """Opens one split of the images; `flag` is the one that names it."""
-    if args.dataset.startswith("wds/"):
-        _open_drives()
+    is_shards = args.dataset.startswith("wds/")
+    if is_shards:
+        _prepare_webdataset(args.allow_shard_commands)
+        descriptions = [os.path.join(args.data_dir, name) for name in ("_info.json", "info.json")]
+        _check_shard_urls(descriptions, args.allow_shard_commands, is_required=False)
     if not args.dataset:
         return _open_folder(args, flag, split)
     try:
@@ -400,8 +543,12 @@ def _open_split(args: argparse.Namespace, mode: str, flag: str, split: str, is_t
                 seed=args.seed,
                 input_img_mode=mode,
                 download=args.dataset_download,
-                **(keys if args.dataset.startswith("wds/") else {}),
+                **(keys if is_shards else {}),
             )
+        if is_shards:
+            _check_shards(args.data_dir, dataset.reader.split_info, args.allow_shard_commands)
+        elif args.dataset.lower().startswith("hfds/"):
+            dataset.reader = _ParquetImages(dataset.reader)
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, LookupError, TypeError) as error:
         where = args.dataset or args.data_dir
         why = reason(error).replace("download=True", "--dataset-download")
@@ -472,6 +619,22 @@ def _class_names(dataset: Any) -> list[str] | None:
         return [str(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
     names = getattr(dataset, "classes", None)
     return [str(name) for name in names] if names else None
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Refuses class names that are not valid text: no file of the results could contain them.
+
+    Raises:
+        CommandError: If a name is not valid UTF-8.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CommandError(
+                f"class {name!a} of {where}: its name is not valid UTF-8, so that no result could contain it; "
+                "rename the class folder in the training and the validation images"
+            ) from None
 
 
 def check_targets(target: torch.Tensor, num_classes: int, what: str) -> None:

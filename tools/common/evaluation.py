@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from timm.task.evaluator import ClassificationEvaluator
 
-from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.cli import CommandError, read_text, reason
 from stvit.tools.common.data import check_targets
 from stvit.tools.common.processes import World
 
@@ -34,8 +34,8 @@ def class_names(args: argparse.Namespace, model: Any) -> list[str] | None:
         known = model.pretrained_cfg.get("label_names")
         return list(known) if known is not None and len(known) == model.num_classes else None
     try:
-        lines = Path(args.class_map).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(Path(args.class_map)).splitlines()
+    except (OSError, ValueError) as error:
         raise CommandError(f"cannot read --class-map {args.class_map}: {reason(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
     if len(names) != model.num_classes:

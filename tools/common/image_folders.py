@@ -13,7 +13,7 @@ from typing import Any
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
 from stvit.images import SUFFIXES
-from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.cli import CommandError, OneProcessError, reason
 
 # Folders and files of operating systems, network drives and editors, besides all hidden ones. In lower case.
 _FOREIGN = {
@@ -165,6 +165,10 @@ class ImageFolder:
         """Returns the path of an image, with `absolute` including that of the folder."""
         return os.path.join(self.root, self._paths[index]) if absolute else self._paths[index]
 
+    def paths_and_labels(self) -> Iterator[tuple[str, int]]:
+        """Yields the path of each image from its class folder on, and its class number."""
+        yield from ((path, self.class_to_idx[path.split("/")[0]]) for path in self._paths)
+
 
 @dataclass(slots=True)
 class _Member:
@@ -198,14 +202,18 @@ class ImageTar:
         self.root = Path(root)
         self.ignored = Ignored()
         try:
+            self._state = _file_state(os.stat(root))
             with tarfile.open(root, "r:") as tar:
                 members = list(self._search(tar, "", 0))
-        except tarfile.ReadError as error:
-            raise CommandError(
-                f"cannot read the archive {root}: {reason(error)}; it must be a complete, uncompressed tar file"
-            ) from error
-        except (OSError, tarfile.TarError) as error:
+        except OSError as error:
             raise CommandError(f"cannot read the archive {root}: {reason(error)}") from error
+        except (tarfile.TarError, ValueError, ArithmeticError, EOFError, RecursionError, MemoryError) as error:
+            # A damaged header makes tarfile raise all of these.
+            why = reason(error) if isinstance(error, tarfile.TarError) else "damaged header"
+            raise CommandError(
+                f"cannot read the archive {root}: {why}; it must be a complete, uncompressed tar file: copy it again, "
+                "or pack it anew"
+            ) from error
         by_path = {member.path: member for member in members}  # of two with one path the later one holds
         self._members = [by_path[path] for path in _in_order(by_path)]
         depths = {member.path.count("/"): member.path for member in self._members}
@@ -227,7 +235,12 @@ class ImageTar:
         """Yields the images of an archive that begins at the byte `start` of the file."""
         members: dict[str, _Member] = {}
         links: list[tuple[str, str]] = []
+        position = -1
         for info in tar:
+            # A damaged size may lead back to where tarfile has been, again and again.
+            if info.size < 0 or tar.offset <= position:
+                raise tarfile.ReadError(f"damaged header at byte {start + info.offset}")
+            position = tar.offset
             path = _normalized(f"{prefix}/{info.name}")
             parts = PurePosixPath(path).parts
             foreign = next((i for i, part in enumerate(parts[:-1]) if is_foreign(part)), None)
@@ -252,8 +265,11 @@ class ImageTar:
         # tarfile takes a damaged header for the end of the archive, which is a block of zeros or the end of the file.
         file: Any = tar.fileobj
         file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        end = file.read(tarfile.BLOCKSIZE)
+        if end.strip(b"\0"):
             raise tarfile.ReadError(f"damaged header at byte {start + tar.offset}")
+        if len(end) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the blocks of zeros at its end are missing, it may be cut off")
         for path, target in links:  # tar stores a second name of a file as a link
             if target in members:
                 members[path] = _Member(path, members[target].offset, members[target].size)
@@ -265,17 +281,39 @@ class ImageTar:
         return len(self._members)
 
     def __getitem__(self, index: int) -> tuple[BytesIO, int]:
-        """Returns the file of an image and its class number."""
+        """Returns the file of an image and its class number.
+
+        Raises:
+            OneProcessError: If the archive is gone, or is not the one that was opened.
+        """
         member = self._members[index]
-        with open(self.root, "rb") as file:
-            file.seek(member.offset)
-            content = file.read(member.size)
+        content = b""
+        try:
+            # Looked at before it is opened: opening a pipe would wait forever.
+            is_same = _file_state(os.stat(self.root)) == self._state
+            if is_same:
+                with open(self.root, "rb") as file:
+                    file.seek(member.offset)
+                    content = file.read(member.size)
+        except OSError as error:
+            raise OneProcessError(f"cannot read the archive {self.root} any more: {reason(error)}") from error
+        if not is_same or len(content) < member.size:
+            raise OneProcessError(
+                f"the archive {self.root} was changed while it was in use: leave it alone, and run the command again "
+                "(a training with --resume auto)"
+            )
         return BytesIO(content), self.class_to_idx[member.path.split("/")[-2]]
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """Returns the path of an image in the archive, with `absolute` including that of the archive."""
         path = self._members[index].path
         return os.path.join(self.root, path) if absolute else path
+
+    def paths_and_labels(self) -> Iterator[tuple[str, int]]:
+        """Yields the path of each image from its class folder on, and its class number."""
+        for member in self._members:
+            *_, name, file = member.path.split("/")
+            yield f"{name}/{file}", self.class_to_idx[name]
 
 
 class TorchImageFolder(TorchvisionImageFolder):
@@ -301,6 +339,11 @@ class TorchImageFolder(TorchvisionImageFolder):
         if not names:
             raise FileNotFoundError(f"{directory} has no class folders")
         return names, {name: number for number, name in enumerate(names)}
+
+
+def _file_state(status: os.stat_result) -> tuple[int, int, int]:
+    """Returns what changes when a file is written to or replaced."""
+    return status.st_mode, status.st_size, status.st_mtime_ns
 
 
 def _normalized(path: str) -> str:

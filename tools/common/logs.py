@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,29 +149,59 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         path: PNG to write.
 
     Returns:
-        Whether it could be drawn: False without matplotlib.
+        Whether it was drawn: False without matplotlib, and after an error, which is printed as a warning.
     """
-    try:
-        from matplotlib.figure import Figure
+
+    def draw(figure: Any) -> None:
         from matplotlib.ticker import MaxNLocator
+
+        epochs = [row["epoch"] + 1 for row in history]
+        panels = figure.subplots(1, 2)
+        for axes, measure, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+            kinds = {"train": "training (augmented)", "eval": "validation", "ema": "validation, EMA"}
+            for kind, name in kinds.items():
+                if f"{kind}_{measure}" in history[0]:
+                    axes.plot(epochs, [row[f"{kind}_{measure}"] for row in history], label=name, marker=".")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+    return save_plot(path, draw, (10, 4))
+
+
+def has_matplotlib() -> bool:
+    """Returns whether matplotlib can be imported."""
+    try:
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         return False
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    epochs = [row["epoch"] + 1 for row in history]
-    panels = figure.subplots(1, 2)
-    for axes, measure, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
-        kinds = {"train": "training (augmented)", "eval": "validation", "ema": "validation, EMA"}
-        for kind, name in kinds.items():
-            if f"{kind}_{measure}" in history[0]:
-                axes.plot(epochs, [row[f"{kind}_{measure}"] for row in history], label=name, marker=".")
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    return True
+
+
+def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> bool:
+    """Draws a picture with matplotlib. A failure is a warning, because the numbers are in other files.
+
+    Args:
+        path: PNG to write.
+        draw: Draws on the `matplotlib.figure.Figure` that it is called with.
+        size: Width and height of the figure, in inches.
+
+    Returns:
+        Whether it was drawn: False without matplotlib, and after an error.
+    """
+    if not has_matplotlib():
+        return False
+    from matplotlib.figure import Figure
+
     try:
-        replace_whole(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
-    except OSError as error:
-        print(f"warning: cannot write {path}: {reason(error)}", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that the font lacks, a warning for each
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            replace_whole(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
+    except Exception as error:  # fonts, names and sizes may fail in many ways
+        print(f"warning: cannot draw {path}: {reason(error)}", file=sys.stderr)
         return False
     return True

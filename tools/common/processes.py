@@ -169,6 +169,10 @@ def check_dtype(device: torch.device, dtype: str) -> None:
         raise CommandError("--model-dtype float64: mps computes in float32 or less; pass float32, or --device cpu")
 
 
+class StopNow(BaseException):
+    """Raised by a signal within `StopRequest.at_once`. Not an Exception, which code in between could catch."""
+
+
 class StopRequest:
     """Notes SIGTERM, Ctrl-C and (on Windows) Ctrl-Break, so that the program can stop where its state is whole.
 
@@ -177,6 +181,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._patience: float | None = None  # seconds, within `at_once`
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -190,10 +195,43 @@ class StopRequest:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 
+    @contextmanager
+    def at_once(self, is_on: bool = True, patience: float = 0.0) -> Iterator[None]:
+        """Makes a signal end the block by `StopNow`, even while it waits for a file or another process.
+
+        Args:
+            is_on: Whether it does; without it signals are noted as elsewhere.
+            patience: Seconds from the signal on in which the block may end by itself. Windows has no such timer.
+
+        Raises:
+            StopNow: If a signal has come, also one from before the block.
+        """
+        self._patience = patience if is_on else None
+        try:
+            if is_on and self:
+                raise StopNow
+            yield
+        finally:
+            self._patience = None
+            if getattr(signal, "SIGALRM", None) in self._handlers:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+                signal.signal(signal.SIGALRM, self._handlers.pop(signal.SIGALRM))
+
     def _remember(self, signum: int, _: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+        if self._patience and hasattr(signal, "setitimer"):
+            if signal.SIGALRM not in self._handlers:
+                self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_now)
+                signal.setitimer(signal.ITIMER_REAL, self._patience)
+        elif self._patience is not None:
+            self._stop_now()
+
+    def _stop_now(self, *_: object) -> None:
+        if self._patience is not None:
+            self._patience = None
+            raise StopNow
 
     def __bool__(self) -> bool:
         return self.signum is not None

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
 from stvit import hub
-from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
-from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.checkpoint import NAMES, Checkpoints, load_checkpoint
+from stvit.tools.common.cli import CommandError, load_yaml, read_text, reason
+from stvit.tools.common.locks import InUseError, PathLock
 
 # Branch of what a run is gone on from; main holds the best weights.
 BRANCH = "last"
 _RECORDS = ("config.yaml", "summary.csv", "log.jsonl", "curve.png", "bad_images.jsonl")
 _WEIGHTS = ("best", "last", "last_ema")
+_WEIGHT_FILES = ("config.json", "model.safetensors")
 # A scheduler that ends a job does not wait long.
 PATIENCE_S = 10.0
 # The client's uploads know no timeout: one that lasts so long is given up. Should it still come to its commit, the Hub
@@ -172,7 +173,7 @@ class _Upload(threading.Thread):
             hub.write_card(main, f"hf-hub:{self.repo_id}")
             hub.write_card(last, f"hf-hub:{self.repo_id}@{BRANCH}")
             hub.push(main, self.repo_id, private=self.private, message=message)
-            options: dict[str, Any] = {"revision": BRANCH, "pickles": True, "delete": ["checkpoints/*"]}
+            options: dict[str, Any] = {"revision": BRANCH, "pickles": True, "delete": [f"checkpoints/{NAMES}"]}
             self.commit = hub.push(last, self.repo_id, message=message, **options).commit
         except Exception as error:  # nothing of the network's stops a training
             self.error = reason(error)
@@ -182,23 +183,27 @@ class _Upload(threading.Thread):
 
 
 def _set_aside(folder: Path, place: Path) -> None:
-    """Copies what is to be uploaded of a run, which the training may replace at any moment.
+    """Copies the files of a run that are to be uploaded: the training may replace them at any moment.
+
+    Files of others in the folder are left out.
 
     Raises:
-        stvit.hub.HubError: If one of the files is a link.
-        OSError: If one cannot be copied.
+        stvit.hub.HubError: If a file is a link.
+        OSError: If a file cannot be copied.
     """
-    newest = Checkpoints(folder / "checkpoints").paths()[-1]
-    last = {name: name for name in _RECORDS if os.path.lexists(folder / name)}
-    last[f"checkpoints/{newest.name}"] = f"checkpoints/{newest.name}"
+
+    def weights_of(part: str, target: str) -> dict[str, str]:
+        return {f"{target}{name}": f"{part}/{name}" for name in _WEIGHT_FILES if os.path.lexists(folder / part / name)}
+
+    newest = f"checkpoints/{Checkpoints(folder / 'checkpoints').paths()[-1].name}"
+    last = {name: name for name in _RECORDS if os.path.lexists(folder / name)} | {newest: newest}
     for name in _WEIGHTS:
-        last |= {f"{name}/{file.name}": f"{name}/{file.name}" for file in (folder / name).glob("*.*")}
-    last |= {file.name: f"last/{file.name}" for file in (folder / "last").glob("*.*")}
-    main = {file.name: f"best/{file.name}" for file in (folder / "best").glob("*.*")}
-    for part, files in ((BRANCH, last), ("main", main)):
+        last |= weights_of(name, f"{name}/")
+    last |= weights_of("last", "")
+    for part, files in ((BRANCH, last), ("main", weights_of("best", ""))):
         for name, source in files.items():
-            # Weights and checkpoints are replaced but never written to: a hard link holds what they are now. Not on
-            # Windows, where a file that an upload has open cannot be replaced.
+            # Weights and checkpoints are replaced but never written to: a hard link keeps the present contents. Windows
+            # does not replace a file that an upload has open.
             is_replaced = source not in _RECORDS and os.name != "nt"
             hub.copy_file(folder, source, place / part / name, link=is_replaced)
 
@@ -207,8 +212,8 @@ def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
     """The recipe of the run whose snapshots a repository holds; None if it holds none, or cannot be asked."""
     text = hub.read_file(repo_id, "config.yaml", BRANCH)
     try:
-        recipe = None if text is None else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        recipe = None if text is None else load_yaml(text.decode())
+    except ValueError:
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -221,48 +226,57 @@ def fetch_run(
     Args:
         source: 'hf-hub:org/name@last'.
         output: Folder of all runs.
-        experiment: Name of the run's folder; None for the one it had.
-        check: Refuses, by raising, a checkpoint that this command cannot go on from; takes what it holds, and the name
-            of the source.
+        experiment: Name of the run's folder; None for the name that the run had.
+        check: Refuses, by raising, a checkpoint that this command cannot go on from. It takes the state and the name of
+            the source.
 
     Returns:
         The run's folder, and its newest checkpoint.
 
     Raises:
-        CommandError: If it cannot be had, holds no run, or would overwrite one.
+        CommandError: If the run cannot be downloaded, is no run, would overwrite a folder, or another process downloads
+            it to the same place.
     """
     repo_id, _, revision = source.partition(":")[2].partition("@")
-    fresh = output / f".{repo_id.replace('/', '--')}.tmp"
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        patterns = [*_RECORDS, "checkpoints/*.pt", *(f"{name}/*" for name in _WEIGHTS)]
-        hub.fetch(repo_id, revision or None, fresh, patterns)
-        paths = Checkpoints(fresh / "checkpoints").paths()
-        if not paths:
-            hint = "" if revision == BRANCH else f"; its branch is {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
-            raise CommandError(f"--resume {source}: no checkpoint there, as --hub-repo uploads it{hint}")
-        check(load_checkpoint(paths[-1]), source)
-        folder = output / (experiment or _experiment(fresh) or repo_id.rsplit("/", 1)[-1])
-        if folder.exists():
-            raise CommandError(
-                f"{folder} is there already: go on with it by --resume auto --experiment {folder.name}, or choose "
-                "another --experiment for what is on the Hub"
-            )
-        os.replace(fresh, folder)
-        return folder, folder / "checkpoints" / paths[-1].name
-    except hub.HubError as error:
-        raise CommandError(f"--resume {source}: {error}") from error
-    except OSError as error:
-        raise CommandError(f"--resume {source}: {reason(error)}") from error
-    finally:
+    place = f".{repo_id.replace('/', '--')}"
+    fresh = output / f"{place}.tmp"
+    with PathLock() as lock:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire(output / f"{place}.lock")
+        except InUseError as error:
+            raise InUseError(f"--resume {source}: another process is downloading this run to {output}") from error
+        except OSError as error:
+            raise CommandError(f"--resume {source}: {reason(error)}") from error
         shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            weights = [f"{name}/{file}" for name in _WEIGHTS for file in _WEIGHT_FILES]
+            hub.fetch(repo_id, revision or None, fresh, [*_RECORDS, f"checkpoints/{NAMES}", *weights])
+            paths = Checkpoints(fresh / "checkpoints").paths()
+            if not paths:
+                hint = "" if revision == BRANCH else f"; its branch is {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
+                raise CommandError(f"--resume {source}: no checkpoint there, as --hub-repo uploads it{hint}")
+            check(load_checkpoint(paths[-1]), source)
+            folder = output / (experiment or _experiment(fresh) or repo_id.rsplit("/", 1)[-1])
+            if folder.exists():
+                raise CommandError(
+                    f"{folder} is there already: go on with it by --resume auto --experiment {folder.name}, or choose "
+                    "another --experiment for what is on the Hub"
+                )
+            os.replace(fresh, folder)
+            return folder, folder / "checkpoints" / paths[-1].name
+        except hub.HubError as error:
+            raise CommandError(f"--resume {source}: {error}") from error
+        except OSError as error:
+            raise CommandError(f"--resume {source}: {reason(error)}") from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _experiment(folder: Path) -> str | None:
     """The name that the run had; a name alone, whatever the file says."""
     try:
-        name = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("experiment")
-    except (OSError, yaml.YAMLError, AttributeError, ValueError):
+        name = load_yaml(read_text(folder / "config.yaml")).get("experiment")
+    except (OSError, AttributeError, ValueError):
         return None
     return Path(str(name)).name or None if name else None

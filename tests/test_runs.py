@@ -1,0 +1,474 @@
+"""Runs against others: in one folder at the same time, on other images, beside foreign files, from wrong states."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_data import KINDS
+
+from stvit.tools import train_cls
+from stvit.tools.common import locks
+from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
+from stvit.tools.common.cli import CommandError
+from stvit.tools.common.data import open_images
+from stvit.tools.common.fingerprint import find_changes, fingerprint
+from stvit.tools.common.locks import InUseError, PathLock
+from stvit.tools.common.processes import StopRequest, World
+from stvit.tools.common.snapshots import fetch_run
+
+CPU = World(torch.device("cpu"))
+SHORT = (
+    "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --lr=1e-3 --warmup-epochs=0 "
+    "--checkpoint-steps=2 --experiment=it --resume=auto"
+).split()
+
+
+def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """Runs the command, which must fail; returns its only error line."""
+    capsys.readouterr()
+    assert train_cls.main([*SHORT, *flags]) == 1
+    err = capsys.readouterr().err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "unforeseen" not in err and "Traceback" not in err, err
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At the same time
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when the first was killed, and a process that loads images has not noticed yet."""
+    flags = [f"--data-dir={digits_folder}", f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
+    process = subprocess.Popen([sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags])
+    worker = None
+    try:
+        while not list((tmp_path / "it").glob("checkpoints/*.pt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        (worker,) = children(process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
+        for resume in ("--resume=auto", f"--resume={tmp_path / 'it'}", "--resume="):
+            line = fails(capsys, *flags, resume)
+            assert f"another process (process {process.pid} on " in line and f"uses {tmp_path / 'it'}: wait" in line
+        assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
+        process.kill()
+        process.wait()
+        assert (tmp_path / "it/.lock").exists() and Path(f"/proc/{worker}").exists()
+        done = load_checkpoint(Checkpoints(tmp_path / "it/checkpoints").paths()[-1])["progress"]["epoch"]
+        assert train_cls.main([*SHORT, *flags, "--workers=0", f"--epochs={done + 1}"]) == 0
+        assert not (tmp_path / "it/.lock").exists()
+    finally:
+        process.kill()
+        if worker is not None:
+            os.kill(worker, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has forked to load images."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if "train_cls" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frozen(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(train_cls, "datetime", Frozen)
+    args = train_cls.parse_args(["--model=test_stvit", f"--output={tmp_path}"])
+    with PathLock() as one, PathLock() as two, PathLock() as three:
+        names = [train_cls.find_run(args, (3, 32, 32), lock)[0].name for lock in (one, two, three)]
+    name = "20260102-030405-test_stvit-32"
+    assert names == [name, f"{name}-2", f"{name}-3"]
+    # A run of this second that has ended keeps its results.
+    (tmp_path / name / "summary.csv").write_text("")
+    with PathLock() as lock:
+        assert train_cls.find_run(args, (3, 32, 32), lock)[0].name == f"{name}-2"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [name, f"{name}-2", f"{name}-3", "summary.csv"]
+
+
+def test_one_of_many_holds_the_lock(tmp_path: Path) -> None:
+    """Processes that add to a number in a file under the lock, whose file comes and goes."""
+    number = tmp_path / "number"
+    number.write_text("0")
+    pids = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with PathLock() as lock:
+                    for _ in range(100):
+                        while True:
+                            try:
+                                lock.acquire(tmp_path / ".lock")
+                                break
+                            except InUseError:
+                                pass
+                        number.write_text(str(int(number.read_text()) + 1))
+                        lock.release()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert number.read_text() == "400" and not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_was_moved_away_does_not_remove_another(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with PathLock() as one, PathLock() as two:
+        one.acquire(tmp_path / "run/.lock")
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        two.acquire(tmp_path / "run/.lock")
+        one.release()
+        assert (tmp_path / "run/.lock").exists()
+        with PathLock() as three, pytest.raises(InUseError):
+            three.acquire(tmp_path / "run/.lock")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    assert locks.fcntl is not None
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with PathLock() as lock:
+        lock.acquire(tmp_path / ".lock")
+    assert f"warning: {tmp_path} is on a file system without locks" in capsys.readouterr().err
+
+
+def test_a_run_is_downloaded_by_one_process(tmp_path: Path) -> None:
+    with PathLock() as lock:
+        lock.acquire(tmp_path / ".org--run.lock")
+        with pytest.raises(InUseError, match="another process is downloading this run"):
+            fetch_run("hf-hub:org/run@last", tmp_path, None, lambda *_: None)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On other images
+
+
+@pytest.fixture(scope="module")
+def finished(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch in `it`, and its images in `data`, for tests to take copies of."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(digits_folder, folder / "data")
+    assert train_cls.main([*SHORT, f"--data-dir={folder / 'data'}", f"--output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def own(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "own"))
+
+
+def rename_class(data: Path) -> None:
+    for split in ("train", "val"):
+        (data / split / "digit_1").rename(data / split / "digit_7")
+
+
+def swap_classes(data: Path) -> None:
+    for split in ("train", "val"):
+        (data / split / "digit_1").rename(data / split / "x")
+        (data / split / "digit_2").rename(data / split / "digit_1")
+        (data / split / "x").rename(data / split / "digit_2")
+
+
+def first(folder: Path) -> Path:
+    return min(folder.iterdir())
+
+
+def move_image(data: Path) -> None:
+    path = first(data / "train/digit_1")
+    path.rename(data / "train/digit_2" / path.name)
+
+
+def replace_image(data: Path) -> None:
+    path = first(data / "train/digit_1")
+    path.rename(path.with_name("999.png"))
+
+
+def replace_validation_image(data: Path) -> None:
+    path = first(data / "val/digit_3")
+    path.rename(path.with_name("999.png"))
+
+
+def remove_image(data: Path) -> None:
+    first(data / "train/digit_0").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename_class, "names of classes: 'digit_1' is now 'digit_2', 'digit_2' is now 'digit_3', 'digit_3' is now"),
+        (swap_classes, "training images: of class 'digit_1' 1"),
+        (move_image, ", now"),
+        (replace_image, "training images: of class 'digit_1' "),
+        (replace_validation_image, "validation images: of class 'digit_3' "),
+        (remove_image, "training images (60, now 59 in all): of class 'digit_0' "),
+    ],
+)
+def test_changed_images_are_named_and_refused(
+    change: Callable[[Path], None], said: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(own / "data")
+    flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2"]
+    before = {path: path.read_bytes() for path in (own / "it").rglob("*.*") if path.is_file()}
+    line = fails(capsys, *flags)
+    assert said in line and "pass --allow-changed-data" in line
+    assert before == {path: path.read_bytes() for path in (own / "it").rglob("*.*") if path.is_file()}
+    # Whoever wants it goes on with the images as they are, and needs the flag once.
+    assert train_cls.main([*SHORT, *flags, "--allow-changed-data"]) == 0
+    assert "going on with changed data: " in capsys.readouterr().out
+    names = json.loads((own / "it/last/config.json").read_text())["label_names"]
+    assert names == sorted(path.name for path in (own / "data/train").iterdir())
+    assert "allow_changed_data" not in yaml.safe_load((own / "it/config.yaml").read_text())
+    assert train_cls.main([*SHORT, *flags]) == 0
+
+
+def test_images_may_move_and_be_packed(own: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_cls.main([*SHORT, f"--data-dir={own / 'data'}", f"--output={own}"]) == 0
+    (own / "tar").mkdir()
+    flags = KINDS["tar"](own / "data", own / "tar")
+    assert train_cls.main([*SHORT, *flags, f"--output={own}", "--epochs=2"]) == 0
+    assert "resuming" in capsys.readouterr().out
+
+
+def test_checkpoints_of_earlier_versions(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They describe no images."""
+    (*_, newest) = Checkpoints(own / "it/checkpoints").paths()
+    state = load_checkpoint(newest)
+    del state["data"]
+    torch.save(state, newest)
+    flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2"]
+    remove_image(own / "data")
+    assert "training images: 60, now 59" in fails(capsys, *flags)
+    shutil.copy(first(own / "data/train/digit_0"), own / "data/train/digit_0/999.png")
+    assert train_cls.main([*SHORT, *flags]) == 0
+    assert "was written by an earlier version" in capsys.readouterr().out
+
+
+def other_number_of_classes(data: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "digit_3")
+
+
+def test_the_number_of_classes_cannot_change(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other_number_of_classes(own / "data")
+    flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2", "--allow-changed-data"]
+    assert "num_classes 4, now 3" in fails(capsys, *flags)
+
+
+def as_torch_folder(folder: Path, _: Path) -> list[str]:
+    return ["--dataset=torch/image_folder", f"--data-dir={folder}"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "torch"])
+def test_every_kind_of_set_has_a_fingerprint(
+    kind: str, own_digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+    def look(name: str) -> dict[str, Any]:
+        (tmp_path / name).mkdir()
+        shutil.copytree(own_digits_folder, tmp_path / name / "data")
+        make = KINDS.get(kind, as_torch_folder)
+        flags = make(tmp_path / name / "data", tmp_path / name)
+        return fingerprint(open_images(train_cls.parse_args(["--in-chans=3", *flags]), CPU))
+
+    one, moved = look("one"), look("moved")
+    assert find_changes(one, moved) == []
+    shutil.copy(first(own_digits_folder / "train/digit_1"), own_digits_folder / "train/digit_1/999.png")
+    (change,) = find_changes(one, look("more"))
+    if kind == "wds":
+        assert change == "training images: the list of shards in _info.json"
+    else:
+        assert "training images (60, now 61 in all): of class 'digit_1' 1" in change
+
+
+def test_sets_without_paths_have_labels(tmp_path: Path) -> None:
+    digits = open_images(train_cls.parse_args(["--dataset=sklearn/digits", "--in-chans=1"]), CPU)
+    one = fingerprint(digits)
+    other = open_images(train_cls.parse_args(["--dataset=sklearn/digits", "--in-chans=1", "--seed=1"]), CPU)
+    assert one["train"]["labels"].keys() == {str(i) for i in range(10)}
+    assert find_changes(one, fingerprint(digits)) == [] and find_changes(one, fingerprint(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside files of others
+
+
+def test_foreign_files_are_neither_read_nor_removed(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = own / "it/checkpoints"
+    oldest, newest = Checkpoints(folder).paths()
+    foreign = [
+        "backup.pt",
+        "0-mine.pt",
+        "9-9.pt",
+        "000099-00000000.pt",
+        "00009-00000000 (copy).pt",
+        "99999-00000000.PT",
+    ]
+    for name in foreign:
+        shutil.copy(oldest, folder / name)
+    (folder / "00099-00000000.pt").mkdir()
+    os.mkfifo(folder / "00098-00000000.pt")
+    assert Checkpoints(folder).paths() == [oldest, newest]
+    flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=3"]
+    capsys.readouterr()
+    assert train_cls.main([*SHORT, *flags]) == 0
+    assert f"resuming {newest}" in capsys.readouterr().out
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*foreign, "00099-00000000.pt", "00098-00000000.pt", "00002-00000002.pt", "00003-00000000.pt"}
+
+
+def test_checkpoints_beyond_the_width_of_their_names_are_in_order(tmp_path: Path) -> None:
+    for name in ("100000-00000000.pt", "99999-00000000.pt", "99999-100000000.pt"):
+        (tmp_path / name).write_bytes(b"")
+    names = [path.name for path in Checkpoints(tmp_path).paths()]
+    assert names == ["99999-00000000.pt", "99999-100000000.pt", "100000-00000000.pt"]
+
+
+def test_runs_of_others_do_not_stop_the_search(own: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--resume auto looks at the recipes of all runs."""
+    flags = [f"--data-dir={finished / 'data'}", f"--output={own}"]
+    for number, recipe in enumerate(["a: [", "[" * 3000, "data_dir: [1]", "data_dir: {}", "\0", "- 1"]):
+        (own / f"{number}/checkpoints").mkdir(parents=True)
+        (own / f"{number}/config.yaml").write_text(recipe)
+    os.mkfifo(own / "0/pipe")
+    (own / "pipe/checkpoints").mkdir(parents=True)
+    os.mkfifo(own / "pipe/config.yaml")
+    (own / "gone").mkdir()
+    (own / "gone/checkpoints").symlink_to("nowhere")
+    command = [flag for flag in SHORT if "experiment" not in flag]
+    assert train_cls.main([*command, *flags]) == 0
+    assert f"{own / 'it'} is finished" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From wrong states
+
+
+def without(*path: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+
+    return change
+
+
+def with_value(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+def of_another_model(state: dict[str, Any]) -> None:
+    for values in state["optimizer"]["state"].values():
+        values["exp_avg"] = torch.zeros(3, 5)
+
+
+def one_parameter_less(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["params"].pop()
+
+
+WRONG_STATES: dict[str, Callable[[dict[str, Any]], None]] = {
+    **{f"without {key}": without(key) for key in ("progress", "recipe", "model", "processes", "images")},
+    **{f"without {key}": without(key) for key in ("optimizer", "scheduler", "update_images")},
+    **{f"without progress.{key}": without("progress", key) for key in ("epoch", "step", "history", "best", "images")},
+    **{f"without processes[0].{key}": without("processes", 0, key) for key in ("random", "images", "loss_sum")},
+    **{f"without random.{key}": without("processes", 0, "random", key) for key in ("python", "numpy", "torch")},
+    "without recipe.epochs": without("recipe", "epochs"),
+    "without data.train": without("data", "train"),
+    "without lr": without("optimizer", "param_groups", 0, "lr"),
+    "epoch a text": with_value("progress", "epoch", value="1"),
+    "epoch true": with_value("progress", "epoch", value=True),
+    "epoch negative": with_value("progress", "epoch", value=-1),
+    "another epoch": with_value("progress", "epoch", value=0),
+    "steps without images": with_value("progress", "step", value=2),
+    "best too short": with_value("progress", "best", value=[1]),
+    "history of numbers": with_value("progress", "history", value=[1]),
+    "history without loss": with_value("progress", "history", value=[{"epoch": 0}]),
+    "history of a text": with_value("progress", "history", 0, "lr", value="fast"),
+    "no processes": with_value("processes", value=[]),
+    "processes a number": with_value("processes", value=1),
+    "random too short": with_value("processes", 0, "random", "python", 1, value=[1, 2]),
+    "random out of range": with_value("processes", 0, "random", "python", 1, value=[-1] * 625),
+    "random of another kind": with_value("processes", 0, "random", "numpy", 0, value="SFC64"),
+    "random of another shape": with_value("processes", 0, "random", "torch", value=torch.zeros(3)),
+    "weights of another shape": with_value("model", "head.fc.weight", value=torch.zeros(7, 7)),
+    "weights of whole numbers": with_value("model", "head.fc.bias", value=torch.zeros(4, dtype=torch.int64)),
+    "weights a text": with_value("model", "head.fc.weight", value="none"),
+    "weights too many": with_value("model", "more", value=torch.zeros(1)),
+    "recipe a list": with_value("recipe", value=[]),
+    "scheduler a list": with_value("scheduler", value=[]),
+    "scheduler of a text": with_value("scheduler", "t_initial", value="soon"),
+    "optimizer of another model": of_another_model,
+    "optimizer with a parameter less": one_parameter_less,
+    "optimizer of a stranger": with_value("optimizer", "state", 10_000, value={}),
+    "optimizer of a text": with_value("optimizer", "state", 0, "step", value="one"),
+    "learning rate a text": with_value("optimizer", "param_groups", 0, "lr", value="fast"),
+    "data of numbers": with_value("data", "class_names", value=[1, 2, 3, 4]),
+    "data labels of texts": with_value("data", "train", "labels", value={"0": "many"}),
+}
+
+
+def test_wrong_states_are_one_clear_line(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole files with wrong contents, as another program could write them."""
+    path = own / "it/checkpoints/00001-00000000.pt"
+    right = path.read_bytes()
+    flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2", f"--resume={path}"]
+    with StopRequest() as stop, PathLock() as lock:
+        training = train_cls._Training(train_cls.parse_args([*SHORT, *flags]), CPU, stop, lock)
+        for name, change in WRONG_STATES.items():
+            path.write_bytes(right)
+            state = torch.load(path, weights_only=True)
+            change(state)
+            torch.save(state, path)
+            with pytest.raises(CommandError, match=r"does not fit this run|is damaged") as error:
+                training._resume(path)
+            assert str(path) in str(error.value), name
+    for name in ("without progress.epoch", "without random.torch", "weights a text"):
+        path.write_bytes(right)
+        state = torch.load(path, weights_only=True)
+        WRONG_STATES[name](state)
+        torch.save(state, path)
+        assert str(path) in fails(capsys, *flags)
+    for content in ([], "text", 1, {"model": {}}, {1: 2}):
+        torch.save(content, path)
+        with pytest.raises(CommandError, match=r"is damaged .it is not a checkpoint of this program"):
+            load_checkpoint(path)
+    path.write_bytes(right)
+    assert train_cls.main([*SHORT, *flags]) == 0
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "00001-00000000.pt")
+    with pytest.raises(CommandError, match="not a regular file"):
+        load_checkpoint(tmp_path / "00001-00000000.pt")

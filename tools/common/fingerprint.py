@@ -1,0 +1,140 @@
+"""Fingerprints of image sets, by which a resumed run recognizes that its images or their classes have changed."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import PurePath
+from typing import Any
+
+from stvit.tools.common.checkpoint import find_mismatch
+from stvit.tools.common.data import Images, ImageSamples, StreamSamples
+
+MOST_CHANGES = 4
+_DIGEST_BYTES = 16
+
+
+def fingerprint(images: Images) -> dict[str, Any]:
+    """Describes the images of a run by the names of classes and by digests of the paths and labels, in order.
+
+    Paths are relative to the set, so that it may be moved. The contents of the images do not count.
+
+    Args:
+        images: The training and validation sets.
+
+    Returns:
+        `class_names`, and for `train` and `val` a digest of everything (`all`) and by label a pair of the number of
+        images and their digest (`labels`). A set that is read in turn (wds/) has one digest, of its description.
+    """
+    return {
+        "class_names": images.class_names,
+        "train": _describe(images.train),
+        "val": _describe(images.val),
+    }
+
+
+def _describe(samples: Any) -> dict[str, Any]:
+    everything = _new_digest()
+    by_label: dict[str, tuple[int, Any]] = {}
+    for name, label in _names_and_labels(samples):
+        line = f"{label}\0{name}\n".encode("utf-8", "surrogatepass")  # file names need not be valid UTF-8
+        everything.update(line)
+        number, digest = by_label.get(label) or (0, _new_digest())
+        digest.update(line)
+        by_label[label] = number + 1, digest
+    labels = {label: [number, digest.hexdigest()] for label, (number, digest) in by_label.items()}
+    return {"all": everything.hexdigest(), "labels": labels}
+
+
+def _new_digest() -> Any:
+    return hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+
+def _names_and_labels(samples: Any) -> Iterator[tuple[str, str]]:
+    """Yields what is known of each image without reading it: its name, or nothing, and its label."""
+    if isinstance(samples, StreamSamples):
+        info = samples.reader.split_info
+        lengths = info.shard_lengths or [""] * len(info.filenames)
+        yield from ((f"{name} {length}", "shards") for name, length in zip(info.filenames, lengths, strict=False))
+        yield f"{info.num_samples} {info.alt_label}", "shards"
+        return
+    assert isinstance(samples, ImageSamples)
+    source = samples.source
+    if hasattr(source, "paths_and_labels"):  # ours
+        pairs: Iterable[tuple[Any, Any]] = source.paths_and_labels()
+    elif hasattr(source, "samples"):  # torchvision's folders
+        pairs = ((_relative(path, source.root), label) for path, label in source.samples)
+    elif hasattr(source, "targets") or hasattr(source, "labels"):  # torchvision's arrays
+        labels = source.targets if hasattr(source, "targets") else source.labels
+        pairs = (("", label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels))
+    elif isinstance(source, list):
+        pairs = (("", label) for _, label in source)
+    else:
+        pairs = (("", "") for _ in range(len(source)))
+    yield from ((str(name), str(label)) for name, label in pairs)
+
+
+def _relative(path: str, root: str) -> str:
+    try:
+        return PurePath(path).relative_to(root).as_posix()
+    except ValueError:
+        return PurePath(path).name
+
+
+def find_fingerprint_mismatch(value: Any) -> str | None:
+    """Checks the structure of a fingerprint from a file; returns what is wrong, None if nothing is."""
+    mismatch = find_mismatch(value, {split: {"all": "", "labels": {}} for split in ("train", "val")}, "data")
+    if mismatch is not None:
+        return mismatch
+    names = value.get("class_names")
+    if names is not None:
+        mismatch = find_mismatch(names, [], "data.class_names") or find_mismatch(names, [""] * len(names), "data.names")
+    for split in ("train", "val"):
+        labels = value[split]["labels"]
+        mismatch = mismatch or find_mismatch(labels, {label: [0, ""] for label in labels}, f"data.{split}.labels")
+    return mismatch
+
+
+def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Compares two fingerprints.
+
+    Args:
+        then: Fingerprint in a checkpoint.
+        now: Fingerprint of the present images.
+
+    Returns:
+        What has changed, in a few words each; empty if nothing has. At most `MOST_CHANGES` changes are named.
+    """
+    names = now["class_names"]
+    changes = _class_changes(then.get("class_names"), names)
+    for split, title in (("train", "training"), ("val", "validation")):
+        if then[split]["all"] == now[split]["all"]:
+            continue
+        before, after = then[split]["labels"], now[split]["labels"]
+        totals = [sum(number for number, _ in labels.values()) for labels in (before, after)]
+        found = []
+        for label in sorted(before.keys() | after.keys(), key=lambda label: (len(label), label)):
+            (number, digest), (new_number, new_digest) = (labels.get(label, [0, ""]) for labels in (before, after))
+            if number == new_number and digest == new_digest:
+                continue
+            name = repr(names[int(label)]) if names and label.isdecimal() and int(label) < len(names) else label
+            how = (
+                f"{number}, now {new_number}" if number != new_number else f"{number}, not the same or in another order"
+            )
+            found.append(f"of class {name} {how}" if label != "shards" else "the list of shards in _info.json")
+        total = f" ({totals[0]}, now {totals[1]} in all)" if totals[0] != totals[1] and "shards" not in after else ""
+        found = found or ["another order"]
+        changes.append(f"{title} images{total}: {_some(found)}")
+    return changes
+
+
+def _class_changes(then: list[str] | None, now: list[str] | None) -> list[str]:
+    if then == now:
+        return []
+    if then is None or now is None:
+        return [f"the names of the classes are {'known' if now else 'unknown'} now"]
+    pairs = [f"{old!r} is now {new!r}" for old, new in zip(then, now, strict=False) if old != new]
+    return [f"names of classes: {_some(pairs)}" if pairs else f"{len(then)} classes, now {len(now)}"]
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - MOST_CHANGES} more" if len(items) > MOST_CHANGES else ""
+    return ", ".join(items[:MOST_CHANGES]) + more
