@@ -3,6 +3,7 @@
 Works on any timm model that torch.fx can trace. What it computes stays the same, to rounding.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -12,8 +13,30 @@ from torch import fx, nn
 __all__ = ["fold_batch_norms"]
 
 
+# Two tracers at a time would restore what the other one has replaced.
+_TRACING = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
-    """Looks into every module but PyTorch's own and normalizations."""
+    """Traces every module but PyTorch's own and normalizations.
+
+    torch.fx replaces `nn.Module.__call__` of the whole process while it traces. Modules that run in other threads are
+    called as always.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
@@ -70,15 +93,16 @@ def fold_batch_norms(model: nn.Module) -> int:
 
 
 def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except Exception:  # a model's own code runs, and may raise anything on a symbolic tensor
+    with _TRACING:
         try:
-            return _CarefulTracer().trace(model)
-        except Exception as error:
-            raise ValueError(
-                f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
-            ) from error
+            return _Tracer().trace(model)
+        except Exception:  # a model's own code runs, and may raise anything on a symbolic tensor
+            try:
+                return _CarefulTracer().trace(model)
+            except Exception as error:
+                raise ValueError(
+                    f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
+                ) from error
 
 
 def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> nn.Conv2d | None:

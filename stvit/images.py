@@ -17,6 +17,7 @@ Every image becomes RGB or gray (L) of 8 bits per channel. The rules:
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -65,6 +66,11 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 BACKGROUND = "white"
+# A JPEG file may go over its image any number of times, each in a few bytes. Encoders write about ten such scans.
+MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 FLOAT_PROBLEM = "floating point pixels, whose values of black and white are unknown; convert it to 8 or 16 bits"
 
 
@@ -166,6 +172,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
                 "smaller",
                 name,
             )
+        if kind == "JPEG":
+            _check_scans(file, name)
         _scale_transparency(image)
         image.load()
     except UnreadableImageError:
@@ -179,6 +187,37 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
         problem = f"damaged, cut off or of a kind of {kind} that Pillow does not know ({why})"
         raise UnreadableImageError(problem, name) from error
     return image
+
+
+def _check_scans(file: BinaryIO, name: str) -> None:
+    """Refuses a JPEG file that would take minutes to decode: its time grows with the scans, whatever its size.
+
+    Raises:
+        UnreadableImageError: If the file has more than `MAX_SCANS` scans.
+    """
+    position = file.tell()
+    file.seek(0)
+    scans = _count_scans(file.read())
+    file.seek(position)
+    if scans > MAX_SCANS:
+        raise UnreadableImageError(f"{scans} scans, more than the limit of {MAX_SCANS}; save it as a plain JPEG", name)
+
+
+def _count_scans(content: bytes) -> int:
+    """Returns the scans of a JPEG file. A file whose first scan holds the whole image counts as 1."""
+    position, scans, components, is_progressive = 2, 0, b"", False
+    while (match := _JPEG_MARKER.search(content, position)) is not None:
+        marker, position = match[0][1], match.end()
+        if marker == 0xD9:  # end of the image
+            break
+        if marker == 0xDA:
+            scans += 1
+            if not is_progressive and content[position + 2 : position + 3] == components:
+                break
+        elif marker in _JPEG_FRAMES:
+            components, is_progressive = content[position + 7 : position + 8], marker in _PROGRESSIVE
+        position += int.from_bytes(content[position : position + 2], "big")
+    return scans
 
 
 def _has_float_samples(file: BinaryIO) -> bool:

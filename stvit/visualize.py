@@ -14,14 +14,16 @@ Shapes:
     C        channels of the layer
 """
 
+import copy
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ LINE = (255, 225, 25)
 MARK = (0, 229, 255)
 # The gray around a detector's images, Ultralytics'.
 PADDING = 114
+_WRAPPERS = (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 # Smaller images are shown enlarged.
 MIN_SHOWN = 384
 # Dark to bright, in steps that look equally large; no red beside green.
@@ -300,7 +303,8 @@ def super_tokens(
 ) -> SuperTokens:
     """The super tokens of a model over an image.
 
-    The model is run in evaluation mode up to the layer that is looked at, and left as it was.
+    The model runs in evaluation mode up to the layer that is looked at. The model itself does not change, so that other
+    threads may use it meanwhile.
 
     Args:
         model: A classifier, its features (`features_only=True`), a detector on an STViT backbone or with super token
@@ -614,7 +618,10 @@ class _Reached(Exception):
 
 
 def _run_to(net: nn.Module, attention: SuperTokenAttention, x: torch.Tensor) -> dict[str, np.ndarray]:
-    """Runs a model in evaluation mode up to a layer; returns the arrays of `SuperTokens`."""
+    """Runs a model in evaluation mode up to a layer; returns the arrays of `SuperTokens`.
+
+    The modules that run are copies. Other threads may use the model meanwhile: they meet neither the hook nor the mode.
+    """
     seen: dict[str, np.ndarray] = {}
 
     def look(module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -625,30 +632,72 @@ def _run_to(net: nn.Module, attention: SuperTokenAttention, x: torch.Tensor) -> 
             seen[name] = batch[0].detach().float().cpu().numpy()
         raise _Reached
 
-    with _evaluating(net), torch.no_grad():
-        hook = attention.register_forward_pre_hook(look)
+    copies = _copy_modules(net)
+    copies[id(attention)].register_forward_pre_hook(look)
+    with torch.no_grad():
         try:
-            net(x)
+            copies[id(net)](x)
         except _Reached:
             pass
-        finally:
-            hook.remove()
     if not seen:
         raise ValueError("the layer does not take part when the model runs")
     return seen
 
 
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then each module's own mode again."""
-    training = [module for module in net.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _copy_modules(net: nn.Module) -> dict[int, nn.Module]:
+    """Copies the modules of a model, but not their tensors; the copies are in evaluation mode.
+
+    Copies have the hooks of their originals, and refer to each other where the originals do. Compiled modules and
+    parallel copies become the plain module inside.
+
+    Returns:
+        The copies, by the ids of the originals.
+    """
+    originals = list(net.modules())
+    copies: dict[int, nn.Module] = {}
+    for module in originals:
+        if isinstance(module, torch.jit.ScriptModule):
+            copies[id(module)] = copy.copy(module).eval()
+        else:
+            copies[id(module)] = object.__new__(type(module))
+    for module in originals:
+        inner: Any = module
+        while isinstance(inner, _WRAPPERS):
+            inner = inner._orig_mod if isinstance(inner, torch._dynamo.OptimizedModule) else inner.module
+        copies[id(module)] = copies[id(inner)]
+    for module in originals:
+        if isinstance(module, (torch.jit.ScriptModule, *_WRAPPERS)):
+            continue
+        attributes = {name: _with_copies(value, copies) for name, value in vars(module).items()}
+        attributes.pop("_compiled_call_impl", None)  # of Module.compile, which would call the original
+        vars(copies[id(module)]).update({**attributes, "training": False})
+    return copies
+
+
+def _with_copies(value: Any, copies: Mapping[int, nn.Module], depth: int = 3) -> Any:
+    """Returns an attribute of a module with the copies of modules in place of the originals.
+
+    Args:
+        value: Dictionaries and lists become new ones, methods of a module become those of its copy.
+        copies: By the ids of the originals.
+        depth: Levels of containers that are looked into.
+    """
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _with_copies(value.__self__, copies, 0))
+    if depth == 0:
+        return value
+    if type(value) is partial:
+        func, args, keywords = (
+            _with_copies(part, copies, depth - 1) for part in (value.func, value.args, value.keywords)
+        )
+        return partial(func, *args, **keywords)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _with_copies(item, copies, depth - 1)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_with_copies(item, copies, depth - 1) for item in value)
+    return value
 
 
 def _stride(image: Sequence[int], pixels: Sequence[int]) -> int:

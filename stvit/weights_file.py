@@ -11,7 +11,10 @@ import os
 import pickle
 import stat
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-__all__ = ["WeightsFileError", "check_file", "class_names", "count_elements", "read_file"]
+__all__ = ["WeightsFileError", "allowing_flags", "check_file", "class_names", "count_elements", "read_file"]
 
 # Bytes of the pickle in a file, which holds the names and shapes. 100,000 tensors take about 20 MB. Restored, a pickle
 # takes up to 60 times its size.
@@ -84,10 +87,22 @@ def read_file(path: Path) -> Any:
     check_file(path)
     if path.suffix == ".safetensors":
         return load_file(path)
-    # Checkpoints of timm and of the authors hold the flags of their runs.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on what the caller says in one line
+    with allowing_flags():
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+_LOADING = threading.Lock()
+
+
+@contextmanager
+def allowing_flags() -> Iterator[None]:
+    """Context in which PyTorch restores the flags of a run, which checkpoints of timm and of the authors hold.
+
+    One thread at a time: what PyTorch allows, and which warnings it prints, is a state of the process.
+    """
+    with _LOADING, torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller's error says the same
+        yield
 
 
 def check_file(path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stvit import hub
 from stvit.stvit import _official_key
 from stvit.tools import convert_checkpoint, train_cls
+from stvit.tools.common.model import open_file
 
 Convert = Callable[..., Path]
 
@@ -262,3 +264,30 @@ def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsy
     assert f"cannot write {tmp_path / 'out'}: " in said and "File too large" in said
     assert not list((tmp_path).rglob("*.safetensors"))
     convert(tmp_path / "w.pth")
+
+
+def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one thread allows PyTorch to restore stays allowed while another thread ends."""
+    torch.save({"args": argparse.Namespace(lr=1), "model": {}}, tmp_path / "a.pt")
+    load, inside, started = torch.load, threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    def load_late(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is first:
+            inside.set()
+            assert started.wait(60)
+            second.join(0.5)  # which opens the file meanwhile, if it can
+        return load(*args, **kwargs)
+
+    def work() -> None:
+        results.append(open_file(tmp_path / "a.pt"))
+
+    monkeypatch.setattr(torch, "load", load_late)
+    first, second = threading.Thread(target=work), threading.Thread(target=work)
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    started.set()
+    first.join()
+    second.join()
+    assert [result["args"].lr for result in results] == [1, 1]

@@ -15,6 +15,7 @@ from hub_server import REPOSITORY, serve
 
 import stvit
 from stvit.tools import train_cls
+from stvit.tools.common.cli import CommandError
 from stvit.tools.common.data import BadImages, TrainBatches, TrainLoader, open_images
 from stvit.tools.common.processes import World
 
@@ -172,6 +173,15 @@ def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
     assert bad_images.names() == {"a"}
     bad_images.add("c", "empty")
     assert bad_images.names() == {"a", "c"} and len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", "[]\n", "{}\n", "\xff\n"])
+def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
+    """It comes with a run from the Hub."""
+    log = tmp_path / "bad_images.jsonl"
+    log.write_text(text, encoding="latin-1")
+    with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images anew"):
+        BadImages(3, log).add("a", "empty")
 
 
 def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,11 +103,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def page_hub() -> Iterator[Hub]:
+    """The Hub of the page."""
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def page(models: Path, page_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page's address; at its end the log has no traceback."""
     log = tmp_path_factory.mktemp("log") / "log.txt"
     flags = ["--max-megabytes=1", "--max-megapixels=2", f"--img-size={SIZE}", f"--port={free_port()}"]
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "GRADIO_SHARE": "true"}  # no share all the same
+    flags += ["--max-total-megabytes=40"]
+    env = page_hub.environment(tmp_path_factory.mktemp("home"))
+    env |= {"HF_HUB_OFFLINE": "0", "GRADIO_SHARE": "true"}  # no share all the same
     with serving([sys.executable, demo.__file__, "test_stvit", *flags], models, log, env) as address:
         yield address
     assert "Traceback" not in log.read_text(), log.read_text()
@@ -484,13 +493,22 @@ def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPa
     assert expected.items() <= asked.items() and asked["server_port"] in demo.PORTS
 
 
-def test_results_of_a_former_image_are_dropped(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_a_former_image_are_dropped(models: Path) -> None:
     """What the buttons' functions give when the image changes while they work."""
+
+    class Computer:
+        work: Any = None
+
+        def run(self, *_: Any) -> Any:
+            return self.work(), False
+
     args = demo.create_parser().parse_args(["--runs=", "--no-random", str(models / "runs/vehicles")])
-    page = demo.create_page(demo.Models(args), args)
+    computer = Computer()
+    page = demo.create_page(demo.Models(args), args, computer)
     functions = {function.fn.__name__: function.fn for function in page.fns.values()}
     name = str(models / "runs/vehicles")
     former, new = Image.new("RGB", (40, 40)), Image.new("RGB", (50, 50))
+    view = visualize.super_tokens(viewed(models, "runs/vehicles").model, former)
 
     for change in (False, True):
         sessions = [block.value for block in page.blocks.values() if type(block).__name__ == "State"]
@@ -501,13 +519,13 @@ def test_results_of_a_former_image_are_dropped(models: Path, monkeypatch: pytest
             return result
 
         session.image = former
-        monkeypatch.setattr(demo, "classify", lambda *_, work=work: work({"cat": 1.0}))
+        computer.work = lambda work=work: work({"cat": 1.0})
         assert functions["on_classify"](session, name) == ((None, None) if change else ({"cat": 1.0}, ""))
         session.image = former
-        monkeypatch.setattr(demo, "detect", lambda *_, work=work: work((former, "Found.")))
+        computer.work = lambda work=work: work((former, "Found."))
         assert (functions["on_detect"](session, name, 0.5)[0] is None) == change
         session.image = former
-        monkeypatch.setattr(demo, "stages_of", work)
+        computer.work = lambda work=work: work(view)
         shown = functions["on_look"](session, name, 0, "boundaries")
         assert (shown[1] is None) == change and (session.view is None or not change)
         session.view = None
@@ -516,35 +534,224 @@ def test_results_of_a_former_image_are_dropped(models: Path, monkeypatch: pytest
 def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> None:
     """Neither by its address, nor by a message that calls it uploaded; nothing tells whether one is there."""
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
-    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log") as page:
+    (tmp_path / "temporary").mkdir()
+    env = {"TMPDIR": str(tmp_path / "temporary")}
+    end = getattr(signal, "SIGHUP", signal.SIGTERM)  # as when the terminal is closed: nothing stays
+    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, end) as page:
         for name in ("/etc/passwd", "../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError):
                 urllib.request.urlopen(f"{page}/gradio_api/file={name}")
         with urllib.request.urlopen(f"{page}/config") as answer:
             config = json.load(answer)
-        (upload,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == "upload")
-        (receive,) = (d["id"] for d in config["dependencies"] if d["inputs"][:1] == [upload])
+        (receive,) = (item["id"] for item in config["dependencies"] if item["api_name"] == "receive")
         os.mkfifo(tmp_path / "pipe")
-        for path in (ASSETS / "bus.jpg", tmp_path / "missing", tmp_path / "pipe", Path("/proc/self/environ"), None):
+        # The folder of one's own upload: removing it as a file ended the removal of all uploads.
+        own = upload(page, (ASSETS / "bus.jpg").read_bytes())
+        files = [own, own.parent, own.parent.parent, own.parent.parent.parent / "lock", own.parent / ".." / "missing"]
+        files += [ASSETS / "bus.jpg", tmp_path / "missing", tmp_path / "pipe", Path("/proc/self/environ")]
+        said = []
+        for path in (*map(str, files), None, 7, "\0", "", "http://127.0.0.1/a.jpg", ["a"]):
             for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
-                value = {"path": str(path) if isinstance(path, Path) else path, "orig_name": "a.jpg", **meta}
-                said = post(page, receive, [value, None])
-                assert said["success"] is False, (path, said)
-                words = (str(ASSETS), "not a regular file", "not an image of", "No such file")
-                assert not any(word in json.dumps(said) for word in words), said
+                value = {"path": path, "url": path, "orig_name": "a.jpg", **meta}
+                said.append(ask(page, join(receive, [value, None])))
+        assert [status for status, _ in said] == [200, 200] + [400] * (len(said) - 2)
+        assert {text for _, text in said[2:]} == {"that is no image that was uploaded here: upload a file\n"}
+    assert not list((tmp_path / "temporary").glob("stvit-demo-*"))
 
 
-def post(page: str, function: int, data: list[Any]) -> dict[str, Any]:
-    """What the server answers to a message that no page would send."""
-    body = json.dumps({"data": data, "fn_index": function, "session_hash": "abc"}).encode()
+def ask(page: str, body: bytes | None = None, path: str = "/gradio_api/queue/join", **headers: str) -> tuple[int, str]:
+    """Status and text of the server's answer to a request."""
     kind = {"Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(f"{page}/gradio_api/queue/join", body, kind)).read()
-    with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash=abc", timeout=30) as stream:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{page}{path}", body, kind | headers)) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def join(function: int, data: Any, session: Any = "abc", **more: Any) -> bytes:
+    """An event's message."""
+    return json.dumps({"data": data, "fn_index": function, "session_hash": session, **more}).encode()
+
+
+def answers(page: str, session: str) -> list[dict[str, Any]]:
+    """The answers to a session's events, once all are there."""
+    found = []
+    with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
         for line in stream:
             message = json.loads(line.removeprefix(b"data: ") or b"{}") if line.startswith(b"data: ") else {}
             if message.get("msg") == "process_completed":
-                return dict(message)
-    raise AssertionError("no answer")
+                found.append(message)
+            elif message.get("msg") == "close_stream":
+                break
+    return found
+
+
+def functions(page: str) -> dict[str, int]:
+    """The numbers of the page's functions, by their names."""
+    return {item["api_name"]: item["id"] for item in json.loads(ask(page, path="/config")[1])["dependencies"]}
+
+
+def upload(page: str, content: bytes, **headers: str) -> Path:
+    """Uploads a file, and gives its path on the server."""
+    boundary = "----it"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    status, text = ask(page, body, "/gradio_api/upload", **kind, **headers)
+    assert status == 200, text
+    return Path(json.loads(text)[0])
+
+
+def test_requests_of_other_pages_are_refused(page: str) -> None:
+    """Whatever they ask for: by a name that leads here, and from the page of another name."""
+    port = page.rpartition(":")[2]
+    message = join(functions(page)["on_load"], [None, None])
+    for path, body in (
+        ("/", None),
+        ("/config", None),
+        ("/gradio_api/queue/join", message),
+        ("/gradio_api/upload", b""),
+    ):
+        for host in ("evil.com", f"evil.com:{port}", f"127.0.0.1.evil.com:{port}"):
+            status, text = ask(page, body, path, Host=host)
+            assert (status, text) == (
+                403,
+                f"Host '{host}' is no address of this page; if it is yours, start the page with --allow-host={host}\n",
+            )
+        for origin in ("http://evil.com", "null", "http://127.0.0.1:1"):
+            status, text = ask(page, body, path, Origin=origin)
+            assert (status, text) == (403, f"Origin '{origin}' is another page, whose requests are refused\n")
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        assert ask(page, path="/config", Host=host, Origin=f"http://{host}")[0] == 200
+
+
+def test_uploads_of_all_users_have_a_limit(page: str) -> None:
+    """What is refused, or breaks off, leaves no file; old uploads make room."""
+    first = upload(page, os.urandom(900_000))
+    folder = first.parent.parent
+    host, port = page.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=it\r\n\r\n")
+        for i in range(60):  # 45 MB, and the end never comes
+            part = b'--it\r\nContent-Disposition: form-data; name="files"; filename="%d"\r\n\r\n' % i
+            part += bytes(750_000) + b"\r\n"
+            try:
+                connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+            except OSError:  # the server has closed the connection
+                break
+        answer = ""
+        while "minutes" not in answer and (part := connection.recv(10_000)):
+            answer += part.decode()
+    assert (
+        answer.startswith("HTTP/1.1 413") and "the uploads of all users exceed the 40 MB that this page takes" in answer
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=it\r\n\r\n")
+        connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+    end = time.monotonic() + 60
+    while any(path.is_file() for path in folder.iterdir()):  # uploads under way lie there
+        assert time.monotonic() < end, list(folder.iterdir())
+        time.sleep(0.05)
+    assert first.is_file() and upload(page, b"small").is_file()
+    for path in folder.rglob("*"):
+        assert not path.is_file() or path.stat().st_size <= 900_000
+
+
+HOSTILE: list[Any] = [
+    *(
+        None,
+        True,
+        -1,
+        1e308,
+        "x",
+        "x" * 10_000,
+        "\0\ud800",
+        "<script>",
+        "../../etc/passwd",
+        "hf-hub:../..",
+        [],
+        {},
+        [[]],
+    ),
+    *(
+        {"path": "/etc/passwd"},
+        {"path": ["a"]},
+        {"index": "a"},
+        {"__type__": "update"},
+        {"a": {"path": "/", "meta": 1}},
+    ),
+]
+
+
+def test_hostile_events_do_no_harm(page: str) -> None:
+    """Each input of each event, wrong numbers of inputs, sessions and events: the page answers and goes on.
+
+    The page's log has no traceback: see the fixture.
+    """
+    config = json.loads(ask(page, path="/config")[1])
+    statuses = []
+    for item in config["dependencies"]:
+        for place in range(len(item["inputs"])):
+            for value in HOSTILE:
+                data: list[Any] = [None] * len(item["inputs"])
+                data[place] = value
+                for event in (None, {"index": [1e300, -5]}):
+                    statuses.append(ask(page, join(item["id"], data, "fuzz", event_data=event))[0])
+        for wrong in (None, {}, "a", [None] * 50):
+            statuses.append(ask(page, join(item["id"], wrong, "fuzz"))[0])
+    for value in HOSTILE:
+        statuses.append(ask(page, json.dumps(value).encode())[0])
+        statuses.append(ask(page, join(value, [], "fuzz"))[0])
+        statuses.append(ask(page, join(0, [None], value if value != "x" else 5))[0])
+        for key in ("trigger_id", "batched", "simple_format", "event_id", "oauth_token"):
+            statuses.append(ask(page, join(2, [], "fuzz", **{key: value}))[0])
+        for path in ("/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/upload"):
+            status = ask(page, json.dumps(value).encode(), path)[0]
+            assert 400 <= status < 500 or (status == 200 and path == "/gradio_api/reset"), (path, value, status)
+    assert set(statuses) == {200, 400}
+    for answer in answers(page, "fuzz"):
+        assert "unforeseen" not in json.dumps(answer), answer
+    for path in ("/gradio_api/run/predict", "/gradio_api/api/on_classify", "/gradio_api/call/on_classify", "/login"):
+        assert ask(page, b"{}", path)[0] == 404
+    for path in ("/gradio_api/file=http://127.0.0.1/a", "/gradio_api/proxy=https://a.hf.space/", "/monitoring/summary"):
+        assert ask(page, path=path)[0] == 404
+    upload(page, b"and goes on")
+
+
+def test_users_do_not_wait_for_each_other(page: str, page_hub: Hub, models: Path, photo: Path) -> None:
+    """One waits for a Hub that hangs, one asks for an absurd model; others see their classes."""
+    best = {file.name: file.read_bytes() for file in (models / "runs/vehicles/best").iterdir()}
+    config = json.loads(best["config.json"])
+    absurd = json.dumps(config | {"model_args": {**config.get("model_args", {}), "n_iter": 10**8}}).encode()
+    for name, files in (("slow", best), ("fast", best), ("absurd", {**best, "config.json": absurd})):
+        page_hub.create_repo(f"org/{name}")
+        page_hub.commit(f"org/{name}", files)
+    page_hub.fail("org/slow/.*safetensors", "hang")
+    number, path = functions(page), str(upload(page, photo.read_bytes()))
+    users = {
+        "slow": "hf-hub:org/slow",
+        "listed": "runs/vehicles",
+        "fast": "hf-hub:org/fast",
+        "absurd": "hf-hub:org/absurd",
+    }
+    try:
+        for session, model in users.items():
+            assert ask(page, join(number["receive"], [{"path": path}, None], session))[0] == 200
+            (received,) = answers(page, session)
+            assert received["success"], received
+            assert ask(page, join(number["on_classify"], [None, model], session))[0] == 200
+        for session in ("listed", "fast"):
+            (answer,) = answers(page, session)
+            assert answer["success"] and answer["output"]["data"][0]["confidences"], answer
+        (answer,) = answers(page, "absurd")
+        assert not answer["success"] and "n_iter=100000000, more than the 8 that this page takes" in json.dumps(answer)
+        assert any("org/slow" in request.path and "safetensors" in request.path for request in page_hub.requests)
+    finally:
+        page_hub.heal()
+    (answer,) = answers(page, "slow")
+    assert "org/slow" in json.dumps(answer) or answer["success"]
 
 
 def test_nothing_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
@@ -553,13 +760,8 @@ def test_nothing_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path:
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
     with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGTERM) as page:
-        boundary = "----it"
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
-        body = head.encode() + photo.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        request = urllib.request.Request(f"{page}/gradio_api/upload", body, kind)
-        (path,) = json.load(urllib.request.urlopen(request))
-        assert Path(path).read_bytes() == photo.read_bytes() and "/stvit-demo-" in path  # not other pages' folder
+        path = upload(page, photo.read_bytes())
+        assert path.read_bytes() == photo.read_bytes() and "/stvit-demo-" in str(path)  # not other pages' folder
     assert not list((tmp_path / "temporary").glob("stvit-demo-*"))
 
 

@@ -161,7 +161,7 @@ def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeyp
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
     args = demo.create_parser().parse_args([str(tmp_path / "run"), "--runs=", "--no-random"])
     models = demo.Models(args)
-    page = demo.create_page(models, args)
+    page = demo.create_page(models, args, demo.Computer(models, args))
     receive = next(function.fn for function in page.fns.values() if function.name == "receive")
     with recorded(channels) as seen:
         for name in expected:
@@ -325,3 +325,27 @@ def test_every_mode_becomes_rgb_and_gray(mode: str) -> None:
         assert (converted.mode, converted.size) == (wanted, (3, 2))
     with pytest.raises(ValueError, match="mode must be 'RGB' or 'L', got 'RGBA'"):
         convert_image(Image.new(mode, (3, 2)), "RGBA")
+
+
+def test_a_jpeg_of_many_scans_is_refused(tmp_path: Path) -> None:
+    """A few bytes a scan make a small file decode for minutes; usual files have ten scans, or one."""
+    photo = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((64, 64))
+    for flags in ({}, {"progressive": True}):
+        file = io.BytesIO()
+        # Bytes after the end of the image, as phones append films, are no scans.
+        photo.save(file, "JPEG", **flags)
+        file.write(b"\xff\xda\0\x08" * 500)
+        file.seek(0)
+        assert open_image(file).size == (64, 64)
+    whole = file.getvalue()
+    whole = whole[: whole.rindex(b"\xff\xd9")]
+    last = whole[whole.rindex(b"\xff\xda") :]
+    (tmp_path / "scans.jpg").write_bytes(whole + last * 200 + b"\xff\xd9")
+    with pytest.raises(
+        UnreadableImageError, match=r"scans\.jpg: 2\d\d scans, more than the limit of 100; save it as a"
+    ):
+        open_image(tmp_path / "scans.jpg")
+    # A cut file is damaged, wherever the cut is.
+    for size in range(2, len(whole), 97):
+        with pytest.raises(UnreadableImageError):
+            open_image(io.BytesIO(whole[:size]))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -397,3 +398,38 @@ def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
             x = images(batch, *size)
             assert_same(compiled(x), model(x))
     assert graphs.count == 1
+
+
+def test_other_models_run_while_one_is_optimized() -> None:
+    """torch.fx replaces the call of every module of the process; another thread may optimize a model meanwhile."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Stopping(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread() is threads[0]:
+                inside.set()
+                assert go_on.wait(60)
+            return super().forward(x)
+
+    model, x = create(), images(1, 64, 96)
+    nets = [Stopping(create(), nn.Identity()).eval() for _ in range(2)]
+    expected = model(x)
+    results: dict[int, nn.Module] = {}
+
+    def work(i: int) -> None:
+        results[i] = stvit.optimize_for_inference(nets[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    try:
+        threads[0].start()
+        assert inside.wait(60)
+        torch.testing.assert_close(model(x), expected)
+        threads[1].start()
+        threads[1].join(0.3)  # of two at a time the first to end would restore what the other one had replaced
+    finally:
+        go_on.set()
+        for thread in filter(threading.Thread.is_alive, threads):
+            thread.join()
+    for i in range(2):
+        assert_same(results[i](x), nets[i](x))
+    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"

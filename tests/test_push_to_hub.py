@@ -1,6 +1,7 @@
 """The command that pushes weights, against a Hub over a socket: what stands there then, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -424,3 +425,73 @@ def test_every_tensor_is_compared(hub: Hub, folder: Path, push: Push) -> None:
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(hub_module.HubError, match=r"1 tensors of hf-hub:.* otherwise: stages.0.blocks.0.mlp.fc1.bias"):
         hub_module.compare_with_hub(folder, REPO, hub.refs(REPO)["main"])
+
+
+def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+    """A link could publish anything that the user may read."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    push(folder, "--dry-run", f"--output={tmp_path / 'out'}")
+    (folder / "README.md").write_bytes((tmp_path / "out/README.md").read_bytes())
+    for name in ("README.md", "config.json", "model.safetensors"):
+        outside = (folder / name).rename(secret / name)
+        (folder / name).symlink_to(outside)
+        said = push(folder, fails=True)
+        assert f"{name} in {folder} is a link to {outside}: links are not followed" in said and "cp -RL" in said
+        (folder / name).unlink()
+        outside.rename(folder / name)
+    assert not [request for request in hub.requests if request.method in ("POST", "PUT")]
+
+    def refused(said: str) -> None:
+        with pytest.raises(hub_module.HubError, match=said):
+            hub_module.push(folder, REPO)
+
+    odd = folder / "odd"
+    for target in (secret, folder / "config.json", Path("config.json"), Path("nowhere")):  # inside or broken, too
+        odd.symlink_to(target)
+        refused(f"odd in .* is a link to {re.escape(str(target))}")
+        odd.unlink()
+    odd.mkdir()
+    (odd / "more").symlink_to(secret)
+    refused("odd/more in .* is a link")
+    (odd / "more").unlink()
+    os.mkfifo(odd / "more")
+    refused("odd/more in .* is not a file but a pipe")
+    (odd / "more").unlink()
+    assert not [request for request in hub.requests if request.method in ("POST", "PUT")]
+
+    # Hidden files stay here wherever they are, and the folder itself may be a link.
+    (odd / ".hidden").symlink_to(secret)
+    (odd / ".git").mkdir()
+    (odd / ".git/config").write_text("token")
+    (tmp_path / "link").symlink_to(folder)
+    hub_module.push(tmp_path / "link", REPO)
+    assert hub.files(REPO).keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert not list(tmp_path.glob(".net*"))
+
+
+def test_a_file_that_becomes_a_link_during_the_push(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    own = (folder / "config.json").read_bytes()
+
+    def swap(function: Any) -> Any:
+        def swapping(*args: Any, **kwargs: Any) -> Any:
+            (folder / "config.json").unlink(missing_ok=True)
+            (folder / "config.json").symlink_to(tmp_path / "secret")
+            return function(*args, **kwargs)
+
+        return swapping
+
+    with monkeypatch.context() as patch:  # once the files are set aside
+        patch.setattr(hub_module, "_prepare_repository", swap(hub_module._prepare_repository))
+        hub_module.push(folder, REPO)
+    assert hub.files(REPO)["config.json"] == own
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(own)
+    with monkeypatch.context() as patch:  # after the check of a file, and before it is opened
+        patch.setattr(hub_module, "_opened_file", swap(hub_module._opened_file))
+        with pytest.raises(hub_module.HubError, match=r"config\.json in .* is a link"):
+            hub_module.push(folder, REPO)
+    assert b"secret" not in b"".join(hub.files(REPO).values())

@@ -431,13 +431,13 @@ def test_auto_takes_no_run_on_other_images(
     assert train_cls.main([*flags, f"--data-dir={digits_folder}", "--experiment=one"]) == 0
     assert train_cls.main([*flags, f"--data-dir={own_digits_folder}"]) == 0
     assert "resuming" not in capsys.readouterr().out
-    # By its name the run is found wherever its images are now, but they must be as many.
+    # By its name the run is found wherever its images are now, but they must be the same.
     assert train_cls.main([*flags, f"--data-dir={own_digits_folder}", "--experiment=one"]) == 0
     assert "is finished: 2 epochs are done" in capsys.readouterr().out
     next((own_digits_folder / "train").rglob("*.png")).unlink()
     assert train_cls.main([*flags, f"--data-dir={own_digits_folder}", "--experiment=one"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "a run on 60 training and 20 validation images, here are 59 and 20" in line
+    assert "training images (60, now 59 in all): of class " in line
 
 
 def test_auto_does_not_repeat_what_is_finished(

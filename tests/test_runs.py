@@ -18,7 +18,7 @@ import torch
 import yaml
 from test_data import KINDS
 
-from stvit.tools import train_cls
+from stvit.tools import push_to_hub, train_cls, validate_cls
 from stvit.tools.common import locks
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError
@@ -55,28 +55,33 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
     """Also when the first was killed, and a process that loads images has not noticed yet."""
     flags = [f"--data-dir={digits_folder}", f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
     process = subprocess.Popen([sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags])
-    worker = None
+    workers = []
     try:
-        while not list((tmp_path / "it").glob("checkpoints/*.pt")):
+        while not (tmp_path / "it/summary.csv").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGSTOP)
-        (worker,) = children(process.pid)
-        os.kill(worker, signal.SIGSTOP)
+        workers = children(process.pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
         before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
         for resume in ("--resume=auto", f"--resume={tmp_path / 'it'}", "--resume="):
             line = fails(capsys, *flags, resume)
             assert f"another process (process {process.pid} on " in line and f"uses {tmp_path / 'it'}: wait" in line
+        # Reading is fine.
+        evaluation = [f"--checkpoint={tmp_path / 'it'}", f"--data-dir={digits_folder}", "--workers=0"]
+        assert validate_cls.main(evaluation) == 0
+        assert push_to_hub.main([str(tmp_path / "it"), "--repo-id=org/run", "--dry-run"]) == 0
         assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
         process.kill()
         process.wait()
-        assert (tmp_path / "it/.lock").exists() and Path(f"/proc/{worker}").exists()
+        assert (tmp_path / "it/.stvit.lock").exists() and Path(f"/proc/{workers[0]}").exists()
         done = load_checkpoint(Checkpoints(tmp_path / "it/checkpoints").paths()[-1])["progress"]["epoch"]
         assert train_cls.main([*SHORT, *flags, "--workers=0", f"--epochs={done + 1}"]) == 0
-        assert not (tmp_path / "it/.lock").exists()
+        assert not (tmp_path / "it/.stvit.lock").exists()
     finally:
         process.kill()
-        if worker is not None:
+        for worker in workers:
             os.kill(worker, signal.SIGKILL)
 
 
@@ -89,8 +94,8 @@ def children(pid: int) -> list[int]:
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Frozen(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+        def now(cls, tz: Any = None) -> "Frozen":
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
 
     monkeypatch.setattr(train_cls, "datetime", Frozen)
     args = train_cls.parse_args(["--model=test_stvit", f"--output={tmp_path}"])
@@ -460,7 +465,8 @@ def test_wrong_states_are_one_clear_line(own: Path, capsys: pytest.CaptureFixtur
         WRONG_STATES[name](state)
         torch.save(state, path)
         assert str(path) in fails(capsys, *flags)
-    for content in ([], "text", 1, {"model": {}}, {1: 2}):
+    contents: list[Any] = [[], "text", 1, {"model": {}}, {1: 2}]
+    for content in contents:
         torch.save(content, path)
         with pytest.raises(CommandError, match=r"is damaged .it is not a checkpoint of this program"):
             load_checkpoint(path)

@@ -278,3 +278,22 @@ def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits
     )
     train(tmp_path / "again", f"--resume=hf-hub:{REPO}@{first}")
     assert results(tmp_path / "again/it") == results(tmp_path / "whole/it")
+
+
+def test_a_snapshot_takes_no_file_from_outside_the_run(hub: Hub, train: Train, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    said = train(tmp_path, "--experiment=run", "--epochs=1")
+    run = tmp_path / "run"
+    for name in ("best/notes.txt", "checkpoints/99999-00000000.pt", "curve.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(stvit.hub.HubError, match=f"{name} in .* is a link to .*secret"):
+            snapshots._set_aside(run, tmp_path / "aside")
+        (run / name).unlink()
+    (run / "best").rename(tmp_path / "moved")
+    (run / "best").symlink_to(tmp_path / "moved")
+    reported: list[tuple[str, dict[str, Any]]] = []
+    uploads = snapshots.Snapshots(REPO, 1, run, False, lambda name, values: reported.append((name, values)), bool)
+    uploads.after_epoch(1)
+    assert [name for name, _ in reported] == ["hub_failed"] and "best in " in reported[0][1]["error"], said
+    assert hub.requests == []

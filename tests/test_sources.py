@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from test_data import KINDS, as_shards
 from test_runs import as_torch_folder, children, first
 
 from stvit.tools import train_cls, validate_cls
+from stvit.tools.common import data
 from stvit.tools.common.cli import CommandError, OneProcessError
 from stvit.tools.common.data import BadImages, ImageSamples, open_images
 from stvit.tools.common.image_folders import ImageTar
@@ -168,6 +170,44 @@ def test_wrong_descriptions_of_shards(
     assert re.search("the description of the shards|cannot open the train images", fails(capsys, *flags))
 
 
+def test_releases_of_datasets_that_run_code_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "version", lambda _: "3.6.0")
+    assert "hfds/ needs datasets 4 or later, found 3.6.0" in fails(capsys, f"--dataset=hfds/{tmp_path}")
+
+
+class Evil:
+    """Writes a file when it is unpickled without care."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import pathlib; pathlib.Path('unpickled').touch()",)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "evil.pth"},
+        {"pretrained_cfg": {"file": "evil.pth"}},
+        {"pretrained_cfg": {"file": "evil.npz", "custom_load": True}},
+        {"act_layer": "__import__('pathlib').Path('unpickled').touch()"},
+    ],
+)
+def test_arguments_of_the_model_run_no_code(
+    arguments: dict[str, Any],
+    digits_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("evil.pth", "evil.npz"):
+        torch.save({"state_dict": Evil()}, tmp_path / name)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"model_kwargs": arguments, "data_dir": str(digits_folder)}))
+    fails(capsys, f"--config={tmp_path / 'recipe.yaml'}", "--pretrained")
+    assert not (tmp_path / "unpickled").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pipes
 
@@ -175,14 +215,14 @@ def test_wrong_descriptions_of_shards(
 def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    data = f"--data-dir={own_digits_folder}"
+    folder = f"--data-dir={own_digits_folder}"
     assert f"cannot read --config {pipe}: not a regular file" in fails(capsys, f"--config={pipe}")
-    assert f"cannot read weights from {pipe}: it is not a file" in fails(capsys, data, f"--pretrained-path={pipe}")
+    assert f"cannot read weights from {pipe}: it is not a file" in fails(capsys, folder, f"--pretrained-path={pipe}")
     assert "not a folder" in fails(capsys, f"--data-dir={pipe}")
     # Among the images: a link to one counts as an image.
     (first(own_digits_folder / "train/digit_1")).unlink()
     (own_digits_folder / "train/digit_1/pipe.png").symlink_to(pipe)
-    line = fails(capsys, data, f"--output={tmp_path}", "--batch-size=60")
+    line = fails(capsys, folder, f"--output={tmp_path}", "--batch-size=60")
     assert "pipe.png: not a regular file" in line
     # As an archive, a shard, and the description of shards.
     (tmp_path / "tar").mkdir()
@@ -194,6 +234,23 @@ def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsy
         (tmp_path / "wds" / name).unlink()
         os.mkfifo(tmp_path / "wds" / name)
         assert f"{name} is not a regular file" in fails(capsys, *flags)
+
+
+def test_a_pipe_that_a_table_names(tmp_path: Path) -> None:
+    """A Parquet file may hold the path of an image instead of its bytes."""
+    import datasets
+
+    os.mkfifo(tmp_path / "pipe.png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "pipe.png")}, None], "label": [0, 1]}
+    for split in ("train", "validation"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"set/{split}-00000-of-00001.parquet")
+    flags = ["--in-chans=3", f"--dataset=hfds/{tmp_path / 'set'}", f"--data-dir={tmp_path / 'cache'}"]
+    images = open_images(train_cls.parse_args(flags), CPU)
+    for index, problem in enumerate(["pipe.png: not a regular file", "number 1: empty"]):
+        with pytest.raises(OneProcessError, match=problem):
+            images.val.read(index)
 
 
 def test_pipes_in_evaluation(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

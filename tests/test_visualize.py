@@ -1,12 +1,15 @@
 """What a model sees: the arrays against the definition, the pictures, the model left as it was, and the command."""
 
+import copy
 import csv
 import io
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +359,81 @@ def test_the_model_is_left_as_it_was(error: type[BaseException] | None, monkeypa
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dress", ["plain", "compiled", "parallel"])
+def test_other_threads_use_the_model_meanwhile(dress: str) -> None:
+    """Two views of a model in training mode stop inside the model; meanwhile another thread evaluates the model."""
+    torch.manual_seed(0)
+    net: Any = timm.create_model("test_stvit", num_classes=10)
+    alone, x = copy.deepcopy(net).eval(), torch.randn(1, 3, 64, 96)
+    expected = [super_tokens(alone, x, stage) for stage in (0, 1)]
+    model = {"plain": lambda m: m, "compiled": torch.compile, "parallel": nn.DataParallel}[dress](net)
+    views: dict[int, Any] = {}
+    inside, go_on = {stage: threading.Event() for stage in (0, 1)}, threading.Event()
+
+    def stop(*_: Any) -> None:
+        if threading.current_thread() in viewers:
+            inside[viewers.index(threading.current_thread())].set()
+            assert go_on.wait(60)
+
+    def view(stage: int) -> None:
+        views[stage] = super_tokens(model, x, stage)
+
+    net.stem.register_forward_pre_hook(stop)
+    viewers = [threading.Thread(target=view, args=(stage,)) for stage in (0, 1)]
+    try:
+        for stage, viewer in enumerate(viewers):
+            viewer.start()
+            assert inside[stage].wait(60)
+        assert all(module.training for module in net.modules())
+        for module in net.modules():
+            assert not module._forward_pre_hooks or module is net.stem
+        with torch.no_grad():
+            torch.testing.assert_close(net.eval()(x), alone(x))
+    finally:
+        go_on.set()
+        for viewer in viewers:
+            viewer.join()
+    for stage in (0, 1):
+        for name in ("soft", "tokens", "features", "queries", "keys"):
+            np.testing.assert_array_equal(getattr(views[stage], name), getattr(expected[stage], name))
+
+
+def test_modules_that_hold_their_own_parts(model: Any) -> None:
+    """Attributes that lead to modules past `named_children` lead to the copies, which the view looks into."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+            self.parts = [model]
+            self.run = self.run_parts
+            self.late = partial(self.run_parts)
+
+        def run_parts(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return self.parts[0](x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.run(x) if x.shape[2] > 64 else self.late(x)
+
+    net = Net().train()
+    model.eval()
+    for size in (64, 96):
+        x = torch.randn(1, 3, size, size)
+        np.testing.assert_array_equal(super_tokens(net, x).soft, super_tokens(model, x).soft)
+    # Modules compiled in place and scripted ones inside.
+    x = torch.randn(1, 3, 64, 64)
+    scripted = torch.jit.script(nn.Sequential(nn.Identity(), nn.Dropout(0.9)))
+    compiled: Any = torch.compile(model)
+    inside = nn.Sequential(scripted, compiled).train()
+    model.eval().compile()
+    try:
+        np.testing.assert_array_equal(super_tokens(inside, x).soft, super_tokens(net, x).soft)
+        assert scripted.training
+    finally:
+        model._compiled_call_impl = None
 
 
 def test_low_precision(model: Any) -> None:

@@ -149,6 +149,24 @@ def test_ctrl_break_stops_in_good_order(folder: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "it/checkpoints").glob("*.pt"))
 
 
+@pytest.mark.long
+def test_a_killed_run_leaves_no_lock(folder: Path, tmp_path: Path) -> None:
+    flags = ["tools/train_cls.py", *TRAIN, f"--data-dir={folder / 'data'}", f"--output={tmp_path}", "--experiment=it"]
+    flags += ["--epochs=1000", "--workers=1", "--checkpoint-steps=1", "--resume=auto"]
+    process = start(*flags)
+    try:
+        while not (tmp_path / "it/summary.csv").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        assert f"error: another process uses {tmp_path / 'it'}: wait for it" in run(*flags, status=1)
+    finally:
+        process.kill()
+        process.communicate()
+    (newest,) = sorted((tmp_path / "it/checkpoints").glob("*.pt"))[-1:]
+    out = run(*flags, f"--epochs={int(newest.name[:5]) + 1}")
+    assert "resuming" in out and not (tmp_path / "it/.stvit.lock").exists()
+
+
 def test_compile_without_a_compiler(folder: Path, tmp_path: Path) -> None:
     flags = [*TRAIN, f"--data-dir={folder / 'data'}", f"--output={tmp_path}", "--epochs=1", "--workers=0", "--compile"]
     out = run("tools/train_cls.py", *flags, status=1, CXX="nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))

@@ -7,9 +7,14 @@
 
 `python -m stvit.tools.demo` is the same program; it needs `pip install 'stvit[demo]'`. The page is at
 http://127.0.0.1:7860, for this machine alone: there is no share link, and --host 0.0.0.0 opens it to the network.
+The page answers to its own addresses only, and to the names that --allow-host adds.
 
 A model is a run, a file, `hf-hub:ORG/NAME` (which may also be typed into the page) or a name, whose weights are
 then random. `push_to_hub.py --space` makes a Space of the Hugging Face Hub of this page and a model.
+
+Models run in processes of their own: one for the models of the list, and one for models that are typed in. A request
+that takes longer than --max-seconds ends its process, and the next request starts another. Each process takes some
+hundred MB beside its models.
 """
 
 import signal
@@ -20,15 +25,18 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import errno
 import html
+import math
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,22 +49,34 @@ from stvit import visualize
 from stvit.images import READERS
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
 from stvit.tools.common.data import resolve_images
+from stvit.tools.common.hub_models import Downloads, check_config, check_modules
 from stvit.tools.common.model import find_weights
+from stvit.tools.common.scratch import Storage, private_folder
 from stvit.tools.common.viewing import (
     Viewed,
     explained,
     fitted,
     is_detector,
+    open_downloaded,
     open_image,
     open_viewed,
     stages_of,
 )
+from stvit.tools.common.worker import Worker
 
 PORTS = range(7860, 7960)
 RANDOM_MODELS = ("stvit_small", "yolo26n-stvit_pico.yaml")
 HUB_ID = re.compile(r"hf-hub:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What is kept of an image: more than a screen shows, or a network is given here.
 MOST_SHOWN = 1280
+# Uploads and pictures are deleted after that many seconds: the page promises an hour.
+MAX_AGE_S = 3000.0
+# Bytes of the arrays that a session keeps of its super tokens; those of this package's models have a few MB.
+MAX_VIEW = 64 * 2**20
+# Of models that users type in: the largest, and all of them.
+MAX_DOWNLOAD = 2**30
+MAX_DOWNLOADS = 10 * 2**30
+DOWNLOAD_S = 120.0
 TITLE = "What the model sees"
 OVERLAYS = ("boundaries", "mean colors")
 RANDOM_NOTE = "⚠️ **Random weights:** nothing has trained this model, what it says means nothing."
@@ -82,15 +102,44 @@ def create_parser() -> Parser:
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder whose runs are offered, too")
     parser.add_argument(
-        "--hub", action=argparse.BooleanOptionalAction, default=True, help="let hf-hub:ORG/NAME be typed into the page"
+        "--hub",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=f"let hf-hub:ORG/NAME be typed into the page: models of up to {MAX_DOWNLOAD // 2**30} GB, "
+        f"{MAX_DOWNLOADS // 2**30} GB in all",
     )
     parser.add_argument(
         "--random", action=argparse.BooleanOptionalAction, default=True, help="offer models with random weights, too"
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on")
     parser.add_argument("--port", type=positive, metavar="N", help="port (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="address that the page answers to, beside the one it listens on (with --host 0.0.0.0: beside localhost "
+        "and all IP addresses); may be given again",
+    )
     parser.add_argument("--max-megabytes", type=positive, default=10, metavar="N", help="largest file that is taken")
     parser.add_argument("--max-megapixels", type=positive, default=25, metavar="N", help="largest image that is taken")
+    parser.add_argument(
+        "--max-total-megabytes",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="room for the uploads and pictures of all users; the oldest ones are deleted from half of it on",
+    )
+    parser.add_argument(
+        "--max-seconds", type=positive, default=60, metavar="N", help="longest computation of a request"
+    )
+    parser.add_argument(
+        "--max-gigabytes",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="memory for models that are typed in (Linux only)",
+    )
     parser.add_argument("--img-size", type=positive, default=640, metavar="N", help="longest side shown to a model")
     return parser
 
@@ -105,13 +154,55 @@ def serve(args: argparse.Namespace) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise CommandError(f"the page needs Gradio, pip install 'stvit[demo]': {reason(error)}") from error
-    # What is uploaded and drawn is gone when the page ends.
-    with TemporaryDirectory(prefix="stvit-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        _serve(create_page(Models(args), args), args, _free_port(args.host, args.port))
+    if args.max_total_megabytes < args.max_megabytes:
+        raise CommandError(
+            f"--max-total-megabytes {args.max_total_megabytes} is less than --max-megabytes {args.max_megabytes}; "
+            "raise it"
+        )
+    with _ended_by_signals(), private_folder("stvit-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        models = Models(args)
+        port = _free_port(args.host, args.port)
+        storage = Storage(folder, args.max_total_megabytes * 2**20, MAX_AGE_S)
+        computer = Computer(models, args)
+        try:
+            with storage.kept_small():
+                _serve(create_page(models, args, computer), args, port, storage, computer)
+        finally:
+            computer.close()
 
 
-def _serve(page: Any, args: argparse.Namespace, port: int) -> None:
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Context in which SIGTERM and SIGHUP end the program as Ctrl-C does, so that it removes its files."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # Programs under nohup are to ignore SIGHUP.
+    handlers = {
+        number: handler
+        for number in (getattr(signal, name) for name in names)
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
+
+    def end(*_: Any) -> None:
+        for number in handlers:  # a second signal is not to interrupt the removal
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    try:
+        for number in handlers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _serve(page: Any, args: argparse.Namespace, port: int, storage: Storage, computer: "Computer") -> None:
+    from starlette.middleware import Middleware
+
+    from stvit.tools.common.page_guard import Guard, Hosts
+
+    hosts = Hosts(args.host, port, args.allow_host)
     try:
         _, url, _ = page.launch(
             server_name=args.host,
@@ -125,12 +216,14 @@ def _serve(page: Any, args: argparse.Namespace, port: int) -> None:
             mcp_server=False,
             footer_links=[],
             run_history=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Guard, page=page, hosts=hosts, storage=storage)]},
             prevent_thread_lock=True,
             quiet=True,
         )
     except OSError as error:
         raise CommandError(f"cannot listen on {args.host}, port {port}: {reason(error)}") from error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends it as Ctrl-C does
+    computer.start()
     print(f"the page is at {url} until Ctrl-C", flush=True)
     page.block_thread()
 
@@ -200,8 +293,7 @@ class Models:
                 raise CommandError(f"{name!r}: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME")
             if _is_source(name) and not is_detector(name):
                 find_weights(name, None)  # which says what is missing
-        # The last few stay in memory.
-        self._open = lru_cache(maxsize=3)(_open)
+        self._opened = OpenedModels()
 
     def choices(self, of_detectors: bool | None = None) -> list[tuple[str, str]]:
         """What to call each model, and its name.
@@ -218,17 +310,59 @@ class Models:
             (name if _is_source(name) else f"{name.removesuffix('.yaml')} (random weights)", name) for name in wanted
         ]
 
-    def open(self, name: str | None) -> Viewed:
-        """The model of a name.
+    def check(self, name: Any) -> str:
+        """Returns a name as it is in the list, or as it is on the Hub.
 
         Raises:
-            CommandError: If it is not offered, or cannot be had.
+            CommandError: If the model is not offered.
         """
         name = name.strip() if isinstance(name, str) else ""
         if name not in self.names and not (self.takes_hub_ids and HUB_ID.fullmatch(name)):
             hub = ", or type hf-hub:ORG/NAME" if self.takes_hub_ids else ""
             raise CommandError(f"there is no model {name[:80]!r} here: choose one of the list{hub}")
-        return self._open(name)
+        return name
+
+    def open(self, name: Any) -> Viewed:
+        """Opens a model in this process.
+
+        Raises:
+            CommandError: If the model is not offered, or cannot be opened.
+        """
+        name = self.check(name)
+        return self._opened.open(name, name)
+
+
+class OpenedModels:
+    """The models that were opened last. Threads that ask for the same model get the same one."""
+
+    def __init__(self, size: int = 3) -> None:
+        """
+        Args:
+            size: How many models stay in memory.
+        """
+        self.size = size
+        self._models: OrderedDict[tuple[str, str], Viewed] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, name: str, source: str, is_limited: bool = False) -> Viewed:
+        """Opens a model, or returns the one that is open.
+
+        Args:
+            name: Its name on the page.
+            source: Where it is: the name, or what was downloaded.
+            is_limited: Whether to refuse a model that takes long to build or to run.
+
+        Raises:
+            CommandError: If the model cannot be opened, or is refused.
+        """
+        with self._lock:
+            viewed = self._models.pop((name, source), None)
+            if viewed is None:
+                while len(self._models) >= self.size:  # before the next one takes its memory
+                    self._models.popitem(last=False)
+                viewed = _open(name, source, is_limited)
+            self._models[name, source] = viewed
+            return viewed
 
 
 def _is_source(name: str) -> bool:
@@ -237,16 +371,84 @@ def _is_source(name: str) -> bool:
     return name.startswith("hf-hub:") or is_path
 
 
-def _open(name: str) -> Viewed:
-    of_name = {"checkpoint": name, "model": None} if _is_source(name) else {"checkpoint": None, "model": name}
-    flags: dict[str, Any] = {
-        "use_ema": None,
-        "num_classes": None,
-        "in_chans": None,
-        "model_kwargs": {},
-        "pretrained": False,
-    }
-    return open_viewed(argparse.Namespace(**of_name, **flags))
+def _open(name: str, source: str, is_limited: bool) -> Viewed:
+    if is_limited:
+        check_config(name, source)
+    if source != name:
+        viewed = open_downloaded(name, source)
+    else:
+        of_name = {"checkpoint": name, "model": None} if _is_source(name) else {"checkpoint": None, "model": name}
+        flags = dict.fromkeys(("use_ema", "num_classes", "in_chans"))
+        viewed = open_viewed(argparse.Namespace(**of_name, **flags, model_kwargs={}, pretrained=False))
+    if is_limited:
+        check_modules(name, viewed.model)
+    return viewed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that compute
+
+_opened = OpenedModels()  # of such a process
+
+
+class Computer:
+    """Runs models in other processes: those of the list in one, those that users type in in another."""
+
+    def __init__(self, models: Models, args: argparse.Namespace) -> None:
+        """
+        Args:
+            models: Models of the page.
+            args: The flags.
+        """
+        self._models = models
+        self._downloads = Downloads(DOWNLOAD_S, MAX_DOWNLOAD, MAX_DOWNLOADS)
+        # `_work` goes along, so that the process imports what its first call needs.
+        self._offered = Worker(args.max_seconds, setup=_prepare)
+        self._typed = Worker(args.max_seconds, setup=_prepare, max_bytes=args.max_gigabytes * 2**30)
+
+    def start(self) -> None:
+        """Starts the process for the models of the list, and does not wait for it."""
+        if self._models.names:
+            self._offered.start()
+
+    def close(self) -> None:
+        """Ends the processes and all waiting."""
+        self._downloads.close()
+        self._offered.close()
+        self._typed.close()
+
+    def run(self, task: Callable[..., Any], name: Any, *inputs: Any) -> tuple[Any, bool]:
+        """Runs a function on a model.
+
+        Args:
+            task: Of this module's top level. It takes the model and the inputs.
+            name: Of the model.
+            inputs: Further arguments.
+
+        Returns:
+            The result, and whether the model has random weights.
+
+        Raises:
+            CommandError: If the model is not offered or cannot be opened, as `task` raises it, or if it takes too long.
+        """
+        name = self._models.check(name)
+        is_limited = name not in self._models.names
+        source = self._downloads.get(name, is_limited) if HUB_ID.fullmatch(name) else name
+        worker = self._typed if is_limited else self._offered
+        result: tuple[Any, bool] = worker.call(_work, task, name, source, is_limited, *inputs)
+        return result
+
+
+def _prepare() -> None:
+    """Nothing more: to find this function a process imports this module."""
+
+
+def _work(task: Callable[..., Any], name: str, source: str, is_limited: bool, *inputs: Any) -> tuple[Any, bool]:
+    try:
+        viewed = _opened.open(name, source, is_limited)
+        return task(viewed, *inputs), viewed.is_random
+    except CommandError as error:  # users of the page are not told where this machine keeps its files
+        raise CommandError(str(error).replace(source, name)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +509,24 @@ def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int)
     return Image.fromarray(np.ascontiguousarray(result.plot()[..., ::-1])), words
 
 
+def look(viewed: Viewed, image: Image.Image, stage: int, img_size: int) -> visualize.SuperTokens:
+    """Returns the super tokens of a stage.
+
+    Raises:
+        CommandError: If the model has no such stage, or its super tokens take too much memory.
+    """
+    stages_of(viewed)
+    with explained():
+        view = visualize.super_tokens(viewed.model, fitted(image, img_size), stage)
+    size = sum(array.nbytes for array in (view.soft, view.tokens, view.features, view.queries, view.keys))
+    if size > MAX_VIEW:
+        raise CommandError(
+            f"the super tokens of stage {stage} take {size // 2**20} MB, more than the {MAX_VIEW // 2**20} MB that "
+            "this page keeps; choose another stage"
+        )
+    return view
+
+
 def describe(view: visualize.SuperTokens, token: int) -> str:
     """A token in words."""
     row, column = divmod(token, view.grid[1])
@@ -322,12 +542,13 @@ def describe(view: visualize.SuperTokens, token: int) -> str:
 # The page
 
 
-def create_page(models: Models, args: argparse.Namespace) -> Any:
-    """The page, a `gradio.Blocks`.
+def create_page(models: Models, args: argparse.Namespace, computer: Computer) -> Any:
+    """Returns the page, a `gradio.Blocks`.
 
     Args:
-        models: What it offers.
+        models: Models that it offers.
         args: The flags.
+        computer: Runs the models.
     """
     import gradio as gr
     from gradio.utils import get_upload_folder
@@ -372,44 +593,44 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
             raise CommandError("choose an image first")
         return session.image
 
-    def note(viewed: Viewed) -> str:
-        return RANDOM_NOTE if viewed.is_random else ""
+    def note(is_random: bool) -> str:
+        return RANDOM_NOTE if is_random else ""
 
-    def on_classify(session: Session, name: str) -> Any:
-        image, viewed = need(session), models.open(name)
-        result = classify(viewed, image), note(viewed)
-        return result if session.image is image else (None, None)
+    def on_classify(session: Session, name: Any) -> Any:
+        image = need(session)
+        result, is_random = computer.run(classify, name, image)
+        return (result, note(is_random)) if session.image is image else (None, None)
 
-    def on_detect(session: Session, name: str, confidence: float) -> Any:
-        image, viewed = need(session), models.open(name)
-        picture, words = detect(viewed, image, confidence, args.img_size)
-        return (picture, f"{words}\n\n{note(viewed)}") if session.image is image else (None, None)
+    def on_detect(session: Session, name: Any, confidence: Any) -> Any:
+        image = need(session)
+        confidence = min(max(_number(confidence), 0.0), 1.0)
+        (picture, words), is_random = computer.run(detect, name, image, confidence, args.img_size)
+        return (picture, f"{words}\n\n{note(is_random)}") if session.image is image else (None, None)
 
-    def on_model(session: Session, name: str) -> Any:
+    def on_model(session: Session, name: Any) -> Any:
         session.view = None
-        stages = stages_of(models.open(name))
+        stages, _ = computer.run(stages_of, name)
         return gr.Slider(minimum=stages[0], maximum=max(stages[-1], stages[0] + 1), value=stages[0])
 
-    def on_load(session: Session, name: str) -> Any:
+    def on_load(session: Session, name: Any) -> Any:
         try:
             return on_model(session, name)
         except CommandError:  # which nobody has asked about yet
             return gr.Slider()
 
-    def on_look(session: Session, name: str, stage: float, overlay: str) -> Any:
-        image, viewed = need(session), models.open(name)
-        stages_of(viewed)
-        with explained():
-            view = visualize.super_tokens(viewed.model, fitted(image, args.img_size), int(stage))
+    def on_look(session: Session, name: Any, stage: Any, overlay: Any) -> Any:
+        image = need(session)
+        view, is_random = computer.run(look, name, image, int(_number(stage)), args.img_size)
         if session.image is not image:
             return [None] * 5
         session.view = view
-        return note(viewed), *show(session, view, view.center, overlay)
+        return note(is_random), *show(session, view, view.center, overlay)
 
-    def on_overlay(session: Session, overlay: str) -> Any:
-        return None if session.view is None else draw_overlay(session.view, session.token, overlay)
+    def on_overlay(session: Session, overlay: Any) -> Any:
+        view, token = session.view, session.token
+        return None if view is None else draw_overlay(view, token, overlay)
 
-    def on_click(session: Session, overlay: str, event: gr.SelectData) -> Any:
+    def on_click(session: Session, overlay: Any, event: gr.SelectData) -> Any:
         view, place = session.view, event.index
         if view is None:
             raise CommandError("show the super tokens first")
@@ -419,10 +640,10 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         x, y = (min(max(int(position) // view.scale, 0), side - 1) for position, side in sides)
         return show(session, view, view.token_at(x, y), overlay)
 
-    def draw_overlay(view: visualize.SuperTokens, token: int, overlay: str) -> Image.Image:
+    def draw_overlay(view: visualize.SuperTokens, token: int, overlay: Any) -> Image.Image:
         return view.draw_mean_colors(token) if overlay == OVERLAYS[1] else view.draw_boundaries(token)
 
-    def show(session: Session, view: visualize.SuperTokens, token: int, overlay: str) -> tuple[Any, ...]:
+    def show(session: Session, view: visualize.SuperTokens, token: int, overlay: Any) -> tuple[Any, ...]:
         session.token = token
         pictures = draw_overlay(view, token, overlay), view.draw_association(token), view.draw_attention(token)
         return describe(view, token), *pictures
@@ -443,12 +664,14 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         look: dict[str, Any] = {"show_label": False, "buttons": buttons, "elem_classes": "result", "format": "png"}
         return gr.Image(label=caption, interactive=False, elem_id=elem_id, **look)
 
-    # Networks take turns.
-    heavy: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}
-    light: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+    # Models take turns in their processes. Those who wait, for a download too, leave room for light work. Inputs are
+    # checked by the guard and the functions, which word what is wrong.
+    common: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
+    heavy: dict[str, Any] = {**common, "concurrency_id": "network", "concurrency_limit": 32}
+    light: dict[str, Any] = {**common, "concurrency_limit": 8, "show_progress": "hidden"}
     *kinds, last_kind = READERS
     of_classifiers, of_detectors = models.choices(of_detectors=False), models.choices(of_detectors=True)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         session: Any = gr.State(Session(), time_to_live=3600)
         gr.Markdown(f"# {TITLE}\nClasses, boxes and super tokens of your image.")
         with gr.Row():
@@ -491,7 +714,7 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         # Gradio would open what is uploaded by itself: unprocessed it is a path, and is opened with care. Until it is
         # there the buttons are off.
         emptied = upload.input(lambda session: forget(session, len(results)), session, buttons + results, **light)
-        receiving = emptied.then(guarded(receive), [upload, session], buttons, preprocess=False, **light)
+        receiving = emptied.then(guarded(receive), [upload, session], buttons, **light)
         receiving.failure(lambda: None, None, upload, **light)
         classify_button.click(guarded(on_classify), [session, classifier], [classes, classifier_note], **heavy)
         detect_button.click(guarded(on_detect), [session, detector, confidence], [boxes, found], **heavy)
@@ -509,7 +732,14 @@ def create_page(models: Models, args: argparse.Namespace) -> Any:
         )
         overlay.input(guarded(on_overlay), [session, overlay], tokens, **light)
         tokens.select(guarded(on_click), [session, overlay], of_view, **light)
+    page.queue(api_open=False, max_size=200)
     return page
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise CommandError(f"expected a number, got {value!r:.40}")
+    return float(value)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ PATIENCE_S = 3.0
 # Images (B, C, H, W) and class numbers (B,).
 Batch = tuple[torch.Tensor, torch.Tensor]
 # File in the folder of a run by which its process locks it; see `PathLock`.
-RUN_LOCK = ".lock"
+RUN_LOCK = ".stvit.lock"
 # Flags that a resumed run may change: they say where and how fast, not what.
 FREE_FLAGS = {
     "batch_size",

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from stvit.pretrained import PretrainedError
 from stvit.tools.common.cli import CommandError, reason, run
 
 
@@ -47,7 +48,7 @@ def command(args: argparse.Namespace) -> None:
 
         with our_yolo(options), command_line(arguments):
             entrypoint()
-    except (ImportError, ValueError, SyntaxError, FileNotFoundError) as error:
+    except (ImportError, ValueError, SyntaxError, FileNotFoundError, PretrainedError) as error:
         if os.environ.get("STVIT_TRACEBACK"):
             raise
         raise CommandError(str(error).strip() or reason(error)) from error

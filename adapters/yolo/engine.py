@@ -257,7 +257,7 @@ class YOLO(ultralytics.YOLO):
 
         Raises:
             ValueError: If an option is not as described, or contradicts another argument.
-            RuntimeError: If weights cannot be read or do not fit.
+            RuntimeError: If weights cannot be read, are not safe to open or do not fit.
         """
         given = {
             key: value
@@ -283,8 +283,8 @@ class YOLO(ultralytics.YOLO):
         model: Any = self.model
         if loaded_keys is not None:
             model.loaded_keys = loaded_keys
-        check_local(self._pretrained(kwargs), self.trust)
         try:
+            self._check_files(kwargs)
             with trusting(self.trust):
                 return super().train(trainer=trainer, **kwargs)
         finally:
@@ -293,10 +293,25 @@ class YOLO(ultralytics.YOLO):
             if model is not self.model:
                 self.loaded_keys = None
 
-    def _pretrained(self, kwargs: dict[str, Any]) -> Any:
-        """Returns what Ultralytics takes for `pretrained`: the argument, or that of a file of arguments."""
+    def tune(self, *args: Any, **kwargs: Any) -> Any:
+        """Tunes the training's arguments as Ultralytics' YOLO does.
+
+        Args:
+            args: As for Ultralytics' YOLO.
+            kwargs: As for Ultralytics' YOLO.
+
+        Raises:
+            stvit.PretrainedError: If a file among the arguments is not safe to open.
+        """
+        self._check_files(kwargs)
+        with trusting(self.trust):
+            return super().tune(*args, **kwargs)
+
+    def _check_files(self, kwargs: dict[str, Any]) -> None:
+        """Checks the checkpoints among the arguments of a training, and those in its file of arguments (`cfg`)."""
         arguments = YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else self.overrides
-        return {"pretrained": self.overrides.get("pretrained"), **arguments, **kwargs}["pretrained"]
+        for key in ("pretrained", "distill_model"):
+            check_local({**self.overrides, **arguments, **kwargs}.get(key), self.trust)
 
     def export(self, **kwargs: Any) -> str:
         """Exports as Ultralytics' YOLO does.

@@ -75,10 +75,13 @@ class Checkpoints:
         return self.keep_epochs > 0 and step == 0 and epoch % self.keep_epochs == 0
 
     def load(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest whole state and where it was; None if there is no checkpoint. Names the damaged ones it passes.
+        """Loads the newest checkpoint that is whole, and warns of damaged ones.
+
+        Returns:
+            The state and the path of its checkpoint; None if there is no checkpoint.
 
         Raises:
-            CommandError: If there are checkpoints, but all of them damaged.
+            CommandError: If there are checkpoints, but all of them are damaged.
         """
         paths = self.paths()
         for path in reversed(paths):
@@ -109,7 +112,13 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint.
+    """Loads the state in a checkpoint, of which no code is run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The state. It has at least the parts of `_LEAST`; whoever resumes from it checks the rest.
 
     Raises:
         CommandError: If the file is not a whole checkpoint.

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ from stvit.tools.common.cli import (
     above_zero,
     count,
     positive,
+    read_text,
     reason,
 )
 from stvit.tools.common.image_folders import ImageFolder, ImageTar, TorchImageFolder
@@ -141,11 +143,20 @@ class BadImages:
                 file.write(json.dumps({"image": name, "reason": why}) + "\n")
 
     def names(self) -> set[str]:
-        """The images skipped so far."""
+        """Returns the images skipped so far.
+
+        Raises:
+            OneProcessError: If the log is damaged.
+        """
         if self.log is None or not self.log.exists():
             return set()
-        whole_lines = self.log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        return {json.loads(line)["image"] for line in whole_lines}
+        try:
+            whole_lines = read_text(self.log).rpartition("\n")[0].splitlines()
+            return {str(json.loads(line)["image"]) for line in whole_lines}
+        except (ValueError, LookupError, TypeError) as error:
+            raise OneProcessError(
+                f"{self.log} is damaged ({reason(error)}): repair it, or remove it to count the images anew"
+            ) from error
 
 
 @contextmanager
@@ -396,6 +407,23 @@ def _check_shards(root: str, info: Any, allow_commands: bool) -> None:
     _check_shard_urls([os.path.join(root, name) for name in info.filenames], allow_commands)
 
 
+def _check_datasets_version() -> None:
+    """Refuses releases of `datasets` that run programs which a set contains.
+
+    Raises:
+        CommandError: If the installed release is such a one.
+    """
+    try:
+        found = version("datasets")
+    except PackageNotFoundError:  # timm says so when it opens the set
+        return
+    if int(found.partition(".")[0]) < 4:
+        raise CommandError(
+            f"hfds/ needs datasets 4 or later, found {found}, which may run code that a set contains: "
+            "pip install --upgrade datasets"
+        )
+
+
 class _ParquetImages:
     """Images and class numbers of a set that Hugging Face's `datasets` reads.
 
@@ -483,7 +511,9 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
             f"unknown dataset {args.dataset!r}: give sklearn/digits, torch/…, hfds/… or wds/…, or leave --dataset out "
             "for the image folder --data-dir"
         )
-    if not args.data_dir and not args.dataset.startswith("hfds/"):
+    if args.dataset.startswith("hfds/"):
+        _check_datasets_version()
+    elif not args.data_dir:
         raise CommandError("no data: give --data-dir, or --dataset sklearn/digits to try the program out")
     if not args.dataset and not Path(args.data_dir).is_dir():
         raise CommandError(

@@ -22,7 +22,7 @@ from stvit.pretrained import damage
 from stvit.stvit import strip_prefix_of
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.weights_file import WeightsFileError, read_file
+from stvit.weights_file import WeightsFileError, allowing_flags, read_file
 
 # What a run's checkpoint tells of its model and of the images that it was made for.
 RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
@@ -163,7 +163,7 @@ def _wanted_code(path: Path, error: Exception) -> list[str]:
     if not isinstance(error, pickle.UnpicklingError):
         return []
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with allowing_flags():
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not of PyTorch's present format
         return _named_code(path)

@@ -27,12 +27,15 @@ os.chdir(Path(__file__).resolve().parent)
 
 from stvit.tools.demo import main  # noqa: E402
 
-# In a Space the page is served to its front; elsewhere it is for this machine alone.
+# In a Space the page is served to its front, under the names that the Hub gives it; elsewhere it is for this machine
+# alone.
 HOST = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
 PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
+NAMES = [f"--allow-host={name}" for name in os.environ.get("SPACE_HOST", "").split(",") if name]
+FLAGS = ["--runs=", "--no-hub", "--no-random", "--host", HOST, "--port", PORT, *NAMES]
 
 if __name__ == "__main__":
-    sys.exit(main([{model}, "--runs=", "--no-hub", "--no-random", "--host", HOST, "--port", PORT]))
+    sys.exit(main([{model}, *FLAGS, *sys.argv[1:]]))
 '''
 _CARD = """---
 title: {quoted}

@@ -1,6 +1,7 @@
 """Models to look at: classifiers and detectors, of a run, a file, the Hub, or with random weights."""
 
 import argparse
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,10 +86,36 @@ def _open_classifier(args: argparse.Namespace) -> Viewed:
     return Viewed(title, model.eval().requires_grad_(False), is_yolo=False, is_random=not pretrained)
 
 
+def open_downloaded(name: str, source: str) -> Viewed:
+    """Opens a model of the Hub from the files that were downloaded. None of a checkpoint's code is run.
+
+    Args:
+        name: 'hf-hub:ORG/NAME', the title.
+        source: 'local-dir:FOLDER' of a classifier, or the checkpoint of a detector.
+
+    Raises:
+        CommandError: If the files cannot be read.
+    """
+    if not source.startswith("local-dir:"):
+        detector = _open_detector(Path(source))
+        detector._forget_data()
+        return Viewed(name, detector, is_yolo=True, is_random=False)
+    flags = dict.fromkeys(("model", "use_ema", "num_classes", "in_chans"))
+    viewed = _open_classifier(argparse.Namespace(**flags, checkpoint=source, model_kwargs={}, pretrained=False))
+    viewed.title = name
+    return viewed
+
+
+_DRAWING = threading.Lock()
+
+
 @contextmanager
 def _drawn() -> Iterator[None]:
-    """Random weights are the same each time, and take no number from others."""
-    with torch.random.fork_rng(devices=[]):
+    """Context in which random weights are the same each time; the state of the process's generator does not change.
+
+    All threads share that generator, so that one thread at a time draws.
+    """
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
