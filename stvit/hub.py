@@ -296,8 +296,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config.get("pretrained_cfg"), dict):
             raise ValueError("it has no architecture and pretrained_cfg, as timm writes them")
-    except (OSError, ValueError) as error:
-        raise HubError(f"cannot read {path}: {error}; make the folder anew") from error
+    except (OSError, KeyError, ValueError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise HubError(f"cannot read {path}: {problem}; make the folder anew") from error
     config["num_classes"] = config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
     return config
 

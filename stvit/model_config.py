@@ -25,6 +25,8 @@ MAX_SIDE = 1 << 14
 MAX_CLASSES = 1 << 24
 MAX_NUMBER = 1e9
 MAX_LENGTH = 10_000
+# What a model may have beyond twice the elements of its file, for a classifier of other classes and the like: 1 GB.
+SPARE_PARAMETERS = 1 << 28
 # Modules and parameters of a model; the largest models of timm have a few thousand.
 MAX_PARTS = 20_000
 
@@ -44,6 +46,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
     Raises:
         OSError: If the file cannot be read.
+        KeyError: If it names no architecture.
         ValueError: If it is not JSON, or a field has a wrong type or range; names the field.
     """
     if path.stat().st_size > MAX_CONFIG:
@@ -52,7 +55,9 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    if isinstance(config, dict) and "architecture" not in config:
+        raise KeyError("architecture")
+    if not isinstance(config, dict) or not isinstance(config["architecture"], str):
         raise ValueError("architecture must be the name of a model")
     cfg = config.get("pretrained_cfg", config)  # older files have no level below
     if not isinstance(cfg, dict):
@@ -90,6 +95,8 @@ def check_model_args(args: Any) -> None:
     if not isinstance(args, Mapping):
         raise ValueError(f"model_args must be a mapping of names to values, got {_short(args)}")
     for key, value in args.items():
+        if key in _NO_ARGUMENTS:
+            raise ValueError(f"{key} cannot be an argument of a model here, because it names a file; remove it")
         if value is None:
             continue
         is_valid, wanted = _ARGUMENTS.get(key, (_is_modest, _MODEST))
@@ -249,6 +256,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hf_hub_filename": _TEXT,
     "license": _TEXT,
 }
+_NO_ARGUMENTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": _CLASSES,
     "in_chans": (lambda value: _is_integer(value, 1, MAX_SIDE), f"an integer from 1 to {MAX_SIDE:,}"),

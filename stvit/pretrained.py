@@ -29,10 +29,17 @@ from timm.models import (
 )
 from torch import nn
 
-from stvit.model_config import ModelTooLargeError, check_model_args, check_pretrained_cfg, limit_parameters, read_config
+from stvit.model_config import (
+    SPARE_PARAMETERS,
+    ModelTooLargeError,
+    check_model_args,
+    check_pretrained_cfg,
+    limit_parameters,
+    read_config,
+)
 from stvit.safe_text import one_line
 from stvit.state_dict import strip_prefix, tensor_names
-from stvit.weights_file import check_file, count_elements
+from stvit.weights_file import WeightsFileError, check_file, count_elements
 
 __all__ = [
     "NAMESPACE_VARIABLE",
@@ -55,8 +62,11 @@ NAMESPACE_VARIABLE = "STVIT_HUB_NAMESPACE"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The functions of timm in which weights are loaded; what fails outside of them is not about weights.
 _LOADERS = {"load_pretrained", "load_model_config_from_hf", "load_model_config_from_path"}
-# What a model may have beyond twice the elements of its file, for a classifier of other classes and the like: 1 GB.
-_SPARE_PARAMETERS = 1 << 28
+# Files of safetensors that timm prefers to a pickle of a name; of any other name it is the one of the same name.
+_SAFE_NAMES = {
+    "pytorch_model.bin": "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
 # Of a model that is built from somebody's config.json without the weights.
 _MAX_PARAMETERS = 1 << 30
 # Ends of the names of files of weights in which timm looks for those of a folder.
@@ -81,6 +91,9 @@ class PretrainedDownloadError(PretrainedError, OSError):
 def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with every failure of a pretrained load explained, and a check for flipped bits.
 
+    Weights and config.json of somebody else can neither run code nor exhaust the memory: the structure of the file,
+    the fields of config.json and the size of the model are checked before anything is built.
+
     A file (`pretrained_cfg_overlay=dict(file=…)`) may hold the weights under a prefix such as Lightning's `model.`.
     The models of this package explain their failures through `timm.create_model` as well, all but one: of
     `hf-hub:org/name` timm reads the configuration before it asks any model.
@@ -96,7 +109,8 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
         The model, on the CPU unless `device` says otherwise.
 
     Raises:
-        PretrainedError: If the weights cannot be loaded; of network and disk its subclass `PretrainedDownloadError`.
+        PretrainedError: If the weights cannot be loaded or config.json is refused. It is a `PretrainedDownloadError` if
+            the network or the disk is at fault.
         ValueError: If `verify` is asked for without pretrained weights of the Hub.
     """
     if verify and not pretrained:
@@ -106,6 +120,11 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
     if pretrained and overlay.get("file") and not overlay.get("state_dict") and not overlay.get("custom_load"):
         kwargs["pretrained_cfg_overlay"] = {**overlay, **_stripped_file(model_name, overlay["file"])}
     with explained(model_name, cfg, kwargs.get("cache_dir")):
+        if kwargs.get("checkpoint_path") and Path(kwargs["checkpoint_path"]).is_file():
+            try:
+                check_file(Path(kwargs["checkpoint_path"]))
+            except WeightsFileError as error:
+                raise PretrainedError(f"{model_name}: cannot load the weights: {error}") from error
         limit = _check_foreign(model_name, cfg, pretrained, kwargs.get("cache_dir"))
         with limit_parameters(limit):
             model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
@@ -134,7 +153,11 @@ def _check_foreign(
         if cfg["source"] == "local-dir":
             path = Path(str(cfg["file"])) / "config.json"
         else:
-            path = Path(_download(str(cfg["hf_hub_id"]), "config.json", cache_dir))
+            try:
+                path = Path(_download(str(cfg["hf_hub_id"]), "config.json", cache_dir))
+            except Exception as error:  # of huggingface_hub or the network
+                kind, message = _explain(error, cfg, cache_dir, is_of_config=True)
+                raise kind(f"{model_name}: {message}") from error
         try:
             with explained_config(model_name, cfg, cache_dir):
                 architecture, more, args = read_config(path)
@@ -175,9 +198,10 @@ def check_source(
         PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
             could exhaust the memory. It is a `PretrainedDownloadError` if the file cannot be downloaded.
     """
-    with explained_config(model, cfg, cache_dir):
-        check_pretrained_cfg(cfg)
-        check_model_args(args or {})
+    if cfg.get("source") or is_of_package(cfg.get("architecture")):
+        with explained_config(model, cfg, cache_dir):
+            check_pretrained_cfg(cfg)
+            check_model_args(args or {})
     if not pretrained:
         return _MAX_PARAMETERS if cfg.get("source") else None
     try:
@@ -185,7 +209,7 @@ def check_source(
     except Exception as error:  # of the Hub, the network or a file of any kind
         kind, message = _explain(error, cfg, cache_dir, is_of_config=False)
         raise kind(f"{model}: {message}") from error
-    return 2 * max(elements) + _SPARE_PARAMETERS if elements else None
+    return 2 * max(elements) + SPARE_PARAMETERS if elements else None
 
 
 def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
@@ -202,15 +226,15 @@ def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[
         return [path for path in [Path(str(cfg["file"]))] if path.exists()]
     if not hub_id:
         return []
-    name = cfg.get("hf_hub_filename")
-    # A file of safetensors comes before the pickle of the same name.
-    names = list(_WEIGHTS) if name is None else [*([f"{name[:-4]}.safetensors"] if name.endswith(".bin") else []), name]
-    for candidate in names[:-1]:
+    name = cfg.get("hf_hub_filename") or "pytorch_model.bin"
+    if not source and name.endswith(".safetensors"):  # of a model that was named: there is nothing to check
+        return []
+    if name.endswith(".bin"):
         try:
-            return [Path(_download(str(hub_id), candidate, cache_dir))]
+            return [Path(_download(str(hub_id), _SAFE_NAMES.get(name, f"{name[:-4]}.safetensors"), cache_dir))]
         except errors.EntryNotFoundError:
             pass
-    return [Path(_download(str(hub_id), names[-1], cache_dir))]
+    return [Path(_download(str(hub_id), name, cache_dir))]
 
 
 def _download(hub_id: str, name: str, cache_dir: str | Path | None) -> str:
@@ -314,7 +338,7 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
 def explained_config(
     model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None, names: Collection[str] | None = None
 ) -> Iterator[None]:
-    """Context manager: a `ValueError` about config.json names the file. Other models raise it as it is.
+    """Context manager: an error about config.json names the file. The error of another model is raised as it is.
 
     Args:
         model: Name of the model, for the message.
@@ -325,7 +349,7 @@ def explained_config(
     """
     try:
         yield
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         is_of_file = names is None or isinstance(error, ModelTooLargeError) or str(error).split(" ", 1)[0] in names
         if not cfg.get("source") or not is_of_file:
             raise

@@ -585,7 +585,7 @@ _POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax",
 
 def _check_integers(name: str, values: Any, low: int, high: int) -> None:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
             kind = "an integer" if len(values) == 1 else "integers"
             raise ValueError(f"{name} must be {kind} from {low} to {high:,}, got {value!r}")
 

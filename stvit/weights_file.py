@@ -312,7 +312,7 @@ class _Thing:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        _check_tensor(state)  # the state of a tensor was what it is made of
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -365,7 +365,9 @@ class _Inventory(_PythonUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         source = f"{module}.{name}"
         if source.startswith("torch._utils._rebuild_") and "tensor" in name:
-            return self._tensor
+            return _tensor
+        if source == "torch._tensor._rebuild_from_type_v2":
+            return _subclass_tensor
         if source not in self.kinds:
             if len(self.kinds) >= MAX_KINDS:
                 raise WeightsFileError(f"is damaged: it names more than {MAX_KINDS:,} classes")
@@ -387,15 +389,27 @@ class _Inventory(_PythonUnpickler):
         self.storages[key] = max(self.storages.get(key, 0), elements * item_size)
         return _Storage(elements)
 
-    def _tensor(self, *args: Any) -> _Thing:
-        """Checks a tensor: a view of a few bytes with a huge size would fill the memory once it is copied."""
-        if len(args) > 3 and isinstance(args[0], _Storage):
-            shape = args[2]
-            if not isinstance(shape, tuple) or not all(type(length) is int and length >= 0 for length in shape):
-                raise WeightsFileError("is damaged: it holds a tensor without a shape")
-            if math.prod(shape) > args[0].elements:
-                raise WeightsFileError(
-                    f"holds a tensor of shape {list(shape)} on a storage of {args[0].elements:,} elements: copied it "
-                    "could fill the memory; save a copy of it, tensor.clone()"
-                )
-        return _Thing()
+
+def _tensor(*args: Any) -> _Thing:
+    """Stands for the functions that make a tensor of its storage, its place there, its shape and more."""
+    _check_tensor(args)
+    return _Thing()
+
+
+def _subclass_tensor(function: Any, _kind: Any, args: Any, _state: Any) -> Any:
+    """Stands for the function that makes a tensor of a subclass by calling another one."""
+    return function(*args)
+
+
+def _check_tensor(args: Any) -> None:
+    """Checks a tensor: a view of a few bytes with a huge size would fill the memory once it is copied."""
+    if not isinstance(args, tuple) or len(args) < 4 or not isinstance(args[0], _Storage):
+        return
+    shape = args[2]
+    if not isinstance(shape, tuple) or not all(type(length) is int and length >= 0 for length in shape):
+        raise WeightsFileError("is damaged: it holds a tensor without a shape")
+    if math.prod(shape) > args[0].elements:
+        raise WeightsFileError(
+            f"holds a tensor of shape {list(shape)} on a storage of {args[0].elements:,} elements: copied it could "
+            "fill the memory; save a copy of it, tensor.clone()"
+        )

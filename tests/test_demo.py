@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -67,8 +68,8 @@ def serving(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
-            # Shells have programs in the background ignore Ctrl-C, the tests' among them.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # Shells have programs in the background ignore Ctrl-C, and nohup SIGHUP, the tests' among them.
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
     try:
         latest = time.monotonic() + 120
@@ -536,8 +537,8 @@ def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> No
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
-    end = getattr(signal, "SIGHUP", signal.SIGTERM)  # as when the terminal is closed: nothing stays
-    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, end) as page:
+    # Its terminal is closed at the end: nothing stays.
+    with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGHUP) as page:
         for name in ("/etc/passwd", "../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError):
                 urllib.request.urlopen(f"{page}/gradio_api/file={name}")
@@ -699,6 +700,7 @@ def test_hostile_events_do_no_harm(page: str) -> None:
                 data[place] = value
                 for event in (None, {"index": [1e300, -5]}):
                     statuses.append(ask(page, join(item["id"], data, "fuzz", event_data=event))[0])
+        wrong: Any
         for wrong in (None, {}, "a", [None] * 50):
             statuses.append(ask(page, join(item["id"], wrong, "fuzz"))[0])
     for value in HOSTILE:
@@ -787,6 +789,7 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
         (["."], "neither it nor its folder best/ holds a config.json"),
         (["--no-random", "--no-hub"], "no model: give one, or leave --no-random out"),
         (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
+        (["--max-total-megabytes=5"], "--max-total-megabytes 5 is less than --max-megabytes 10; raise it"),
     ],
 )
 def test_bad_flags_are_named(
@@ -797,6 +800,13 @@ def test_bad_flags_are_named(
     assert demo.main(flags) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and words in line and "unforeseen" not in line, line
+
+
+@pytest.mark.parametrize("name", ["http://demo.org", "demo.org/", "*", "", "demo.org:port"])
+def test_wrong_names_of_hosts_are_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main([f"--allow-host={name}"])
+    assert f"argument --allow-host: must be NAME or NAME:PORT, got {name!r}" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_named(
@@ -842,6 +852,31 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
         with pytest.raises(demo.CommandError, match=r"there is no model .* here: choose one of the list$"):
             closed.open(name)
+
+
+def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest one goes before the next one is opened."""
+    opened, kept, opening, go_on = demo.OpenedModels(size=2), [], threading.Event(), threading.Event()
+
+    def open_slowly(name: str, source: str, is_limited: bool) -> Any:
+        kept.append((name, [other for other, _ in opened._models]))
+        opening.set()
+        assert go_on.wait(60)
+        return object()
+
+    monkeypatch.setattr(demo, "_open", open_slowly)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(opened.get("a", "a"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert opening.wait(60)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len({id(model) for model in found}) == 1 and kept == [("a", [])]
+    for name in "bac":
+        opened.get(name, name)
+    assert kept == [("a", []), ("b", ["a"]), ("c", ["a"])]
 
 
 def test_models_of_the_hub(hub: Hub, models: Path) -> None:
@@ -905,10 +940,12 @@ def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> N
     where = "import stvit, stvit.tools.demo as d; print(stvit.__file__, d.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=space, capture_output=True, text=True, check=True).stdout
     assert found.split() == [f"{space}/stvit/__init__.py", f"{space}/stvit/tools/demo.py"]
-    env = {"GRADIO_SERVER_PORT": str(free_port())}
+    env = {"GRADIO_SERVER_PORT": str(free_port()), "SPACE_HOST": "org-vehicles.hf.space,vehicles.org"}
     browser = Browser(1366, 768)
     try:
         with serving([sys.executable, "app.py"], space, tmp_path / "log.txt", env) as address:
+            for host, status in (("org-vehicles.hf.space", 200), ("vehicles.org", 200), ("org-other.hf.space", 403)):
+                assert ask(address, path="/config", Host=host)[0] == status
             browser.open(address)
             browser.upload_image(photo)
             browser.click("#classify")

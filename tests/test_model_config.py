@@ -61,6 +61,7 @@ ARGS = [
     ({"out_indices": "x"}, "out_indices must be an integer or a list of them"),
     ({"drop_path_rate": 2}, "drop_path_rate must be a number from 0 to 1, got 2"),
     ({"drop_rate": NAN}, "drop_rate must be a number from 0 to 1, got nan"),
+    ({"checkpoint_path": "/etc/passwd"}, "checkpoint_path cannot be an argument"),
     ({"in_chans": 0}, "in_chans must be an integer from 1"),
     ({"num_classes": -5}, "num_classes must be an integer from 0"),
     ({"img_size": 200_000}, "img_size must be an integer or a pair of them"),
@@ -147,7 +148,7 @@ def test_a_command_says_it_in_one_line(folders: dict[str, Path], capsys: pytest.
 
 @pytest.mark.parametrize(("args", "said"), [case for case in [*ARGS, *OURS] if case[1] != MORE])
 def test_arguments_of_the_model_are_checked(args: dict[str, Any], said: str) -> None:
-    if "img_size" in args:
+    if "img_size" in args or "checkpoint_path" in args:  # not arguments of this model
         return
     said = {"mlp_ratio must be made of finite numbers": "mlp_ratio must be a number"}.get(said, said)
     with pytest.raises(ValueError) as caught:

@@ -54,6 +54,7 @@ from stvit.tools.common.scratch import Storage
         ("0.0.0.0", ["user-page.hf.space"], ["user-page.hf.space"], ["user-other.hf.space", "hf.space"]),
         ("192.168.1.5", [], ["192.168.1.5:7860"], ["localhost:7860", "192.168.1.6:7860"]),
         ("box.lan", [], ["box.lan:7860", "BOX.lan:7860"], ["box.lan", "evil.com:7860"]),
+        ("127.0.0.1", ["http://a"], [], ["", "a", "http://a", "a b"]),
         ("127.0.0.1", ["localhost:8000"], ["localhost:8000"], ["localhost:8001", "a b", "a:b", "localhost:99999999"]),
     ],
 )
@@ -197,14 +198,14 @@ def test_long_and_deep_messages(tmp_path: Path) -> None:
         assert ask(guard(tmp_path), [message], path=path)[0] == 400
     whole: dict[str, Any] = {"session_hash": "a-1", "fn_index": 3, "event_id": "b"}
     for path in ("/gradio_api/cancel", "/gradio_api/reset"):
-        message: Any
-        for message, rest in (
+        cases: list[tuple[Any, dict[str, Any]]] = [
             ({**whole, "more": [1]}, whole),
             ({**whole, "event_id": "\ud800", "fn_index": "3"}, {"session_hash": "a-1"}),
             ([], {}),
-        ):
+        ]
+        for sent, rest in cases:
             size = str(len(json.dumps(rest)))
-            body = {"type": "http.request", "body": json.dumps(message).encode()}
+            body = {"type": "http.request", "body": json.dumps(sent).encode()}
             assert ask(guard(tmp_path), [body], path=path) == (200, size)
 
 

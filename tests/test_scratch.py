@@ -57,7 +57,7 @@ def holders() -> Iterator[Any]:
 
 def test_only_this_user_can_look_into_the_folder(temporary: Path) -> None:
     with private_folder(PREFIX) as one, private_folder(PREFIX) as two:
-        for folder in (one.parent, two.parent):
+        for folder in (one, two):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.parent == temporary
             assert len(folder.name) >= len(PREFIX) + 8
         assert one != two
@@ -72,7 +72,7 @@ def test_a_killed_process_leaves_nothing_to_the_next_one(holders: Any, temporary
     killed.join()
     assert (left / "upload/a.jpg").exists()
     with private_folder(PREFIX):
-        assert not left.parent.exists()
+        assert not left.exists()
         assert (used / "upload/a.jpg").read_bytes() == b"private"
 
 

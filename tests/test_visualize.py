@@ -29,6 +29,7 @@ from stvit.adapters.yolo import YOLO
 from stvit.ops import upsample_super_tokens
 from stvit.tools import train_cls
 from stvit.tools import visualize as command
+from stvit.tools.common import viewing
 from stvit.visualize import super_tokens
 
 BUS = ASSETS / "bus.jpg"
@@ -434,6 +435,36 @@ def test_modules_that_hold_their_own_parts(model: Any) -> None:
         assert scripted.training
     finally:
         model._compiled_call_impl = None
+
+
+def test_random_weights_are_the_same_in_every_thread() -> None:
+    """All threads share one generator, which another thread must not seed meanwhile."""
+    results: dict[int, torch.Tensor] = {}
+    is_second_inside = threading.Event()
+
+    def draw_first() -> None:
+        with viewing._drawn():
+            number = torch.rand(())
+            second.start()
+            is_second_inside.wait(0.3)  # it draws meanwhile, if it can
+            results[0] = torch.stack([number, torch.rand(())])
+
+    def draw_second() -> None:
+        with viewing._drawn():
+            number = torch.rand(())
+            is_second_inside.set()
+            first.join()
+            results[1] = torch.stack([number, torch.rand(())])
+
+    first, second = threading.Thread(target=draw_first), threading.Thread(target=draw_second)
+    state = torch.get_rng_state()
+    first.start()
+    first.join()
+    second.join()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    assert torch.equal(results[0], expected) and torch.equal(results[1], expected)
 
 
 def test_low_precision(model: Any) -> None:

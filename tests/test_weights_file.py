@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from safetensors.torch import save_file
 
 import stvit
@@ -101,12 +102,29 @@ def test_compressed_members_are_refused_by_every_reader(tmp_path: Path, capsys: 
     assert convert_checkpoint.main([str(path), f"--output={tmp_path / 'out'}"]) == 1
     assert said in capsys.readouterr().err
     assert not is_detector(str(path))
+    with pytest.raises(stvit.PretrainedError, match=said):
+        stvit.create_model("test_resnet", checkpoint_path=path)
     # And in a folder, under the name that timm looks for.
     stvit.hub.save(timm.create_model("test_resnet", num_classes=2), tmp_path / "net")
     (tmp_path / "net/model.safetensors").unlink()
     path.rename(tmp_path / "net/pytorch_model.bin")
     with pytest.raises(stvit.PretrainedError, match=said):
         stvit.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+
+
+def test_compressed_members_are_refused_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    stvit.hub.save(timm.create_model("test_stvit", num_classes=2), tmp_path / "ours")
+    stvit.hub.save(timm.create_model("test_resnet", num_classes=2), tmp_path / "theirs")
+    content = bomb(tmp_path, content={"w": torch.zeros(1000)}).read_bytes()
+    for name in ("ours", "theirs"):
+        hub.create_repo(f"org/{name}")
+        config = (tmp_path / name / "config.json").read_bytes()
+        hub.commit(f"org/{name}", {"config.json": config, "pytorch_model.bin": content})
+        with pytest.raises(stvit.PretrainedError, match=rf"org/{name} .*compressed or encrypted"):
+            stvit.create_model(f"hf-hub:org/{name}", pretrained=True)
+        assert stvit.create_model(f"hf-hub:org/{name}").num_classes == 2
+    with pytest.raises(stvit.PretrainedError, match=r"org/ours .*compressed or encrypted"):
+        timm.create_model("hf-hub:org/ours", pretrained=True)
 
 
 class Call:
@@ -128,6 +146,12 @@ def test_what_allocates_by_a_number_is_refused(tmp_path: Path, function: Any, ar
         torch.save({"x": Call(function, argument)}, tmp_path / "w.pt", _use_new_zipfile_serialization=is_new)
         with pytest.raises(WeightsFileError, match=rf"wants to run .*{function.__name__}\({argument}\)"):
             check_file(tmp_path / "w.pt")
+
+
+def test_a_call_within_a_call_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": Call(torch._tensor._rebuild_from_type_v2, bytearray, object, (10**12,), {})}, tmp_path / "w.pt")
+    with pytest.raises(WeightsFileError, match=r"wants to run .*bytearray\(1000000000000\)"):
+        check_file(tmp_path / "w.pt")
 
 
 def test_sizes_that_do_not_belong_to_the_file_are_refused(tmp_path: Path) -> None:
@@ -176,10 +200,10 @@ def test_archives_that_readers_understand_differently_are_refused(tmp_path: Path
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("w/data.pkl", "w/data/0"):
             archive.writestr(name, pickle.dumps({}, 2))
-    content = bytearray(path.read_bytes())
-    second = content.rindex(b"PK\x01\x02")
-    content[second + 42 : second + 46] = b"\0\0\0\0"  # the second is where the first one is
-    path.write_bytes(bytes(content))
+    table = bytearray(path.read_bytes())
+    second = table.rindex(b"PK\x01\x02")
+    table[second + 42 : second + 46] = b"\0\0\0\0"  # the second is where the first one is
+    path.write_bytes(bytes(table))
     with pytest.raises(WeightsFileError, match="members of the archive overlap"):
         check_file(path)
 

@@ -32,9 +32,7 @@ TRAIN = ["--model=test_stvit", "--img-size=32", "--batch-size=20", "--lr=1e-3", 
 
 def environment(**more: str) -> dict[str, str]:
     rules = {"PYTHONPATH": str(ROOT / "tests/windows_rules"), "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    # What filelock says of a system without fcntl; on Windows it has another lock.
-    quiet = {"PYTHONWARNINGS": "ignore:only soft file lock", "USERNAME": "user", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **rules, **quiet, **more}
+    return {**os.environ, **rules, "USERNAME": "user", "OMP_NUM_THREADS": "1", **more}
 
 
 def start(*command: object, **more: str) -> subprocess.Popen[str]:

@@ -98,6 +98,15 @@ def test_no_way_in_runs_the_code_of_a_file(
             way()
         assert not harm.exists()
     new = f"model={NEW}"
+    for name in (
+        "evil-rtdetr.pt",
+        "evil-fastsam.pt",
+        "evil-sam_b.pt",
+        "evil-yolo_nas.pt",
+    ):  # other classes of Ultralytics' command
+        (tmp_path / name).write_bytes(evil.read_bytes())
+        assert yolo_command.main(["predict", f"model={name}", f"source={ASSETS / 'bus.jpg'}"]) == 1
+        assert f"{name} wants to run posix.mkdir" in capsys.readouterr().err
     for arguments in ([f"model={evil}"], [new, f"neck_weights={evil}"], [new, f"pretrained={evil}"]):
         capsys.readouterr()
         assert yolo_command.main(["train", *arguments, f"data={photos}", "epochs=1", "imgsz=64"]) == 1

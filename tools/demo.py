@@ -115,6 +115,7 @@ def create_parser() -> Parser:
     parser.add_argument("--port", type=positive, metavar="N", help="port (default: the first free one from 7860 on)")
     parser.add_argument(
         "--allow-host",
+        type=_host_name,
         action="append",
         default=[],
         metavar="NAME[:PORT]",
@@ -144,6 +145,13 @@ def create_parser() -> Parser:
     return parser
 
 
+def _host_name(text: str) -> str:
+    """A flag's name of a host, with a port or without."""
+    if not re.fullmatch(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", text):
+        raise argparse.ArgumentTypeError(f"must be NAME or NAME:PORT, got {text!r}")
+    return text
+
+
 def serve(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted.
 
@@ -160,16 +168,34 @@ def serve(args: argparse.Namespace) -> None:
             "raise it"
         )
     with _ended_by_signals(), private_folder("stvit-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)
-        models = Models(args)
-        port = _free_port(args.host, args.port)
-        storage = Storage(folder, args.max_total_megabytes * 2**20, MAX_AGE_S)
-        computer = Computer(models, args)
-        try:
-            with storage.kept_small():
+        uploads, temporary = folder / "uploads", folder / "temporary"
+        uploads.mkdir()
+        temporary.mkdir()
+        storage = Storage(uploads, args.max_total_megabytes * 2**20, MAX_AGE_S)
+        # The processes that compute may be killed before they remove their temporary files.
+        with _environment(GRADIO_TEMP_DIR=str(uploads), TMPDIR=str(temporary)), storage.kept_small():
+            models = Models(args)
+            port = _free_port(args.host, args.port)
+            computer = Computer(models, args)
+            try:
                 _serve(create_page(models, args, computer), args, port, storage, computer)
-        finally:
-            computer.close()
+            finally:
+                computer.close()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Context in which variables of the environment have other values."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -329,7 +355,7 @@ class Models:
             CommandError: If the model is not offered, or cannot be opened.
         """
         name = self.check(name)
-        return self._opened.open(name, name)
+        return self._opened.get(name, name)
 
 
 class OpenedModels:
@@ -344,7 +370,7 @@ class OpenedModels:
         self._models: OrderedDict[tuple[str, str], Viewed] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, name: str, source: str, is_limited: bool = False) -> Viewed:
+    def get(self, name: str, source: str, is_limited: bool = False) -> Viewed:
         """Opens a model, or returns the one that is open.
 
         Args:
@@ -402,7 +428,6 @@ class Computer:
         """
         self._models = models
         self._downloads = Downloads(DOWNLOAD_S, MAX_DOWNLOAD, MAX_DOWNLOADS)
-        # `_work` goes along, so that the process imports what its first call needs.
         self._offered = Worker(args.max_seconds, setup=_prepare)
         self._typed = Worker(args.max_seconds, setup=_prepare, max_bytes=args.max_gigabytes * 2**30)
 
@@ -440,15 +465,17 @@ class Computer:
 
 
 def _prepare() -> None:
-    """Nothing more: to find this function a process imports this module."""
+    """Does nothing: to find this function, a new process imports this module and all that it needs."""
 
 
 def _work(task: Callable[..., Any], name: str, source: str, is_limited: bool, *inputs: Any) -> tuple[Any, bool]:
     try:
-        viewed = _opened.open(name, source, is_limited)
+        viewed = _opened.get(name, source, is_limited)
         return task(viewed, *inputs), viewed.is_random
-    except CommandError as error:  # users of the page are not told where this machine keeps its files
-        raise CommandError(str(error).replace(source, name)) from error
+    except CommandError as error:
+        # Users of the page are not told where this machine keeps its downloads.
+        message = str(error).replace(source, name).replace(source.removeprefix("local-dir:"), name)
+        raise CommandError(message) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ from stvit.tools.common.cli import (
     positive,
     progress_bar,
     rate,
-    read_text,
+    read_utf8,
     reason,
     run,
 )
@@ -814,7 +814,11 @@ class _Training:
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**{key: state["progress"][key] for key in asdict(Progress())})
-            self.progress.step = min(self.progress.step, self.updates)  # of changed images there may be fewer
+            if self.progress.step > self.updates:
+                # Changed images may be fewer, and the length of a stream depends on the number of workers.
+                if not self.changes and not self.loader.is_stream:
+                    raise ValueError(f"progress.step is {self.progress.step}, of {self.updates} updates")
+                self.progress.step = self.updates
             self._resume_schedule(state)
             self._resume_process(state["processes"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -1217,7 +1221,7 @@ def _changed_at(path: Path) -> float:
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:
     try:
-        recipe = load_yaml(read_text(folder / "config.yaml"))
+        recipe = load_yaml(read_utf8(folder / "config.yaml"))
         return _comparable(recipe) if isinstance(recipe, dict) else None
     except (OSError, ValueError, TypeError, RuntimeError):  # not one that a run wrote
         return None

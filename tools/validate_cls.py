@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,6 +67,7 @@ from stvit.tools.common.evaluation import (
     map_classes,
     mapped,
 )
+from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.logs import has_matplotlib, save_plot
 from stvit.tools.common.model import (
     Weights,
@@ -141,10 +143,13 @@ def validate(args: argparse.Namespace) -> None:
     if args.checkpoint is None and args.model is None:
         raise CommandError("no model: give --checkpoint, or --model for the published weights of one")
     output = Path(args.output).expanduser() if args.output else None
-    if output is not None and (output / "results.json").exists():
-        raise CommandError(f"{output} holds the results of another evaluation: choose another --output")
-
-    with join_world(args.device, args.dist_backend) as world, TemporaryDirectory() as temporary:
+    with (
+        join_world(args.device, args.dist_backend) as world,
+        TemporaryDirectory() as temporary,
+        PathLock() as lock,
+    ):
+        if output is not None:
+            world.by_first(partial(_take_output, output, lock))
         check_dtype(world.device, args.model_dtype)
         model, weights, is_ema = _create_model(args, world)
         data_config = _data_config(args, model)
@@ -202,6 +207,23 @@ def validate(args: argparse.Namespace) -> None:
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
             _write(output, results, counts, names or images.class_names)
+
+
+def _take_output(folder: Path, lock: PathLock) -> None:
+    """Makes the folder of the results, and locks it against other evaluations.
+
+    Raises:
+        CommandError: If it cannot be made, holds results already, or another process writes there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(folder / ".stvit.lock")
+    except InUseError as error:
+        raise InUseError(f"{error}: choose another --output") from error
+    except OSError as error:
+        raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
+    if (folder / "results.json").exists():
+        raise CommandError(f"{folder} holds the results of another evaluation: choose another --output")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +388,6 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
 
     text = json.dumps(redact_values(results), indent=2) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         replace_whole(folder / "per_class.csv", write_classes)
         # Before the picture, which says nothing else and may fail.
         replace_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))

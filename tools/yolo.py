@@ -90,10 +90,14 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 @contextmanager
 def our_yolo(options: dict[str, Any]) -> Iterator[None]:
-    """Within, `ultralytics.YOLO` is ours: its command takes the class by that name, and there is no other way in."""
+    """Within, `ultralytics.YOLO` is ours: its command takes the class by that name, and there is no other way in.
+
+    The command takes other classes for names such as rtdetr-l.pt. They open the same files as ours.
+    """
     import ultralytics
 
     from stvit.adapters.yolo import YOLO
+    from stvit.adapters.yolo.hub import check_local
 
     class ConfiguredYOLO(YOLO):
         def __init__(self, model: Any, task: str | None = None) -> None:
@@ -102,12 +106,22 @@ def our_yolo(options: dict[str, Any]) -> Iterator[None]:
             except RuntimeError as error:  # weights that cannot be read or do not fit
                 raise ValueError(str(error)) from error
 
-    theirs = ultralytics.YOLO
-    setattr(ultralytics, "YOLO", ConfiguredYOLO)  # noqa: B010  # a type, to mypy
+    def checked(theirs: Any) -> Any:
+        class Checked(theirs):
+            def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+                check_local(model, options.get("trust", False))
+                super().__init__(model, *args, **kwargs)
+
+        return Checked
+
+    theirs = {name: getattr(ultralytics, name) for name in ("YOLO", "RTDETR", "SAM", "FastSAM", "NAS")}
+    for name, kind in theirs.items():
+        setattr(ultralytics, name, ConfiguredYOLO if name == "YOLO" else checked(kind))
     try:
         yield
     finally:
-        setattr(ultralytics, "YOLO", theirs)  # noqa: B010
+        for name, kind in theirs.items():
+            setattr(ultralytics, name, kind)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_f
 from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint, trusting
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
+from stvit.model_config import SPARE_PARAMETERS, limit_parameters
 
 __all__ = [
     "OPTIONS",
@@ -77,7 +78,10 @@ class BackboneTrainer:
         """
         if cfg is not None:
             check_config(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
-        model = super().get_model(cfg=cfg, weights=None, verbose=verbose)  # type: ignore[misc]
+        # The configuration in somebody's checkpoint may be of another size than the weights beside it.
+        limit = None if weights is None else 2 * sum(p.numel() for p in weights.parameters()) + SPARE_PARAMETERS
+        with limit_parameters(limit):
+            model = super().get_model(cfg=cfg, weights=None, verbose=verbose)  # type: ignore[misc]
         if weights is not None:
             transfer(weights, model, getattr(weights, "loaded_keys", None))
         return model

@@ -22,6 +22,7 @@ from ultralytics.utils import LOGGER
 
 import stvit
 from stvit.inference import fold_constants
+from stvit.model_config import check_model_args
 
 __all__ = ["C2STA", "BackboneBatchNorm2d", "StokenAttention", "TimmBackbone"]
 
@@ -271,12 +272,13 @@ def create_net(name: str, **kwargs: Any) -> Any:
     """A timm model without its classifier, not pretrained.
 
     Raises:
-        ValueError: If timm has no such model or the model no such argument.
+        ValueError: If timm has no such model or the model no such argument, or an argument has a wrong range.
     """
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
         hint = f", is it one of {', '.join(near)}?" if near else ": timm.list_models() lists them"
         raise ValueError(f"unknown backbone {name!r}{hint}")
+    check_model_args(kwargs)  # a model file may be somebody else's
     kwargs = as_timm_takes_them(kwargs)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)

@@ -7,6 +7,7 @@
 - files that are open or mapped in the process cannot be replaced, renamed or removed;
 - only files that are open for writing can be synced, and folders cannot be opened;
 - names that Windows refuses cannot be created, and there are no links;
+- filelock locks files through the system, which releases them when their process ends;
 - text files are cp1252 and have CRLF lines, where the code does not say otherwise.
 """
 
@@ -21,6 +22,8 @@ import re
 import signal
 import sys
 import tempfile
+import time
+import warnings
 from typing import Any
 
 _open, _os_open, _fsync, _mkdir = io.open, os.open, os.fsync, os.mkdir
@@ -130,6 +133,41 @@ def _windows_unlink(path: Any, **more: Any) -> None:
     _unlink(path, **more)
 
 
+class _FileLock:
+    """filelock's lock of Windows, as far as it is used. Without fcntl filelock has a file that a kill leaves behind."""
+
+    def __init__(self, lock_file: Any, timeout: float = -1, **_: Any) -> None:
+        self.lock_file, self.timeout = os.fspath(lock_file), timeout
+        self._descriptor: int | None = None
+
+    def acquire(self, timeout: float | None = None, **_: Any) -> "_FileLock":
+        wait = self.timeout if timeout is None else timeout
+        since = time.monotonic()
+        while self._descriptor is None:
+            descriptor = _os_open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+                self._descriptor = descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                if 0 <= wait <= time.monotonic() - since:
+                    raise filelock.Timeout(self.lock_file) from None
+                time.sleep(0.05)
+        return self
+
+    def release(self, **_: Any) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            _unlink(self.lock_file)
+
+    def __enter__(self) -> "_FileLock":
+        return self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
 def _no_links(source: Any, target: Any, *_: Any, **__: Any) -> None:
     raise OSError(errno.EPERM, "a required privilege is not held by the client", str(target))
 
@@ -153,6 +191,10 @@ setattr(signal, "SIGBREAK", 21)  # noqa: B010
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, _Hidden())
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that there is no fcntl
+    import filelock
+filelock.FileLock = _FileLock  # type: ignore[assignment]
 for module in (builtins, io):
     setattr(module, "open", _windows_open)  # noqa: B010
 for name, function in {

@@ -307,7 +307,7 @@ _MAX_YAML_VALUES = 10_000
 _MAX_YAML_SCALAR = 3500  # Python does not print integers of more than 4,300 digits
 
 
-def read_text(path: Path, max_bytes: int = 64 << 20) -> str:
+def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
     """Reads a text file in UTF-8.
 
     Args:
@@ -391,7 +391,7 @@ def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
     parser = create_parser()
     try:
-        recipe = load_yaml(read_text(path, _MAX_YAML_BYTES)) or {}
+        recipe = load_yaml(read_utf8(path, _MAX_YAML_BYTES)) or {}
     except (OSError, ValueError) as error:
         is_escape = "unknown escape character" in str(error) or "escape sequence of" in str(error)
         hint = "; write Windows paths without quotes, or in single quotes" if is_escape else ""

@@ -42,7 +42,7 @@ from stvit.tools.common.cli import (
     above_zero,
     count,
     positive,
-    read_text,
+    read_utf8,
     reason,
 )
 from stvit.tools.common.image_folders import ImageFolder, ImageTar, TorchImageFolder
@@ -151,7 +151,7 @@ class BadImages:
         if self.log is None or not self.log.exists():
             return set()
         try:
-            whole_lines = read_text(self.log).rpartition("\n")[0].splitlines()
+            whole_lines = read_utf8(self.log).rpartition("\n")[0].splitlines()
             return {str(json.loads(line)["image"]) for line in whole_lines}
         except (ValueError, LookupError, TypeError) as error:
             raise OneProcessError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from timm.task.evaluator import ClassificationEvaluator
 
-from stvit.tools.common.cli import CommandError, read_text, reason
+from stvit.tools.common.cli import CommandError, read_utf8, reason
 from stvit.tools.common.data import check_targets
 from stvit.tools.common.processes import World
 
@@ -34,7 +34,7 @@ def class_names(args: argparse.Namespace, model: Any) -> list[str] | None:
         known = model.pretrained_cfg.get("label_names")
         return list(known) if known is not None and len(known) == model.num_classes else None
     try:
-        lines = read_text(Path(args.class_map)).splitlines()
+        lines = read_utf8(Path(args.class_map)).splitlines()
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read --class-map {args.class_map}: {reason(error)}") from error
     names = [line.strip() for line in lines if line.strip()]

@@ -76,7 +76,7 @@ class Hosts:
         name, port = _split(host)
         if self.takes_ips and _is_ip(name):
             return True
-        return self._is_named(name, port)
+        return name != "" and self._is_named(name, port)
 
     def takes_origin(self, origin: str, host: str) -> bool:
         """Returns whether an Origin header names the page itself.
@@ -295,6 +295,7 @@ class Guard:
             refused[:] = refused or [error]
         finally:
             self._uploads -= 1
+            getattr(self.page, "upload_file_set", set()).clear()  # names of uploads, which Gradio would collect forever
             await asyncio.shield(asyncio.to_thread(self.storage.sweep))
             self._receiving -= received
         if refused:

@@ -13,7 +13,6 @@ from pathlib import Path
 from filelock import FileLock
 
 _LOCK = "lock"
-_FILES = "files"
 # Small files and folders take a block of the disk each.
 _BLOCK = 4096
 # Files younger than that may be in use by the request that wrote them.
@@ -22,7 +21,7 @@ _GRACE_S = 60.0
 
 @contextmanager
 def private_folder(prefix: str) -> Iterator[Path]:
-    """Creates a folder that only this user can read, and removes it at the end.
+    """Creates a folder that only this user can read, with a file `lock`, and removes it at the end.
 
     A killed process leaves its folder behind. The next process removes it: the lock in a folder tells whether the
     process that made the folder still runs.
@@ -36,9 +35,7 @@ def private_folder(prefix: str) -> Iterator[Path]:
     remove_leftovers(prefix)
     folder, lock = _create(prefix)
     try:
-        files = folder / _FILES
-        files.mkdir()
-        yield files
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
@@ -75,8 +72,12 @@ def remove_leftovers(prefix: str) -> None:
             if not (stat.S_ISDIR(status.st_mode) and is_own and (folder / _LOCK).is_file()):
                 continue
             with FileLock(folder / _LOCK).acquire(timeout=0):
-                shutil.rmtree(folder / _FILES, ignore_errors=True)
-                (folder / _LOCK).unlink()
+                for path in folder.iterdir():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    elif path.name != _LOCK:
+                        path.unlink()
+                (folder / _LOCK).unlink()  # the last one: what stays is tried again by the next process
                 folder.rmdir()
         except OSError:  # the process runs, which is a Timeout of the lock, or the folder cannot be removed
             continue

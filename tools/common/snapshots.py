@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from stvit import hub
 from stvit.tools.common.checkpoint import NAMES, Checkpoints, load_checkpoint
-from stvit.tools.common.cli import CommandError, load_yaml, read_text, reason
+from stvit.tools.common.cli import CommandError, load_yaml, read_utf8, reason
 from stvit.tools.common.locks import InUseError, PathLock
 
 # Branch of what a run is gone on from; main holds the best weights.
@@ -276,7 +276,7 @@ def fetch_run(
 def _experiment(folder: Path) -> str | None:
     """The name that the run had; a name alone, whatever the file says."""
     try:
-        name = load_yaml(read_text(folder / "config.yaml")).get("experiment")
+        name = load_yaml(read_utf8(folder / "config.yaml")).get("experiment")
     except (OSError, AttributeError, ValueError):
         return None
     return Path(str(name)).name or None if name else None

@@ -146,6 +146,7 @@ def _serve(connection: Connection, max_bytes: int | None, setup: Callable[[], No
     ):  # a terminal sends them to all its processes: the parent ends this one
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a parent that is about to end ignores it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if max_bytes is not None:
         _limit_memory(max_bytes)
@@ -185,7 +186,7 @@ def _limit_memory(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
     try:
         # Where the machine's memory is full the kernel ends this process first, and not the page.
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")
     except OSError:
         pass
