@@ -152,6 +152,7 @@ def test_whole_images_of_each_kind(kind: str, digits_folder: Path, tmp_path: Pat
     assert not (tmp_path / "it/bad_images.jsonl").exists()
 
 
+@pytest.mark.long
 def test_hub_dataset_in_a_process_of_its_own(digits_folder: Path, tmp_path: Path) -> None:
     as_parquet(digits_folder, tmp_path)
     flags = [*SHORT, f"--dataset=hfds/{REPOSITORY}", f"--output={tmp_path}"]

@@ -122,6 +122,7 @@ def test_evaluation_counts_each_image_once(digits_folder: Path, tmp_path: Path) 
         assert row["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_processes_are_the_same_run(digits_folder: Path, tmp_path: Path) -> None:
     flags = ["--batch-size=16", "--mixup=0.5", "--drop-path=0.2", "--checkpoint-steps=2", "--resume=auto"]
     whole = train(2, tmp_path / "whole", digits_folder, *flags)
@@ -181,6 +182,7 @@ def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: 
     assert len(read_summary(other)) == 2
 
 
+@pytest.mark.long
 def test_image_that_one_process_cannot_read(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> None:
     data = write_digits(tmp_path / "data", 60, 20)
     bad = sorted((data / "val").rglob("*.png"))[1]  # the second one is the second process's

@@ -235,6 +235,7 @@ def test_all_checkpoints_damaged(killed: Path, capsys: pytest.CaptureFixture[str
     assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
     """A limit on the size of files stands for it: a write fails in the middle."""
     before = set(Checkpoints(killed / "it/checkpoints").paths())
@@ -340,6 +341,7 @@ def test_an_extended_run_has_the_learning_rates_of_a_longer_run(
     assert (extended == whole) == (sched not in ("cosine", "poly"))
 
 
+@pytest.mark.long
 def test_a_plateau_is_remembered(digits_folder: Path, tmp_path: Path) -> None:
     """The epochs without progress before the interruption count."""
     flags = [*SHORT, f"--data-dir={digits_folder}", "--sched=plateau", "--warmup-epochs=0"]

@@ -494,5 +494,5 @@ def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.Ca
 
 def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "00001-00000000.pt")
-    with pytest.raises(CommandError, match="not a regular file"):
+    with pytest.raises(CommandError, match="is not a file"):
         load_checkpoint(tmp_path / "00001-00000000.pt")

@@ -145,6 +145,7 @@ def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp
     ]
 
 
+@pytest.mark.long
 def test_a_hub_that_never_answers(
     hub: Hub, train: Train, tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +285,7 @@ def test_a_snapshot_takes_no_file_from_outside_the_run(hub: Hub, train: Train, t
     (tmp_path / "secret").write_text("secret")
     said = train(tmp_path, "--experiment=run", "--epochs=1")
     run = tmp_path / "run"
-    for name in ("best/notes.txt", "checkpoints/99999-00000000.pt", "curve.png"):
+    for name in ("best/config.json", "checkpoints/99999-00000000.pt", "curve.png"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(tmp_path / "secret")
         with pytest.raises(stvit.hub.HubError, match=f"{name} in .* is a link to .*secret"):

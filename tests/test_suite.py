@@ -44,6 +44,7 @@ def test_a_missing_module_fails_in_ci(tmp_path: Path) -> None:
     assert done.returncode == 1 and "1 failed, 1 error" in done.stdout, done.stdout
 
 
+@pytest.mark.long
 def test_a_missing_gpu_skips_in_ci() -> None:
     done = run_pytest("tests/test_triton.py", "-m", "gpu", CUDA_VISIBLE_DEVICES="", CI="true")
     assert done.returncode == 0 and "needs a GPU that torch.cuda can use" in done.stdout, done.stdout

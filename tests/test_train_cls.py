@@ -78,15 +78,19 @@ def read_summary(folder: Path) -> list[dict[str, str]]:
 # What the README promises of `make train`
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
-def test_digits_recipe_reaches_97_percent(seed: int, run: Run) -> None:
-    folder = run(f"--config={ROOT / 'configs/cls/stvit_pico_digits.yaml'}", f"--seed={seed}", short=False)
+@pytest.mark.parametrize(
+    ("seed", "flags", "least"),
+    [(1, ["--epochs=4"], 95.0), *(pytest.param(seed, [], 97.0, marks=pytest.mark.long) for seed in (1, 2, 3))],
+)
+def test_digits_recipe_reaches_97_percent(seed: int, flags: list[str], least: float, run: Run) -> None:
+    """In all its epochs; in a third of them it reaches a little less."""
+    folder = run(f"--config={ROOT / 'configs/cls/stvit_pico_digits.yaml'}", f"--seed={seed}", *flags, short=False)
     rows = read_summary(folder)
     recipe = yaml.safe_load((ROOT / "configs/cls/stvit_pico_digits.yaml").read_text())
-    assert [int(row["epoch"]) for row in rows] == list(range(recipe["epochs"]))
+    assert [int(row["epoch"]) for row in rows] == list(range(4 if flags else recipe["epochs"]))
     best = max(float(row["eval_top1"]) for row in rows)
-    assert best >= 97.0
-    assert float(rows[-1]["eval_top1"]) >= 97.0
+    assert best >= least
+    assert float(rows[-1]["eval_top1"]) >= least
 
     # The saved model is that model: what timm makes of it has the accuracy that the summary says.
     model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
@@ -133,6 +137,7 @@ def test_command_shows_progress_and_says_how_to_load(tmp_path: Path) -> None:
     assert check.stdout.split() == ["STViT", "10"]
 
 
+@pytest.mark.long
 def test_module_and_file_are_the_same_program(tmp_path: Path) -> None:
     helps = [
         subprocess.run(
@@ -441,7 +446,10 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--dataset=torch/cifar10"], "--dataset-download"),
         (["--device=meta"], "--device meta cannot be used"),
         (["--model-kwargs", "depths"], "--model-kwargs: must be key=value, got 'depths'"),
-        (["--model-kwargs", "act_layer=none"], "cannot create model test_stvit: KeyError 'none'"),
+        (
+            ["--model-kwargs", "act_layer=none"],
+            "cannot create model test_stvit: act_layer must be a layer or the name of",
+        ),
         (["--opt-betas", "0.9"], "cannot create optimizer adamw"),
         (["--interpolation=cubic"], "--interpolation: invalid choice"),
         (["--lr=1e30", "--warmup-epochs=0", "--batch-size=60"], "in the validation after epoch 1: lower --lr"),

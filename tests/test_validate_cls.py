@@ -154,6 +154,7 @@ def test_moving_average_of_an_official_file(
     assert "missing key" in refused(capsys, *flags)
 
 
+@pytest.mark.long
 def test_hub_id_in_a_process_of_its_own(run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/validate_cls.py"), f"--data-dir={digits_folder}", "--workers=0"]
     with serve(run_folder / "last", tmp_path / "home") as env:

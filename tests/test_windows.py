@@ -165,6 +165,7 @@ def test_a_killed_run_leaves_no_lock(folder: Path, tmp_path: Path) -> None:
     assert "resuming" in out and not (tmp_path / "it/.stvit.lock").exists()
 
 
+@pytest.mark.long
 def test_compile_without_a_compiler(folder: Path, tmp_path: Path) -> None:
     flags = [*TRAIN, f"--data-dir={folder / 'data'}", f"--output={tmp_path}", "--epochs=1", "--workers=0", "--compile"]
     out = run("tools/train_cls.py", *flags, status=1, CXX="nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))

@@ -495,6 +495,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @needs_gloo_average
 def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -106,7 +106,7 @@ def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Pa
         "agpl-3.0",
         "object-detection",
     )
-    assert "stvit" in (card.data.tags or []) and "](example.jpg)" in text and "2 classes: person, bus" in text
+    assert "stvit" in (card.data.tags or []) and "](example.jpg)" in text and "2 classes: `person`, `bus`" in text
     assert "yolo26n-stvit_pico.yaml" in text and "on the validation images of `photos.yaml` at 64 pixels" in text
     expected = torch.load(run / "best.pt", weights_only=False)["train_metrics"]["metrics/mAP50(B)"]
     assert f"| mAP50(B) | {expected:.4f} |" in text and "@inproceedings{huang2023stvit" in text
@@ -230,6 +230,7 @@ def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None
         del sys.modules["timm.models.evil"]
 
 
+@pytest.mark.long
 def test_no_code_is_run_when_a_detector_is_built_anew(
     hub: Hub, run: Path, push: Push, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

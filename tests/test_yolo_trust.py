@@ -132,6 +132,7 @@ def test_trust_opens_it(evil: Path, harm: Path, tmp_path: Path) -> None:
     assert not harm.exists()
 
 
+@pytest.mark.long
 def test_trust_reaches_the_processes_of_a_training(evil: Path, harm: Path) -> None:
     script = "import sys; from stvit.adapters.yolo.hub import check_local; check_local(sys.argv[1])"
     for trust, status in ((True, 0), (False, 1)):
