@@ -47,6 +47,8 @@ def strip_prefix(state_dict: Mapping[str, Any], names: Collection[str]) -> tuple
     if 2 * most < len(inside):  # another model, of which some names are alike
         return dict(state_dict), ""
     if prefix and len(prefixes) > 1:
+        if 2 * most * len(prefixes) < len(weights):  # parts of modules that have the name of another one
+            return dict(state_dict), ""
         raise ValueError(
             f"the model's tensors are under several prefixes, {' and '.join(map(repr, prefixes))}; save those of one "
             "prefix in a file of their own"

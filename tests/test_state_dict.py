@@ -109,6 +109,15 @@ def test_several_prefixes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         stvit.create_model("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_features_are_not_taken_for_several_models(prefix: str, tmp_path: Path) -> None:
+    """Their names have stages_0 for stages.0, so that only the ends of some names are a model's."""
+    features = timm.create_model("test_stvit", features_only=True).state_dict()
+    torch.save({f"{prefix}{key}": value for key, value in features.items()}, tmp_path / "features.pt")
+    with pytest.raises(stvit.PretrainedError, match=r"missing key stem\.0\.weight"):
+        timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "features.pt")})
+
+
 def resnet() -> dict[str, torch.Tensor]:
     return timm.create_model("test_resnet").state_dict()
 
