@@ -71,7 +71,10 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
         # Reading is fine.
         evaluation = [f"--checkpoint={tmp_path / 'it'}", f"--data-dir={digits_folder}", "--workers=0"]
         assert validate_cls.main(evaluation) == 0
-        assert push_to_hub.main([str(tmp_path / "it"), "--repo-id=org/run", "--dry-run"]) == 0
+        assert (
+            push_to_hub.main([str(tmp_path / "it"), "--repo-id=org/run", "--dry-run", f"--output={tmp_path / 'out'}"])
+            == 0
+        )
         assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
         process.kill()
         process.wait()
