@@ -185,6 +185,7 @@ def test_memory_is_that_of_the_step_in_a_process_of_its_own() -> None:
 # Subjects
 
 
+@pytest.mark.long
 def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, plot = tmp_path / "models.csv", tmp_path / "models.png"
     names = ["test_stvit", "test_stvit(stoken_size=(8, 4, 2, 1))", "resnet18"]

@@ -197,6 +197,7 @@ def test_image_that_one_process_cannot_read(write_digits: Callable[[Path, int, i
     assert not list(tmp_path.glob("it/best/*"))
 
 
+@pytest.mark.long
 def test_trouble_of_one_process_is_said_once(digits_folder: Path, tmp_path: Path) -> None:
     line = [*command(2), *RUN, "--data-dir=nowhere", f"--output={tmp_path}"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)

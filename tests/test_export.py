@@ -162,6 +162,7 @@ def test_what_is_said(exported: tuple[Path, str, str], model: Any, digits_folder
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_features(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kwargs: dict[str, Any] = {"dims": (32, 64), "depths": (1, 1), "num_heads": (1, 2), "stoken_size": 1}
     save(timm.create_model("test_stvit", in_chans=1, num_classes=4, **kwargs), tmp_path / "it")

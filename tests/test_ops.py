@@ -371,6 +371,7 @@ def test_compile(stoken_size: int | tuple[int, int], dynamic: bool) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     module = SuperTokenAttention(16, (4, 3), 2, num_heads=2)

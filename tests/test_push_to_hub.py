@@ -393,6 +393,7 @@ def test_only_what_belongs_to_the_model_is_sent(hub: Hub, folder: Path, push: Pu
     assert hub.files(REPO).keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
 
 
+@pytest.mark.long
 def test_killed_while_it_uploads_and_given_again(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
     """In a process of its own, which knows the Hub by its environment alone."""
     push(folder, "--license=mit")

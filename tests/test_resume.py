@@ -110,7 +110,8 @@ def killed(halfway: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(halfway, tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long  # `killed` is a run killed at one moment
+@pytest.mark.parametrize("times", [3, 10])
 def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("random moments of seed", seed)

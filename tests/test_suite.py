@@ -32,6 +32,7 @@ def test_a_missing_browser_fails_in_ci(tmp_path: Path) -> None:
     assert "Tests must not be skipped in CI" in done.stdout
 
 
+@pytest.mark.long
 def test_a_missing_module_fails_in_ci(tmp_path: Path) -> None:
     """A skip of one test fails, and so does a skip of a whole file."""
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())

@@ -589,6 +589,7 @@ def test_exit_status_and_silence_of_a_real_process(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, "--dataset=sklearn/digits", "--epochs=1000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
