@@ -8,9 +8,12 @@ import sys
 
 # `python -m stvit.tools.NAME` imports this file before the command. Until the command begins, Ctrl-C ends it without a
 # traceback.
-if sys.argv[:1] == ["-m"] and any(argument.startswith("stvit.tools.") for argument in sys.orig_argv[:9]):
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if (
+    sys.argv[:1] == ["-m"]
+    and any(argument.startswith("stvit.tools.") for argument in sys.orig_argv[:9])
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from stvit import visualize
 from stvit.inference import optimize_for_inference

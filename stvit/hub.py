@@ -506,7 +506,7 @@ def _raise(error: OSError) -> None:
 
 @contextmanager
 def _own_files(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Sets the files of a folder aside in a private folder, where nobody replaces one by a link during the push."""
+    """Copies files to a private folder for a push, so that no other program can replace one by a link meanwhile."""
     try:
         private = TemporaryDirectory(dir=folder.resolve().parent, prefix=f".{folder.resolve().name}-")
     except OSError:  # nothing can be written there

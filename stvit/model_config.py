@@ -17,6 +17,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from stvit.safe_text import clipped
+
 __all__ = ["ModelTooLargeError", "check_model_args", "check_pretrained_cfg", "limit_parameters", "read_config"]
 
 MAX_CONFIG = 64 << 20  # bytes
@@ -61,7 +63,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise ValueError("architecture must be the name of a model")
     cfg = config.get("pretrained_cfg", config)  # older files have no level below
     if not isinstance(cfg, dict):
-        raise ValueError(f"pretrained_cfg must be a mapping of names to values, got {_short(cfg)}")
+        raise ValueError(f"pretrained_cfg must be a mapping of names to values, got {clipped(cfg)}")
     cfg = {**cfg, **{key: config[key] for key in ("num_classes", "label_names") if config.get(key) is not None}}
     args = config.get("model_args") or {}
     check_pretrained_cfg(cfg)
@@ -81,7 +83,7 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
     for key, (is_valid, wanted) in _FIELDS.items():
         value = cfg.get(key)
         if value is not None and not is_valid(value):
-            raise ValueError(f"{key} must be {wanted}, got {_short(value)}")
+            raise ValueError(f"{key} must be {wanted}, got {clipped(value)}")
 
 
 def check_model_args(args: Any) -> None:
@@ -93,7 +95,7 @@ def check_model_args(args: Any) -> None:
         ValueError: If an argument has another type or range; names it.
     """
     if not isinstance(args, Mapping):
-        raise ValueError(f"model_args must be a mapping of names to values, got {_short(args)}")
+        raise ValueError(f"model_args must be a mapping of names to values, got {clipped(args)}")
     for key, value in args.items():
         if key in _NO_ARGUMENTS:
             raise ValueError(f"{key} cannot be an argument of a model here, because it names a file; remove it")
@@ -103,7 +105,7 @@ def check_model_args(args: Any) -> None:
         if "drop" in key and key.endswith("_rate"):
             is_valid, wanted = _is_rate, "a number from 0 to 1"
         if not is_valid(value):
-            raise ValueError(f"{key} must be {wanted}, got {_short(value)}")
+            raise ValueError(f"{key} must be {wanted}, got {clipped(value)}")
 
 
 @contextmanager
@@ -200,7 +202,7 @@ def _is_layer(value: Any) -> bool:
 
 
 def _is_modest(value: Any, depth: int = 0) -> bool:
-    """Whether a value of any kind has no huge or infinite number in it."""
+    """Returns whether all numbers and lengths in a value are within the limits."""
     if depth > 10:
         return False
     if isinstance(value, int | float):
@@ -210,14 +212,6 @@ def _is_modest(value: Any, depth: int = 0) -> bool:
     if isinstance(value, list | tuple):
         return len(value) <= MAX_LENGTH and all(_is_modest(item, depth + 1) for item in value)
     return True
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "a deeply nested value"
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 _IMAGE = (_is_image_size, f"three integers of at least 1 (channels, height, width) with a product up to {MAX_IMAGE:,}")

@@ -21,12 +21,7 @@ import timm
 import torch
 from huggingface_hub import constants, errors, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import (
-    get_pretrained_cfg,
-    is_model_in_modules,
-    load_state_dict,
-    parse_model_name,
-)
+from timm.models import get_pretrained_cfg, is_model_in_modules, load_state_dict, parse_model_name
 from torch import nn
 
 from stvit.model_config import (
@@ -161,7 +156,7 @@ def _check_foreign(
         try:
             with explained_config(model_name, cfg, cache_dir):
                 architecture, more, args = read_config(path)
-        except OSError:  # timm says so
+        except OSError:  # timm reports the missing file
             return None
         cfg = {**more, **cfg}
     if is_of_package(architecture) or not timm.is_model(architecture):  # timm refuses an unknown one
@@ -213,7 +208,7 @@ def check_source(
 
 
 def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
-    """Returns the files of weights that timm may read; none if it reads none or says itself that they are missing."""
+    """Returns the files of weights that timm may read. Missing files are left out, because timm reports them."""
     source, hub_id = cfg.get("source"), cfg.get("hf_hub_id")
     if cfg.get("custom_load") or (not source and cfg.get("state_dict")):
         return []
@@ -338,14 +333,14 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
 def explained_config(
     model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None, names: Collection[str] | None = None
 ) -> Iterator[None]:
-    """Context manager: an error about config.json names the file. The error of another model is raised as it is.
+    """Context manager that turns errors about the fields of config.json into a `PretrainedError` with its name.
 
     Args:
         model: Name of the model, for the message.
         cfg: As for `explained`.
         cache_dir: As for `explained`.
-        names: Arguments that come from the file. An error about another one, whose message begins with its name, is
-            raised as it is. None if all of them do.
+        names: Names of the arguments that config.json sets; None for all. An error about another argument, whose
+            message begins with its name, is not changed.
     """
     try:
         yield

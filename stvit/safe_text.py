@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import get_token
 
-__all__ = ["code_span", "escape_markdown", "one_line", "printable", "redact", "redact_values"]
+__all__ = ["clipped", "code_span", "escape_markdown", "one_line", "printable", "redact", "redact_values"]
 
 HIDDEN = "***"
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -69,7 +69,7 @@ def printable(text: str, kept: str = "") -> str:
 
     Args:
         text: Any text, such as the name of a file.
-        kept: Characters to leave as they are.
+        kept: Control characters that are not escaped.
     """
     return "".join(
         char.encode("unicode_escape").decode("ascii") if _is_control(char) and char not in kept else char
@@ -80,6 +80,15 @@ def printable(text: str, kept: str = "") -> str:
 def one_line(text: object) -> str:
     """Returns a message as one line without secrets and control characters."""
     return printable(redact(str(text).strip()))
+
+
+def clipped(value: Any, length: int = 100) -> str:
+    """Returns a value as Python writes it, cut to a number of characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "a deeply nested value"
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def code_span(text: object) -> str:

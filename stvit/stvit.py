@@ -596,7 +596,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _find_layer(name: str, find: Callable[..., Any], layer: Any) -> Any:
-    """Returns timm's layer of a name; layers themselves stay as they are."""
+    """Returns the layer that timm has under a name. A layer is returned unchanged."""
     try:
         found = find(layer)
     except (AssertionError, KeyError, TypeError, AttributeError) as error:

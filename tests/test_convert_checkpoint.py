@@ -267,7 +267,7 @@ def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsy
 
 
 def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one thread allows PyTorch to restore stays allowed while another thread ends."""
+    """Each thread allows the flags of a run. The first thread to end does not forbid them for the second."""
     torch.save({"args": argparse.Namespace(lr=1), "model": {}}, tmp_path / "a.pt")
     load, inside, started = torch.load, threading.Event(), threading.Event()
     results: list[Any] = []

@@ -178,7 +178,7 @@ def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["no JSON\n", "[]\n", "{}\n", "\xff\n"])
 def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
-    """It comes with a run from the Hub."""
+    """The log is part of a run on the Hub, so that anybody may have written it."""
     log = tmp_path / "bad_images.jsonl"
     log.write_text(text, encoding="latin-1")
     with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images anew"):

@@ -628,7 +628,7 @@ def test_requests_of_other_pages_are_refused(page: str) -> None:
 
 
 def test_uploads_of_all_users_have_a_limit(page: str) -> None:
-    """What is refused, or breaks off, leaves no file; old uploads make room."""
+    """Refused and broken uploads leave no file. Old uploads are deleted for new ones."""
     first = upload(page, os.urandom(900_000))
     folder = first.parent.parent
     host, port = page.removeprefix("http://").split(":")

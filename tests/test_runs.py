@@ -259,7 +259,7 @@ def test_changed_images_are_named_and_refused(
     line = fails(capsys, *flags)
     assert said in line and "pass --allow-changed-data" in line
     assert before == {path: path.read_bytes() for path in (own / "it").rglob("*.*") if path.is_file()}
-    # Whoever wants it goes on with the images as they are, and needs the flag once.
+    # With the flag the run goes on with the present images. The next resume does not need it.
     assert train_cls.main([*SHORT, *flags, "--allow-changed-data"]) == 0
     assert "going on with changed data: " in capsys.readouterr().out
     names = json.loads((own / "it/last/config.json").read_text())["label_names"]

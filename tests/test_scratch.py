@@ -65,7 +65,7 @@ def test_only_this_user_can_look_into_the_folder(temporary: Path) -> None:
 
 
 def test_a_killed_process_leaves_nothing_to_the_next_one(holders: Any, temporary: Path) -> None:
-    """The folder of a running process stays as it is."""
+    """The folder of a running process is not changed."""
     killed, left = holders()
     _, used = holders()
     killed.kill()

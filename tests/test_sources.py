@@ -299,7 +299,7 @@ def wait_for_reader(process: subprocess.Popen[str], pipes: list[Path]) -> int:
         for path in pipes:
             try:
                 return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:  # nobody reads it yet
+            except OSError:  # no process has opened the pipe yet
                 time.sleep(0.01)
 
 

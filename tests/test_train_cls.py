@@ -392,7 +392,7 @@ def test_bad_recipe_is_refused(recipe: str, said: str, tmp_path: Path, capsys: p
 
 
 def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nested without end, growing without end, too large, and no text at all."""
+    """Recipes that are nested too deeply, grow through aliases, are too large, or are not text."""
     path = tmp_path / "recipe.yaml"
     laughs = "\n".join([f"a0: &a0 [{'x, ' * 9}]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 30))])
     recipes = {

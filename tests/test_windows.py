@@ -330,7 +330,7 @@ def test_mps_is_refused_where_it_cannot_work(
 
 
 def test_benchmark_waits_for_mps() -> None:
-    """Without synchronization the benchmark would time only the launches."""
+    """The benchmark synchronizes the device. Otherwise it would time only the launches."""
     if torch.backends.mps.is_available():
         measure.synchronize(torch.device("mps"))
     else:

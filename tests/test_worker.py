@@ -129,7 +129,7 @@ def test_the_process_ends_with_its_parent() -> None:
         except ProcessLookupError:
             return
         if Path(f"/proc/{child}/stat").exists() and " Z " in Path(f"/proc/{child}/stat").read_text():
-            return  # nobody has asked for its status yet
+            return  # the process has ended, and its parent has not asked for its status yet
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     raise AssertionError("the process runs on")

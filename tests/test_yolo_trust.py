@@ -144,7 +144,7 @@ def test_trust_reaches_the_processes_of_a_training(evil: Path, harm: Path) -> No
 
 
 def test_training_from_a_trusted_file_and_resuming(stock: Path, photos: Path, tmp_path: Path) -> None:
-    """What a run itself writes needs no trust: last.pt with its optimizer, before and after it is stripped."""
+    """A run opens its own last.pt without trust, with the optimizer in it and without."""
     settings = {"data": str(photos), "project": str(tmp_path), "name": "run", **QUICK}
 
     class Stop(Exception):

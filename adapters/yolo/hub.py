@@ -110,7 +110,7 @@ def check_local(name: Any, trust: bool = False) -> None:
     if Path(text).suffix.lower() != ".pt":
         return
     path = Path(attempt_download_asset(text))
-    if not path.is_file():  # Ultralytics says so
+    if not path.is_file():  # Ultralytics reports the missing file
         return
     try:
         open_safely(path)
@@ -211,7 +211,7 @@ def _check_module(path: Path, module: nn.Module) -> None:
 
 
 def _is_own_callable(module: nn.Module, name: str, value: Any) -> bool:
-    """Whether Ultralytics itself keeps something callable under a name: older versions do in their checkpoints."""
+    """Returns whether a callable attribute is one that a version of Ultralytics saves with its modules."""
     where = f"{type(value).__module__}."
     if name in ("criterion", "transforms"):  # of training, and of classifiers
         return where.startswith(("ultralytics.utils.loss.", "torchvision.transforms."))

@@ -134,7 +134,7 @@ def _windows_unlink(path: Any, **more: Any) -> None:
 
 
 class _FileLock:
-    """filelock's lock of Windows, as far as it is used. Without fcntl filelock has a file that a kill leaves behind."""
+    """The lock that filelock uses on Windows. Here, without fcntl, filelock would use a file that survives a kill."""
 
     def __init__(self, lock_file: Any, timeout: float = -1, **_: Any) -> None:
         self.lock_file, self.timeout = os.fspath(lock_file), timeout

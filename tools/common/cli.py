@@ -20,7 +20,7 @@ import yaml
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-from stvit.safe_text import one_line, printable, redact
+from stvit.safe_text import clipped, one_line, printable, redact
 
 
 class CommandError(Exception):
@@ -416,14 +416,14 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
             )
         if action.nargs == 0:
             if not isinstance(value, bool):
-                parser.error(f"{path}: {key} must be true or false, got {_clipped(value)}")
+                parser.error(f"{path}: {key} must be true or false, got {clipped(value)}")
             flags += [option] if value else []
         elif isinstance(action, ParseKwargs):
             if not isinstance(value, dict):
-                parser.error(f"{path}: {key} must be a mapping, got {_clipped(value)}")
+                parser.error(f"{path}: {key} must be a mapping, got {clipped(value)}")
             for argument in value:  # one that begins with a dash would be read as a flag
                 if not str(argument).isidentifier():
-                    parser.error(f"{path}: {key} has the key {_clipped(argument)}, expected the name of an argument")
+                    parser.error(f"{path}: {key} has the key {clipped(argument)}, expected the name of an argument")
             flags += [option, *(f"{k}={v!r}" for k, v in value.items())]
         else:
             values = value if isinstance(value, list) and action.nargs else [value]
@@ -432,13 +432,13 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
                 wanted = str if action.type is None else (int, float, str)
                 if isinstance(item, bool) or not isinstance(item, wanted):
                     kind = "text" if wanted is str else "a number"
-                    parser.error(f"{path}: {key} must be {kind}, got {_clipped(value)}")
+                    parser.error(f"{path}: {key} must be {kind}, got {clipped(value)}")
                 if action.nargs and re.match(r"-(?![\d.])", str(item)):
-                    parser.error(f"{path}: {key} holds {_clipped(item)}, which would be read as a flag; remove it")
+                    parser.error(f"{path}: {key} holds {clipped(item)}, which would be read as a flag; remove it")
                 # A path may have bytes that are not UTF-8, which Python keeps as lone surrogates.
                 if isinstance(item, str) and not re.sub("[\udc80-\udcff]", "", item).isprintable():
                     parser.error(
-                        f"{path}: {key} holds control characters, {_clipped(item)}; in double quotes a backslash "
+                        f"{path}: {key} holds control characters, {clipped(item)}; in double quotes a backslash "
                         "begins an escape: write Windows paths without quotes, or in single quotes"
                     )
             if action.nargs:
@@ -450,9 +450,3 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
     checker.error = lambda message: parser.error(f"{path}: {message}")  # type: ignore[method-assign]
     checker.parse_args(flags)
     return flags
-
-
-def _clipped(value: Any) -> str:
-    """Returns a value as Python writes it, cut to the length of a line."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
