@@ -36,7 +36,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from stvit.model_config import read_config as check_config
-from stvit.pretrained import create_model, hub_reason, is_of_network, is_of_package
+from stvit.pretrained import create_model, describe_hub_error, is_network_error, is_own_model
 from stvit.safe_text import code_span, escape_markdown, one_line, redact
 
 __all__ = [
@@ -50,10 +50,10 @@ __all__ = [
     "compare_files_with_hub",
     "compare_with_hub",
     "copy_file",
-    "differing",
     "fetch",
     "file_sha256",
     "list_files",
+    "mismatched_tensors",
     "model_card",
     "push",
     "read_config",
@@ -198,7 +198,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
     cfg, details = config["pretrained_cfg"], config.get("stvit", {})
     metrics = details.get("metrics", [])
     architecture, title = config["architecture"], Path(name.partition(":")[2]).resolve().name
-    is_ours = is_of_package(architecture)
+    is_ours = is_own_model(architecture)
     license = license or details.get("license")
     data = ModelCardData(
         license=license,
@@ -380,7 +380,7 @@ def check_there(repo_id: str, revision: str | None) -> None:
     try:
         HfApi(library_name="stvit").model_info(repo_id, revision=revision)
     except Exception as error:  # of any of the libraries below
-        why = hub_reason(error, repo_id, revision, from_cache=False)
+        why = describe_hub_error(error, repo_id, revision, from_cache=False)
         raise HubError(f"cannot take {repo_id} (revision {revision or 'main'}): {why}") from error
 
 
@@ -612,7 +612,7 @@ def compare_with_hub(folder: Path, repo_id: str, commit: str) -> int:
         except (OSError, RuntimeError, ValueError) as error:
             raise HubError(f"pushed, but it does not load back: {error}") from error
         here, there = load_file(folder / "model.safetensors"), model.state_dict()
-        wrong = differing(here, there)
+        wrong = mismatched_tensors(here, there)
     if wrong:
         raise HubError(f"pushed, but {len(wrong)} tensors of {name} read back otherwise: {', '.join(wrong[:5])}")
     return len(here)
@@ -663,7 +663,7 @@ def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[s
         api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=list(patterns))
         wrong = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder).mismatches
     except Exception as error:  # of any of the libraries below
-        why = hub_reason(error, repo_id, revision, from_cache=False)
+        why = describe_hub_error(error, repo_id, revision, from_cache=False)
         raise HubError(f"cannot download {repo_id} (revision {revision or 'main'}): {why}") from error
     if wrong:
         files = ", ".join(file["path"] for file in wrong)
@@ -685,7 +685,7 @@ def read_file(repo_id: str, name: str, revision: str | None = None) -> bytes | N
         return Path(path).read_bytes()
 
 
-def differing(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> list[str]:
+def mismatched_tensors(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that are not on both sides the same, dtype and every element."""
     return [
         key
@@ -808,9 +808,9 @@ def _head_after(api: HfApi, repo_id: str, branch: str, head: str | None, error: 
         branches = api.list_repo_refs(repo_id, repo_type=repo_type).branches
         return next(ref.target_commit for ref in branches if ref.name == branch)
     except Exception:
-        if not is_of_network(error):
+        if not is_network_error(error):
             return str(head)  # the Hub has refused it, in an answer
-        why = hub_reason(error, repo_id, branch, from_cache=False)
+        why = describe_hub_error(error, repo_id, branch, from_cache=False)
         raise HubError(
             f"cannot push to {repo_id}: {why}; whether the commit arrived all the same cannot be seen: push again, "
             "which sends nothing if it has"
@@ -824,5 +824,5 @@ def _explained(repo_id: str, revision: str | None, outcome: str) -> Iterator[Non
     except HubError:
         raise
     except Exception as error:  # of any of the libraries below
-        why = hub_reason(error, repo_id, revision, from_cache=False)
+        why = describe_hub_error(error, repo_id, revision, from_cache=False)
         raise HubError(f"cannot push to {repo_id}: {why}; {outcome}") from error

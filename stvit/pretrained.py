@@ -42,12 +42,12 @@ __all__ = [
     "PretrainedError",
     "check_source",
     "create_model",
-    "damage",
-    "explained",
-    "explained_config",
-    "hub_reason",
-    "is_of_network",
-    "is_of_package",
+    "describe_hub_error",
+    "explain_config_errors",
+    "explain_errors",
+    "find_corruption",
+    "is_network_error",
+    "is_own_model",
     "verify",
 ]
 
@@ -114,7 +114,7 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
     cfg = {**_source_of(model_name), **overlay}
     if pretrained and overlay.get("file") and not overlay.get("state_dict") and not overlay.get("custom_load"):
         kwargs["pretrained_cfg_overlay"] = {**overlay, **_stripped_file(model_name, overlay["file"])}
-    with explained(model_name, cfg, kwargs.get("cache_dir")):
+    with explain_errors(model_name, cfg, kwargs.get("cache_dir")):
         if kwargs.get("checkpoint_path") and Path(kwargs["checkpoint_path"]).is_file():
             try:
                 check_file(Path(kwargs["checkpoint_path"]))
@@ -154,16 +154,16 @@ def _check_foreign(
                 kind, message = _explain(error, cfg, cache_dir, is_of_config=True)
                 raise kind(f"{model_name}: {message}") from error
         try:
-            with explained_config(model_name, cfg, cache_dir):
+            with explain_config_errors(model_name, cfg, cache_dir):
                 architecture, more, args = read_config(path)
         except OSError:  # timm reports the missing file
             return None
         cfg = {**more, **cfg}
-    if is_of_package(architecture) or not timm.is_model(architecture):  # timm refuses an unknown one
+    if is_own_model(architecture) or not timm.is_model(architecture):  # timm refuses an unknown one
         return None
     limit = check_source(model_name, cfg, args, pretrained, cache_dir)
     if cfg.get("source"):
-        with explained_config(model_name, cfg, cache_dir), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with explain_config_errors(model_name, cfg, cache_dir), torch.random.fork_rng(devices=[]), torch.device("meta"):
             with limit_parameters(limit):
                 try:
                     timm.create_model(architecture, pretrained_cfg=dict(cfg), **args)
@@ -193,8 +193,8 @@ def check_source(
         PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
             could exhaust the memory. It is a `PretrainedDownloadError` if the file cannot be downloaded.
     """
-    if cfg.get("source") or is_of_package(cfg.get("architecture")):
-        with explained_config(model, cfg, cache_dir):
+    if cfg.get("source") or is_own_model(cfg.get("architecture")):
+        with explain_config_errors(model, cfg, cache_dir):
             check_pretrained_cfg(cfg)
             check_model_args(args or {})
     if not pretrained:
@@ -246,7 +246,7 @@ def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
     Raises:
         PretrainedError: If the model is in the file under several prefixes.
     """
-    if not timm.is_model(model_name) or is_of_package(model_name):
+    if not timm.is_model(model_name) or is_own_model(model_name):
         return {}
     try:
         check_file(Path(file))
@@ -292,7 +292,7 @@ def _verify(model: str, hub_id: str, cache_dir: str | Path | None) -> None:
     except Exception as error:
         raise PretrainedDownloadError(
             f"{model}: verify=True could not compare with {_repository(repo_id, revision)}: "
-            f"{hub_reason(error, repo_id, revision, from_cache=False)}"
+            f"{describe_hub_error(error, repo_id, revision, from_cache=False)}"
         ) from error
     if wrong:
         raise PretrainedError(
@@ -302,7 +302,7 @@ def _verify(model: str, hub_id: str, cache_dir: str | Path | None) -> None:
 
 
 @contextmanager
-def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Iterator[None]:
+def explain_errors(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Iterator[None]:
     """Within it a failure of timm's to load pretrained weights is raised as `PretrainedError`, any other as it is.
 
     Args:
@@ -330,15 +330,15 @@ def explained(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None =
 
 
 @contextmanager
-def explained_config(
+def explain_config_errors(
     model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None, names: Collection[str] | None = None
 ) -> Iterator[None]:
     """Context manager that turns errors about the fields of config.json into a `PretrainedError` with its name.
 
     Args:
         model: Name of the model, for the message.
-        cfg: As for `explained`.
-        cache_dir: As for `explained`.
+        cfg: As for `explain_errors`.
+        cache_dir: As for `explain_errors`.
         names: Names of the arguments that config.json sets; None for all. An error about another argument, whose
             message begins with its name, is not changed.
     """
@@ -377,8 +377,8 @@ def _explain(
         repo_id, _, revision = str(hub_id).partition("@")
         what = f"cannot load the pretrained weights of {_repository(repo_id, revision)}"
         if not _is_of_content(error):
-            message = f"{what}: {hub_reason(error, repo_id, revision)}"
-            if not cfg.get("source") and is_of_package(cfg.get("architecture")):  # a tag of this package
+            message = f"{what}: {describe_hub_error(error, repo_id, revision)}"
+            if not cfg.get("source") and is_own_model(cfg.get("architecture")):  # a tag of this package
                 if isinstance(error, errors.EntryNotFoundError | errors.RepositoryNotFoundError):
                     message += (
                         ". Or convert weights that you have, the authors' for example: python -m "
@@ -397,8 +397,8 @@ def _explain(
         wanted = f": there is no such file, or no config.json in it ({error})" if str(error) else ": there is no file"
         return PretrainedDownloadError, f"{what}{wanted}. Give the path of what holds the weights"
     if isinstance(error, OSError):
-        return PretrainedDownloadError, f"{what}: {hub_reason(error, str(given))}"
-    found = None if path is None else damage(path)
+        return PretrainedDownloadError, f"{what}: {describe_hub_error(error, str(given))}"
+    found = None if path is None else find_corruption(path)
     if path is not None and found is not None:
         # What is to be deleted is the file, and not the cache's link to it.
         return PretrainedError, f"{what}: {path.resolve()} {found}; {again}"
@@ -423,13 +423,13 @@ def _unpublished(cfg: Mapping[str, Any]) -> str:
         "no pretrained weights of this model are published. Pass pretrained=False for random weights. To load your "
         "own, pass 'hf-hub:ORG/NAME' or 'local-dir:FOLDER' as the name, or pretrained_cfg_overlay=dict(file=PATH)"
     )
-    if is_of_package(cfg.get("architecture")):
+    if is_own_model(cfg.get("architecture")):
         repository = f"ORG/{cfg['architecture']}.{cfg.get('tag')}"
         message += f". Set {NAMESPACE_VARIABLE}=ORG if they are in the Hub repository {repository}"
     return message
 
 
-def is_of_package(architecture: str | None) -> bool:
+def is_own_model(architecture: str | None) -> bool:
     """Returns whether this package defines a model of timm's registry."""
     return architecture is not None and is_model_in_modules(architecture, ["stvit"])
 
@@ -452,7 +452,9 @@ def _code(error: Exception) -> str | None:
     return next(filter(None, found.groups())) if found else "code"
 
 
-def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, *, from_cache: bool = True) -> str:
+def describe_hub_error(
+    error: BaseException, repo_id: str, revision: str | None = None, *, from_cache: bool = True
+) -> str:
     """Returns why a request to the Hub failed, and what to do.
 
     Args:
@@ -464,10 +466,10 @@ def hub_reason(error: BaseException, repo_id: str, revision: str | None = None, 
     Returns:
         Reason and next step in one line, without the last full stop and without secrets.
     """
-    return one_line(_hub_reason(error, repo_id, revision, from_cache))
+    return one_line(_describe_hub_error(error, repo_id, revision, from_cache))
 
 
-def _hub_reason(error: BaseException, repo_id: str, revision: str | None, from_cache: bool) -> str:
+def _describe_hub_error(error: BaseException, repo_id: str, revision: str | None, from_cache: bool) -> str:
     chain = _chain(error)
     status = next((code for code in map(_status, chain) if code is not None), None)
 
@@ -517,7 +519,7 @@ def _hub_reason(error: BaseException, repo_id: str, revision: str | None, from_c
             f"what answers at {constants.ENDPOINT} is no Hub. Check HF_ENDPOINT, and whether a proxy or a login page "
             "of the network answers instead"
         )
-    if is_of_network(error):
+    if is_network_error(error):
         return (
             f"{constants.ENDPOINT} cannot be reached, or the connection broke ({_one_line(chain[-1])}). Check the "
             "network, the proxy and HF_ENDPOINT, and give the same command again"
@@ -531,7 +533,7 @@ def _hub_reason(error: BaseException, repo_id: str, revision: str | None, from_c
     return _one_line(error)
 
 
-def is_of_network(error: BaseException) -> bool:
+def is_network_error(error: BaseException) -> bool:
     """Whether no answer came: the Hub cannot be reached, or the connection broke."""
     chain = _chain(error)
     return all(_status(link) is None for link in chain) and any(
@@ -587,7 +589,7 @@ def _local(file: Any) -> Path | None:
     return path
 
 
-def damage(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """What is wrong with a file of weights at first sight, as the rest of a sentence; None if nothing is."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -53,7 +53,7 @@ from torch import nn
 from stvit.model_config import check_model_args, limit_parameters
 from stvit.ops import SuperTokenAttention
 from stvit.ops.portable import is_exporting
-from stvit.pretrained import NAMESPACE_VARIABLE, check_source, explained, explained_config, is_of_package
+from stvit.pretrained import NAMESPACE_VARIABLE, check_source, explain_config_errors, explain_errors, is_own_model
 from stvit.state_dict import strip_prefix, tensor_names
 
 __all__ = ["STViT", "checkpoint_filter_fn", "find_variant", "strip_prefix_of"]
@@ -779,7 +779,7 @@ def strip_prefix_of(model_name: str, state_dict: Mapping[str, Any]) -> tuple[dic
         model_name: timm's name of the model, with or without a tag. The weights of an unknown model stay as they are.
         state_dict: Tensors by name.
     """
-    if is_of_package(model_name):
+    if is_own_model(model_name):
         return strip_prefix(state_dict, _known_names())
     return strip_prefix(state_dict, tensor_names(model_name) if timm.is_model(model_name) else ())
 
@@ -833,8 +833,8 @@ def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STVi
     # Any other argument that is wrong is the caller's mistake.
     names = [key for key, value in (saved_args or {}).items() if kwargs.get(key) == value]
     with (
-        explained_config(variant, cfg, cache_dir, names),
-        explained(variant, cfg, cache_dir),
+        explain_config_errors(variant, cfg, cache_dir, names),
+        explain_errors(variant, cfg, cache_dir),
         limit_parameters(limit),
     ):
         return build_model_with_cfg(

@@ -16,7 +16,7 @@ from hub_server import REPOSITORY, serve
 import stvit
 from stvit.tools import train_cls
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.data import BadImages, TrainBatches, TrainLoader, open_images
+from stvit.tools.common.data import BadImages, ResumableBatchSampler, TrainLoader, open_images
 from stvit.tools.common.processes import World
 
 # Two images of the training and one of the validation, by their numbers in `digits_folder`.
@@ -258,8 +258,8 @@ def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path)
 
 
 def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
-    plain = TrainBatches(60, 12, World(torch.device("cpu")))
-    repeated = TrainBatches(60, 12, World(torch.device("cpu")), repeats=3)
+    plain = ResumableBatchSampler(60, 12, World(torch.device("cpu")))
+    repeated = ResumableBatchSampler(60, 12, World(torch.device("cpu")), repeats=3)
     assert len(plain) == len(repeated) == 5
     assert sorted(index for batch in plain for _, _, index in batch) == list(range(60))
     indices = [index for batch in repeated for _, _, index in batch]
@@ -267,7 +267,7 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
     images = next(iter(loader(digits_folder, "--aug-repeats=3").epoch(0)))[0]
     assert not torch.equal(images[0], images[1])
     # Several processes get the views of one image each.
-    shares = [list(TrainBatches(60, 4, World(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)]
+    shares = [list(ResumableBatchSampler(60, 4, World(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)]
     assert [[index for _, _, index in batch] for batch in shares[0]] == [
         [index for _, _, index in batch] for batch in shares[1]
     ]
@@ -275,9 +275,9 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
 
 def test_processes_and_steps_share_an_update_alike() -> None:
     """What one process sees in an update is what several see together, and what several steps of it see."""
-    one = list(TrainBatches(100, 24, World(torch.device("cpu"))))
-    shares = [list(TrainBatches(100, 8, World(torch.device("cpu"), rank, 3))) for rank in range(3)]
-    steps = list(TrainBatches(100, 6, World(torch.device("cpu")), accum_steps=4))
+    one = list(ResumableBatchSampler(100, 24, World(torch.device("cpu"))))
+    shares = [list(ResumableBatchSampler(100, 8, World(torch.device("cpu"), rank, 3))) for rank in range(3)]
+    steps = list(ResumableBatchSampler(100, 6, World(torch.device("cpu")), accum_steps=4))
     assert len(one) == len(shares[0]) == len(steps) // 4 == 4
     for update, batch in enumerate(one):
         assert sorted(key for share in shares for key in share[update]) == sorted(batch)

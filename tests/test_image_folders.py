@@ -130,7 +130,7 @@ def test_visualize_leaves_other_programs_folders_out(tmp_path: Path, capsys: pyt
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         image(0).save(tmp_path / "in" / name)
     out = tmp_path / "out"
-    flags = ["--model=test_stvit", "--no-pretrained", "--stage=0", f"--out={out}"]
+    flags = ["--model=test_stvit", "--no-pretrained", "--stage=0", f"--output={out}"]
     assert visualize.main([str(tmp_path / "in"), *flags]) == 0
     assert {path.parent.relative_to(out).as_posix() for path in out.rglob("stage0.png")} == {"a", "sub/b"}
     said = capsys.readouterr().out.splitlines()

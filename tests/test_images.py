@@ -153,7 +153,7 @@ def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeyp
     assert seen["evaluation"] == wanted
 
     with recorded(channels) as seen:
-        flags = ["--stage=0", f"--out={tmp_path / 'out'}"]
+        flags = ["--stage=0", f"--output={tmp_path / 'out'}"]
         assert visualize.main([str(tmp_path / "val/a"), run, *flags]) == 0
     assert seen["evaluation"] == wanted
 

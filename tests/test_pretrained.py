@@ -459,7 +459,7 @@ def test_a_callers_own_function_is_not_timms(folder: Path) -> None:
     def load_pretrained() -> None:
         raise KeyError("own")
 
-    with pytest.raises(KeyError, match="own"), stvit.pretrained.explained("net", {"file": "x"}):
+    with pytest.raises(KeyError, match="own"), stvit.pretrained.explain_errors("net", {"file": "x"}):
         load_pretrained()
     with pytest.raises(RuntimeError, match="test_resnet: cannot load pretrained weights from the state_dict given: "):
         overlay = {"state_dict": load_file(folder / "model.safetensors")}

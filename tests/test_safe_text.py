@@ -187,7 +187,7 @@ def test_password_of_the_endpoint(
     env["HF_ENDPOINT"] = env["HF_ENDPOINT"].replace("http://", "http://me:pass-word@")
     command = (
         "-m stvit.tools.train_cls --model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 "
-        f"--experiment=it --hub-repo=org/run --output={tmp_path} --data-dir={digits_folder}"
+        f"--experiment=it --repo-id=org/run --output={tmp_path} --data-dir={digits_folder}"
     )
     done = subprocess.run([sys.executable, *command.split()], env=env, capture_output=True, text=True, check=False)
     hub.heal()

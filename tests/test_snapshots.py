@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_the_hub_exactly(hub: Hub, train: Train, tmp_path: Pa
     more = [
         f"--output={tmp_path / 'first'}",
         "--experiment=it",
-        f"--hub-repo={REPO}",
+        f"--repo-id={REPO}",
         "--hub-every=2",
         "--checkpoint-steps=1",
     ]
@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_the_hub_exactly(hub: Hub, train: Train, tmp_path: Pa
 
 
 def test_both_branches_load(hub: Hub, train: Train, tmp_path: Path) -> None:
-    train(tmp_path, "--epochs=3", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=2", "--hub-private")
+    train(tmp_path, "--epochs=3", "--experiment=it", f"--repo-id={REPO}", "--hub-every=2", "--hub-private")
     run = tmp_path / "it"
     uploads = events(run, "hub_upload")
     assert uploads[-1]["epoch"] == 3 and uploads[-1]["commit"] == hub.refs(REPO)["last"]
@@ -109,7 +109,7 @@ def test_both_branches_load(hub: Hub, train: Train, tmp_path: Path) -> None:
 def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, tmp_path: Path) -> None:
     train(tmp_path / "plain", "--epochs=3", "--experiment=it")
     hub.fail("PUT", "status:500")
-    said = train(tmp_path / "own", "--epochs=3", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    said = train(tmp_path / "own", "--epochs=3", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
     assert "warning: the snapshot after epoch 3 was not uploaded: cannot push to org/run: the Hub answered with" in said
     assert not (tmp_path / "own/it/hub.tmp").exists()
     assert events(tmp_path / "own/it", "hub_failed") and not events(tmp_path / "own/it", "hub_upload")
@@ -120,22 +120,22 @@ def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, 
 def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.create_repo(REPO, private=True)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
-    flags = ("--epochs=1", f"--hub-repo={REPO}")
+    flags = ("--epochs=1", f"--repo-id={REPO}")
     said = train(tmp_path, *flags, "--experiment=a")
     assert "warning: the snapshot after epoch 1 was not uploaded: " in said and STRANGER not in said
     hub.__exit__()
     assert f"{hub.url} cannot be reached" in train(tmp_path, *flags, "--experiment=b")
     # What can never work is said before anything is trained.
     monkeypatch.delenv("HF_TOKEN")
-    assert "error: --hub-repo: no token: log in" in train(tmp_path, *flags, "--experiment=c", status=1)
-    assert "is no name of a repository" in train(tmp_path, "--epochs=1", "--hub-repo=a b", status=1)
+    assert "error: --repo-id: no token: log in" in train(tmp_path, *flags, "--experiment=c", status=1)
+    assert "is no name of a repository" in train(tmp_path, "--epochs=1", "--repo-id=a b", status=1)
     assert not (tmp_path / "c").exists()
 
 
 def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp_path: Path) -> None:
     """Epochs end while the first upload is under way; the next snapshot is the newest, not each of those between."""
     hub.fail("POST .*/commit/", "slow:6", times=1)
-    train(tmp_path, "--epochs=4", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
     log = [(line["event"], line.get("epoch")) for line in events_in_order(tmp_path / "it")]
     first = log.index(("hub_upload", 1))
     assert log.index(("epoch", 3)) < first  # numbered from 0
@@ -152,14 +152,14 @@ def test_a_hub_that_never_answers(
     """An upload that stalls is given up for the next; at the end of the run Ctrl-C leaves it."""
     monkeypatch.setattr(snapshots, "STALLED_S", 0.1)
     hub.fail("POST .*/commit/main", "hang", times=1)
-    said = train(tmp_path, "--epochs=4", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    said = train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
     assert "warning: the snapshot after epoch 1 was not uploaded: it has not ended in 0.1 s" in said
     assert len(events(tmp_path / "it", "epoch")) == 4
 
     hub.fail("POST .*/commit/main", "hang")
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stvit.tools.train_cls", *FLAGS, f"--data-dir={digits_folder}", "--epochs=1"]
-    more = [f"--output={tmp_path}", "--experiment=hung", "--hub-repo=org/hung"]
+    more = [f"--output={tmp_path}", "--experiment=hung", "--repo-id=org/hung"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, *more], env=env, **pipes)
     count = len(hub.requests)
@@ -179,7 +179,7 @@ def events_in_order(folder: Path, names: Sequence[str] = ("epoch", "hub_upload",
 
 
 def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> None:
-    train(tmp_path, "--epochs=1", "--experiment=it", f"--hub-repo={REPO}")
+    train(tmp_path, "--epochs=1", "--experiment=it", f"--repo-id={REPO}")
     out = tmp_path / "new"
 
     def refused(*flags: str, output: Path = out) -> str:
@@ -188,7 +188,7 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
         assert [path for path in out.glob("*") if path.name != "other"] == []
         return said
 
-    assert "no checkpoint there, as --hub-repo uploads it; its branch is last" in refused(f"--resume=hf-hub:{REPO}")
+    assert "no checkpoint there, as --repo-id uploads it; its branch is last" in refused(f"--resume=hf-hub:{REPO}")
     assert f"cannot download {REPO} (revision v9): it has no revision 'v9'" in refused(f"--resume=hf-hub:{REPO}@v9")
     assert "it does not exist, or is private" in refused("--resume=hf-hub:org/none@last")
     assert "was begun with other flags (drop 0.1, now 0.5)" in refused(f"--resume=hf-hub:{REPO}@last", "--drop=0.5")
@@ -213,31 +213,31 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
 
 def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> None:
     """Another one is refused before it trains; a card that a person has changed stays."""
-    flags = ["--experiment=a", f"--hub-repo={REPO}", "--hub-every=1"]
+    flags = ["--experiment=a", f"--repo-id={REPO}", "--hub-every=1"]
     train(tmp_path, "--epochs=2", *flags)
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
     before = hub.refs(REPO)
-    said = train(tmp_path, "--epochs=2", "--experiment=b", f"--hub-repo={REPO}", status=1)
+    said = train(tmp_path, "--epochs=2", "--experiment=b", f"--repo-id={REPO}", status=1)
     assert f"{REPO} holds a run already: go on with it by --resume hf-hub:{REPO}@last, or choose another" in said
     train(tmp_path, "--epochs=2", "--experiment=c", "--seed=5", "--checkpoint-steps=1")
     (tmp_path / "c/summary.csv").unlink()
     [checkpoint] = (tmp_path / "c/checkpoints").glob("00002*")
     checkpoint.unlink()
-    other = ["--experiment=c", "--seed=5", "--resume=auto", f"--hub-repo={REPO}"]
+    other = ["--experiment=c", "--seed=5", "--resume=auto", f"--repo-id={REPO}"]
     assert f"{REPO} holds another run, with another seed: choose" in train(tmp_path, "--epochs=2", *other, status=1)
     assert hub.refs(REPO) == before
     # The same once more, on another machine: it goes on being uploaded.
-    train(tmp_path / "new", "--epochs=2", f"--resume=hf-hub:{REPO}@last", f"--hub-repo={REPO}")
+    train(tmp_path / "new", "--epochs=2", f"--resume=hf-hub:{REPO}@last", f"--repo-id={REPO}")
     assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
 
 
 def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Path) -> None:
-    flags = ["--epochs=1", "--experiment=it", f"--hub-repo={REPO}"]
+    flags = ["--epochs=1", "--experiment=it", f"--repo-id={REPO}"]
     hub.fail("POST .*/commit/", "status:500", times=1)
     assert "warning: the snapshot after epoch 1 was not uploaded" in train(tmp_path / "a", *flags)
     assert hub.refs(REPO)["last"] == events(tmp_path / "a/it", "hub_upload")[-1]["commit"]  # at the second attempt
     hub.fail("POST .*/commit/", "status:500")
-    flags[-1] = "--hub-repo=org/other"
+    flags[-1] = "--repo-id=org/other"
     said = train(tmp_path / "b", *flags)
     assert "org/other lacks the end of the run: the same command with --resume auto uploads it" in said
     hub.heal()
@@ -267,7 +267,7 @@ def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits
         done = subprocess.run([*command, "--epochs=3", *flags], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 and OWNER not in done.stdout + done.stderr, done.stderr
 
-    train(tmp_path / "whole", "--experiment=it", f"--hub-repo={REPO}", "--hub-every=1")
+    train(tmp_path / "whole", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
     assert events(tmp_path / "whole/it", "hub_upload")[-1]["epoch"] == 3
     commits = [request for request in hub.requests if "/commit/last" in request.path]
     assert len(commits) == len(events(tmp_path / "whole/it", "hub_upload"))

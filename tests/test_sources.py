@@ -22,7 +22,7 @@ from test_runs import as_torch_folder, children, first
 from stvit.tools import train_cls, validate_cls
 from stvit.tools.common import data
 from stvit.tools.common.cli import CommandError, OneProcessError
-from stvit.tools.common.data import BadImages, ImageSamples, open_images
+from stvit.tools.common.data import BadImages, ImageDataset, open_images
 from stvit.tools.common.image_folders import ImageTar
 from stvit.tools.common.processes import StopNow, StopRequest, World
 
@@ -90,7 +90,7 @@ def test_postscript_never_reaches_ghostscript(
 def test_an_image_that_a_set_opened_itself(marker: Path) -> None:
     image = Image.open(io.BytesIO(POSTSCRIPT))
     with pytest.raises(OneProcessError, match="not an image of a supported format"):
-        ImageSamples([(image, 0)], "RGB").read(0)
+        ImageDataset([(image, 0)], "RGB").read(0)
     assert not marker.exists()
 
 

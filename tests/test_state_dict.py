@@ -172,7 +172,7 @@ def test_commands_take_it(digits_folder: Path, tmp_path: Path, capsys: pytest.Ca
             export.main,
             [source, model, "--format=torchscript", "--img-size=64", f"--output={tmp_path / 'it.torchscript'}"],
         ),
-        (visualize.main, [image, source, model, f"--out={tmp_path / 'pictures'}"]),
+        (visualize.main, [image, source, model, f"--output={tmp_path / 'pictures'}"]),
         (train_cls.main, [f"--pretrained-path={tmp_path / 'it.ckpt'}", model, data, *run.split()]),
     ):
         assert main(flags) == 0, flags

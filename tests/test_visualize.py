@@ -443,14 +443,14 @@ def test_random_weights_are_the_same_in_every_thread() -> None:
     is_second_inside = threading.Event()
 
     def draw_first() -> None:
-        with viewing._drawn():
+        with viewing._seeded_rng():
             number = torch.rand(())
             second.start()
             is_second_inside.wait(0.3)  # it draws meanwhile, if it can
             results[0] = torch.stack([number, torch.rand(())])
 
     def draw_second() -> None:
-        with viewing._drawn():
+        with viewing._seeded_rng():
             number = torch.rand(())
             is_second_inside.set()
             first.join()
@@ -660,7 +660,7 @@ def test_training_keeps_the_epochs_asked_for(digits_run: Path, digits_folder: Pa
 def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
     """As a process of its own: both stages, the sheet and each picture, of the token at a pixel."""
     shutil.copy(BUS, tmp_path / "photo.jpg")
-    flags = ["photo.jpg", "--checkpoint", digits_run, "--img-size", "200", "--pixel", "400", "700", "--out", "out"]
+    flags = ["photo.jpg", "--checkpoint", digits_run, "--img-size", "200", "--pixel", "400", "700", "--output", "out"]
     script = Path(command.__file__)
     result = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -707,7 +707,7 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
     (source / "notes.txt").write_text("none")
     (source / "broken.jpg").write_bytes(BUS.read_bytes()[:3000])
     (source / "text.png").write_text("none")
-    assert command.main([str(source), f"--checkpoint={digits_run}", "--stage", "0", f"--out={out}"]) == 1
+    assert command.main([str(source), f"--checkpoint={digits_run}", "--stage", "0", f"--output={out}"]) == 1
     said = capsys.readouterr()
     assert "5/5" in said.err and said.out.splitlines() == [
         f"ignored in {source}: 1 file that is hidden or not an image (notes.txt)",
@@ -731,7 +731,7 @@ def test_its_own_pictures_are_no_images(
 
 def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -> None:
     photo(60, 60).save(tmp_path / "a.png")
-    flags = [str(tmp_path / "a.png"), f"--checkpoints={digits_run}", f"--out={tmp_path}"]
+    flags = [str(tmp_path / "a.png"), f"--checkpoints={digits_run}", f"--output={tmp_path}"]
     assert command.main(flags) == 0
     assert files(tmp_path / "a") == {"stage0_checkpoints.png", "stage1_checkpoints.png"}
     sheet = np.array(Image.open(tmp_path / "a/stage0_checkpoints.png"))
@@ -772,7 +772,7 @@ def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -
         detectors["stokenattention"].save(weights / f"{name}.pt")
     found = command._find_checkpoints([str(tmp_path / "train")])
     assert [label for label, _ in found] == ["epoch 1", "epoch 10", "epoch 11"]
-    flags = [str(tmp_path / "a.png"), "--stage", "3", f"--out={tmp_path}"]
+    flags = [str(tmp_path / "a.png"), "--stage", "3", f"--output={tmp_path}"]
     assert command.main([*flags, f"--checkpoints={tmp_path}/train"]) == 0
     assert command.main([*flags, f"--checkpoint={tmp_path}/train"]) == 0
     assert files(tmp_path / "a") == {"stage3_checkpoints.png"} | pictures(3)
@@ -796,7 +796,7 @@ def test_models_of_the_hub(
         hub.commit(repo, content)
     photo(60, 60).save(tmp_path / "a.png")
     for name in ("classifier", "detector"):
-        flags = [str(tmp_path / "a.png"), f"--checkpoint=hf-hub:org/{name}", "--stage=0", f"--out={tmp_path / name}"]
+        flags = [str(tmp_path / "a.png"), f"--checkpoint=hf-hub:org/{name}", "--stage=0", f"--output={tmp_path / name}"]
         assert command.main(flags) == 0, capsys.readouterr().err
         assert files(tmp_path / name / "a") == pictures(0)
     for name, words in (("text", "no file ends in .pt"), ("missing", "org/missing")):
@@ -819,7 +819,7 @@ def masks_of(folder: Path) -> None:
 def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo().save(tmp_path / "a.png")
     masks_of(tmp_path / "masks")
-    flags = [str(tmp_path / "a.png"), f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--out={tmp_path}"]
+    flags = [str(tmp_path / "a.png"), f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--output={tmp_path}"]
     assert command.main([*flags, "--void=255", "--tolerance=1"]) == 0
     assert files(tmp_path / "a") == pictures(0, 1) | {"stage0_measures.png", "stage1_measures.png"}
     rows = list(csv.DictReader((tmp_path / "measures.csv").open()))
@@ -860,7 +860,7 @@ def test_images_that_cannot_be_measured_are_left_out(
     Image.new("L", (12, 16)).save(tmp_path / "masks/c.png")
     photo().save(tmp_path / "in/d.png")
     (tmp_path / "masks/d.png").write_bytes(b"junk")
-    flags = [f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--out={tmp_path}/out", "--stage=0"]
+    flags = [f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--output={tmp_path}/out", "--stage=0"]
     assert command.main([str(tmp_path / "in"), *flags]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "error: 3 of 4 images were left out: b.png: the segmentation has no boundary" in line
@@ -896,7 +896,7 @@ def test_reduced_images_lie_on_the_map(model: Any) -> None:
         (["a.png", "--void=1"], "give --masks"),
         (["a.png", "--masks=empty"], "holds no mask of a.png: neither a.png nor a_mask.png"),
         (["a.png", "--masks=other"], "one number for each of the image's 120x160 pixels, it has shape [8, 8]"),
-        (["a.png", "--out=a.png"], "cannot write"),
+        (["a.png", "--output=a.png"], "cannot write"),
     ],
 )
 def test_bad_flags_are_named(

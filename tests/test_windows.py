@@ -103,7 +103,7 @@ def test_the_other_commands(folder: Path, tmp_path: Path) -> None:
         ],
         "convert_checkpoint": [checkpoint, "--no-use-ema", f"--output={tmp_path / 'converted'}"],
         "push_to_hub": [folder / "run", "--repo-id=org/run", "--dry-run", f"--output={tmp_path / 'pushed'}"],
-        "visualize": [image, f"--checkpoint={folder / 'run'}", f"--out={tmp_path / 'pictures'}"],
+        "visualize": [image, f"--checkpoint={folder / 'run'}", f"--output={tmp_path / 'pictures'}"],
         "benchmark": [*benchmark, "--min-seconds=0.001", f"--csv={tmp_path / 'benchmark.csv'}"],
     }
     script = tmp_path / "script.py"

@@ -36,13 +36,13 @@ def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
     folder.mkdir()
     done = command(
         "detect", "train", "model=yolo26n-stvit_pico.yaml", f"pretrained_backbone={tmp_path / 'pico.pth'}",
-        "backbone_lr=0.1", f"data={photos}", f"project={folder / 'out'}", "name=a", *QUICK, folder=folder,
+        "backbone_lr_scale=0.1", f"data={photos}", f"project={folder / 'out'}", "name=a", *QUICK, folder=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Loaded 182/182 tensors of the backbone stvit_pico" in done.stdout
     assert "learns at 0.1 to 0.1 times the learning rate of the rest" in done.stdout
     best = next(folder.rglob("best.pt"))
-    assert ultralytics.YOLO(best).model.yaml["backbone_lr"] == 0.1
+    assert ultralytics.YOLO(best).model.yaml["backbone_lr_scale"] == 0.1
 
     done = command(
         "predict", f"model={best}", f"source={ASSETS / 'bus.jpg'}", "imgsz=64", f"project={folder}", folder=folder
@@ -56,7 +56,13 @@ def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
-    arguments = ["model=yolo26n-stvit_pico.yaml", "backbone_lr=0.1", f"data={photos}", f"project={tmp_path}", "name=a"]
+    arguments = [
+        "model=yolo26n-stvit_pico.yaml",
+        "backbone_lr_scale=0.1",
+        f"data={photos}",
+        f"project={tmp_path}",
+        "name=a",
+    ]
     quick = [*QUICK, "epochs=12", "optimizer=AdamW"]
     command_line = [sys.executable, "-m", "stvit.tools.yolo", "detect", "train", *arguments, *quick]
     last = tmp_path / "a" / "weights" / "last.pt"
@@ -104,9 +110,12 @@ def test_a_wrong_argument_is_one_clear_error(arguments: list[str], message: str,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "backbone_lr=high"], "backbone_lr must be a number, got 'high'"),
-        (["train", "backbone_lr"], "backbone_lr needs a value: backbone_lr=…"),
-        (["train", "resume", "model=last.pt", "backbone_lr=0.1"], "resume goes on with the run's own backbone_lr"),
+        (["train", "backbone_lr_scale=high"], "backbone_lr_scale must be a number, got 'high'"),
+        (["train", "backbone_lr_scale"], "backbone_lr_scale needs a value: backbone_lr_scale=…"),
+        (
+            ["train", "resume", "model=last.pt", "backbone_lr_scale=0.1"],
+            "resume goes on with the run's own backbone_lr_scale",
+        ),
     ],
 )
 def test_a_wrong_argument_of_ours(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

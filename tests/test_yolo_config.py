@@ -202,7 +202,10 @@ def test_wrong_names_of_model_files(name: str, message: str | None) -> None:
     [
         ({"backbone": "stvit_pico", "task": "detection"}, "task must be one of detect, segment"),
         ({"backbone": "stvit_pico", "scale": "h"}, "scale must be one of n, s, m, l, x"),
-        ({"backbone": "stvit_pico", "backbone_lr": 0.0}, "backbone_lr must be a number over 0, got 0.0; freeze=1"),
+        (
+            {"backbone": "stvit_pico", "backbone_lr_scale": 0.0},
+            "backbone_lr_scale must be a number over 0, got 0.0; freeze=1",
+        ),
         ({"backbone": "stvit_pico", "layer_decay": 1.5}, "layer_decay must be at most 1"),
         ({"backbone": "stvit_pico", "drop_path": 0.1}, "stvit_pico cannot be made with"),
         ({"backbone": "stvit_pico", "dims": (1, 2)}, "."),
@@ -254,8 +257,8 @@ def test_a_row_without_its_width(kind: str, tmp_path: Path) -> None:
 
 def test_a_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
-    path.write_text(model_file("yolo26n-stvit_pico.yaml").read_text() + "backbone_lr: 1e-1\n")
-    with pytest.raises(ValueError, match="backbone_lr must be a number over 0, got '1e-1'; to YAML 1e-1 is text"):
+    path.write_text(model_file("yolo26n-stvit_pico.yaml").read_text() + "backbone_lr_scale: 1e-1\n")
+    with pytest.raises(ValueError, match="backbone_lr_scale must be a number over 0, got '1e-1'; to YAML 1e-1 is text"):
         YOLO(path)
 
 

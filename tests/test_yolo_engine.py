@@ -22,7 +22,7 @@ from stvit.adapters.yolo import YOLO, DetectionTrainer, TimmBackbone, model_file
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
 
 QUICK = {"imgsz": 64, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu", "mosaic": 0.0}
-RATES = {"backbone_lr": 0.1, "layer_decay": 0.8}
+RATES = {"backbone_lr_scale": 0.1, "layer_decay": 0.8}
 
 
 def fresh(script: str, *arguments: Any, **env: str) -> str:
@@ -97,7 +97,7 @@ def test_backbone_has_its_own_learning_rates(optimizer: str, photos: Path, tmp_p
         model.train(data=str(photos), epochs=1, optimizer=optimizer, lr0=0.01, project=str(tmp_path), **QUICK)
         return seen
 
-    plain, factor, decayed = trained(), trained(backbone_lr=0.1), trained(**RATES)
+    plain, factor, decayed = trained(), trained(backbone_lr_scale=0.1), trained(**RATES)
     assert plain.keys() == factor.keys() == decayed.keys()  # no parameter lost, none twice
     last = "model.0.net.stages.3.blocks.0.mlp.fc1.weight"
     first = "model.0.net.stem.0.weight"
@@ -480,7 +480,7 @@ class OnCpu(torch.nn.parallel.DistributedDataParallel):
 
 torch.nn.parallel.DistributedDataParallel = OnCpu
 data, folder = sys.argv[1:]
-model = YOLO("yolo26n-stvit_pico.yaml", backbone_lr=0.1)
+model = YOLO("yolo26n-stvit_pico.yaml", backbone_lr_scale=0.1)
 trainer = OnCpus(overrides={"model": model.overrides["model"], "data": data, "epochs": 2, "imgsz": 64, "batch": 4,
     "nbs": 4, "plots": False, "val": False, "amp": False, "device": "cpu", "project": folder, "name": "two",
     "exist_ok": True, "mosaic": 0.0, "optimizer": "SGD", "warmup_epochs": 0})

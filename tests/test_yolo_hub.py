@@ -182,7 +182,7 @@ def test_the_command_and_the_other_doors(
     assert list(tmp_path.rglob("bus.jpg"))
     own = YOLO(run / "best.pt")
     assert same(YOLO("yolo26n-stvit_pico.yaml").load(source).model.model[0], own.model.model[0])
-    filled = YOLO("yolo26n-stvit_pico.yaml", neck_weights=source)
+    filled = YOLO("yolo26n-stvit_pico.yaml", stock_weights=source)
     key = "cv3.0.0.0.conv.weight"
     assert torch.equal(filled.model.model[-1].state_dict()[key], own.model.model[-1].state_dict()[key])
     assert yolo_command.main(["predict", "model=hf-hub:org/none", f"source={ASSETS}"]) == 1

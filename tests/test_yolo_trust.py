@@ -80,14 +80,14 @@ def test_no_way_in_runs_the_code_of_a_file(
         lambda: YOLO("evil-yoloe.pt"),
         lambda: YOLO("evil.PT"),
         lambda: YOLO(NEW).load(evil),
-        lambda: YOLO(NEW, neck_weights=evil),
+        lambda: YOLO(NEW, stock_weights=evil),
         lambda: load_stock(YOLO(NEW).model, evil),
         lambda: YOLO(NEW).train(pretrained=str(evil), **settings),
         lambda: YOLO(NEW).train(cfg=str(tmp_path / "args.yaml"), **settings),
         lambda: YOLO(NEW).train(distill_model=str(evil), **settings),
         lambda: YOLO(NEW).train(cfg=str(tmp_path / "distill.yaml"), **settings),
         lambda: YOLO(NEW).train(resume=str(evil), **settings),
-        lambda: YOLO(NEW).train(neck_weights=evil, **settings),
+        lambda: YOLO(NEW).train(stock_weights=evil, **settings),
         lambda: YOLO(NEW).tune(pretrained=str(evil), iterations=1, **settings),
         lambda: DetectionTrainer(overrides={"model": NEW, "resume": str(evil), **settings}),
         lambda: DetectionTrainer(overrides={"model": str(evil), **settings}).setup_model(),
@@ -107,7 +107,7 @@ def test_no_way_in_runs_the_code_of_a_file(
         (tmp_path / name).write_bytes(evil.read_bytes())
         assert yolo_command.main(["predict", f"model={name}", f"source={ASSETS / 'bus.jpg'}"]) == 1
         assert f"{name} wants to run posix.mkdir" in capsys.readouterr().err
-    for arguments in ([f"model={evil}"], [new, f"neck_weights={evil}"], [new, f"pretrained={evil}"]):
+    for arguments in ([f"model={evil}"], [new, f"stock_weights={evil}"], [new, f"pretrained={evil}"]):
         capsys.readouterr()
         assert yolo_command.main(["train", *arguments, f"data={photos}", "epochs=1", "imgsz=64"]) == 1
         said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -120,7 +120,7 @@ def test_trust_opens_it(evil: Path, harm: Path, tmp_path: Path) -> None:
     for way in (
         lambda: YOLO(evil, trust=True),
         lambda: YOLO(NEW, trust=True).load(evil),
-        lambda: YOLO("yolo26n.yaml", neck_weights=evil, trust=True),
+        lambda: YOLO("yolo26n.yaml", stock_weights=evil, trust=True),
         lambda: load_stock(YOLO("yolo26n.yaml").model, evil, trust=True),
         lambda: yolo_command.main(["predict", f"model={evil}", "trust=true", source, "imgsz=64", "save=False"]),
         lambda: ultralytics.YOLO(evil),  # stays as Ultralytics made it

@@ -186,7 +186,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_published_weights_fill_neck_and_head(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
     theirs = ultralytics.YOLO(stock).model
-    model = YOLO("yolo26n-stvit_pico.yaml", neck_weights=stock).model
+    model = YOLO("yolo26n-stvit_pico.yaml", stock_weights=stock).model
     own = model.state_dict()
     for key, value in theirs.state_dict().items():
         if int(key.split(".")[1]) >= 9 and own[key].shape == value.shape:
@@ -201,7 +201,7 @@ def test_published_weights_fill_neck_and_head(stock: Path, ultralytics_log: pyte
 
 
 def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path, tmp_path: Path) -> None:
-    model = YOLO("yolo26n-stvit_pico.yaml", neck_weights=stock)
+    model = YOLO("yolo26n-stvit_pico.yaml", stock_weights=stock)
     state, _ = state_at_start(model, data=str(photos), project=str(tmp_path))
     theirs = ultralytics.YOLO(stock).model.state_dict()
     same = [
@@ -213,14 +213,14 @@ def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path,
     assert state["model.23.one2one_cv3.0.2.weight"].shape[0] == 2
 
 
-@pytest.mark.parametrize("way", ["neck_weights", "load"])
+@pytest.mark.parametrize("way", ["stock_weights", "load"])
 def test_stokenattention_begins_as_the_stock_model(
     way: str, stock: Path, ultralytics_log: pytest.LogCaptureFixture
 ) -> None:
     if way == "load":
         ours = YOLO("yolo26n-stokenattention.yaml").load(stock).model.eval()
     else:
-        ours = YOLO("yolo26n-stokenattention.yaml", neck_weights=stock).model.eval()
+        ours = YOLO("yolo26n-stokenattention.yaml", stock_weights=stock).model.eval()
     theirs = ultralytics.YOLO(stock).model.eval()
     total = len(theirs.state_dict())
     assert way == "load" or f"Loaded {total}/{total} tensors of Ultralytics' own layers" in ultralytics_log.text
@@ -235,15 +235,15 @@ def test_stokenattention_begins_as_the_stock_model(
         (
             "nowhere.pth",
             RuntimeError,
-            "neck_weights='nowhere.pth' could not be loaded, it must be a checkpoint of Ultra",
+            "stock_weights='nowhere.pth' could not be loaded, it must be a checkpoint of Ultra",
         ),
-        ("junk.pt", RuntimeError, "neck_weights='junk.pt' could not be loaded"),
-        ("", ValueError, "neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got ''"),
-        (True, ValueError, "neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got True"),
-        ("yolo11n.pt", ValueError, "neck_weights='yolo11n.pt' is another generation of YOLO than the model"),
+        ("junk.pt", RuntimeError, "stock_weights='junk.pt' could not be loaded"),
+        ("", ValueError, "stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got ''"),
+        (True, ValueError, "stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got True"),
+        ("yolo11n.pt", ValueError, "stock_weights='yolo11n.pt' is another generation of YOLO than the model"),
     ],
 )
-def test_neck_weights_that_are_none(
+def test_stock_weights_that_are_none(
     source: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -251,7 +251,7 @@ def test_neck_weights_that_are_none(
     if source == "yolo11n.pt":
         ultralytics.YOLO("yolo11n.yaml").save(source)
     with pytest.raises(error, match=message):
-        YOLO("yolo26n-stvit_pico.yaml", neck_weights=source)
+        YOLO("yolo26n-stvit_pico.yaml", stock_weights=source)
 
 
 def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], photos: Path, tmp_path: Path) -> None:
@@ -271,13 +271,13 @@ def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], pho
 )
 def test_published_weights_that_do_not_fit(name: str, message: str | None, stock: Path) -> None:
     with pytest.raises(ValueError, match=message or "none of its tensors fits"):
-        YOLO(name, neck_weights=stock)
+        YOLO(name, stock_weights=stock)
 
 
 def test_options_that_contradict_each_other(pico: Path, photos: Path, stock: Path) -> None:
     model = YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=pico)
     for pretrained in (False, str(stock)):
-        with pytest.raises(ValueError, match="throws away what pretrained_backbone or neck_weights loaded"):
+        with pytest.raises(ValueError, match="throws away what pretrained_backbone or stock_weights loaded"):
             model.train(data=str(photos), pretrained=pretrained, **QUICK)
     with pytest.raises(ValueError, match="resume goes on with the run's own pretrained_backbone: leave it out"):
         model.train(resume=True, pretrained_backbone=pico)

@@ -48,18 +48,18 @@ from timm.data import ImageNetInfo, create_transform
 from stvit import visualize
 from stvit.images import READERS
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
-from stvit.tools.common.data import resolve_images
+from stvit.tools.common.data import resolve_data_config
 from stvit.tools.common.hub_models import Downloads, check_config, check_modules
 from stvit.tools.common.model import find_weights
 from stvit.tools.common.scratch import Storage, private_folder
 from stvit.tools.common.viewing import (
-    Viewed,
-    explained,
+    LoadedModel,
+    explain_errors,
     fitted,
     is_detector,
+    load_model,
     open_downloaded,
     open_image,
-    open_viewed,
     stages_of,
 )
 from stvit.tools.common.worker import Worker
@@ -348,7 +348,7 @@ class Models:
             raise CommandError(f"there is no model {name[:80]!r} here: choose one of the list{hub}")
         return name
 
-    def open(self, name: Any) -> Viewed:
+    def open(self, name: Any) -> LoadedModel:
         """Opens a model in this process.
 
         Raises:
@@ -367,10 +367,10 @@ class OpenedModels:
             size: How many models stay in memory.
         """
         self.size = size
-        self._models: OrderedDict[tuple[str, str], Viewed] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: str, source: str, is_limited: bool = False) -> Viewed:
+    def get(self, name: str, source: str, is_limited: bool = False) -> LoadedModel:
         """Opens a model, or returns the one that is open.
 
         Args:
@@ -397,7 +397,7 @@ def _is_source(name: str) -> bool:
     return name.startswith("hf-hub:") or is_path
 
 
-def _open(name: str, source: str, is_limited: bool) -> Viewed:
+def _open(name: str, source: str, is_limited: bool) -> LoadedModel:
     if is_limited:
         check_config(name, source)
     if source != name:
@@ -405,7 +405,7 @@ def _open(name: str, source: str, is_limited: bool) -> Viewed:
     else:
         of_name = {"checkpoint": name, "model": None} if _is_source(name) else {"checkpoint": None, "model": name}
         flags = dict.fromkeys(("use_ema", "num_classes", "in_chans"))
-        viewed = open_viewed(argparse.Namespace(**of_name, **flags, model_kwargs={}, pretrained=False))
+        viewed = load_model(argparse.Namespace(**of_name, **flags, model_kwargs={}, pretrained=False))
     if is_limited:
         check_modules(name, viewed.model)
     return viewed
@@ -483,7 +483,7 @@ def _work(task: Callable[..., Any], name: str, source: str, is_limited: bool, *i
 
 
 @torch.inference_mode()
-def classify(viewed: Viewed, image: Image.Image) -> dict[str, float]:
+def classify(viewed: LoadedModel, image: Image.Image) -> dict[str, float]:
     """The five likeliest classes and their probabilities.
 
     Raises:
@@ -494,9 +494,9 @@ def classify(viewed: Viewed, image: Image.Image) -> dict[str, float]:
         raise CommandError(f"{viewed.title} is a model of Ultralytics: choose a classifier, or go to Detect")
     if model.num_classes < 1:
         raise CommandError(f"{viewed.title} has no classes: choose another")
-    config = resolve_images({"in_chans": getattr(model, "in_chans", None)}, model, use_test_size=True)
+    config = resolve_data_config({"in_chans": getattr(model, "in_chans", None)}, model, use_test_size=True)
     image = image.convert("L") if config["input_size"][0] == 1 else image
-    with explained():
+    with explain_errors():
         x = create_transform(**config)(image)[None]
         probabilities = model(x).float().softmax(dim=1)[0]
     top, classes = probabilities.topk(min(5, len(probabilities)))
@@ -517,7 +517,7 @@ def _class_name(model: Any, index: int) -> str:
     return f"class {index}"
 
 
-def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int) -> tuple[Image.Image, str]:
+def detect(viewed: LoadedModel, image: Image.Image, confidence: float, img_size: int) -> tuple[Image.Image, str]:
     """The image with what was found drawn on it, and in words.
 
     Raises:
@@ -525,7 +525,7 @@ def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int)
     """
     if not viewed.is_yolo:
         raise CommandError(f"{viewed.title} says what is in an image, and not where: choose a detector")
-    with explained():
+    with explain_errors():
         size = -(-img_size // 32) * 32
         (result,) = viewed.model.predict(image, conf=confidence, imgsz=size, verbose=False, save=False)
     found = result.verbose().strip(" ,")
@@ -536,14 +536,14 @@ def detect(viewed: Viewed, image: Image.Image, confidence: float, img_size: int)
     return Image.fromarray(np.ascontiguousarray(result.plot()[..., ::-1])), words
 
 
-def look(viewed: Viewed, image: Image.Image, stage: int, img_size: int) -> visualize.SuperTokens:
+def look(viewed: LoadedModel, image: Image.Image, stage: int, img_size: int) -> visualize.SuperTokens:
     """Returns the super tokens of a stage.
 
     Raises:
         CommandError: If the model has no such stage, or its super tokens take too much memory.
     """
     stages_of(viewed)
-    with explained():
+    with explain_errors():
         view = visualize.super_tokens(viewed.model, fitted(image, img_size), stage)
     size = sum(array.nbytes for array in (view.soft, view.tokens, view.features, view.queries, view.keys))
     if size > MAX_VIEW:

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stvit
-from stvit.tools.common.checkpoint import replace_whole
+from stvit.tools.common.checkpoint import atomic_write
 from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason, run
 from stvit.tools.common.data import (
     BadImages,
@@ -59,7 +59,7 @@ from stvit.tools.common.data import (
     check_targets,
     create_val_loader,
     open_images,
-    resolve_images,
+    resolve_data_config,
 )
 from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
 from stvit.tools.common.model import add_model_arguments, check_img_size, choose_weights, create_model, read_weights
@@ -130,7 +130,7 @@ def export(args: argparse.Namespace) -> None:
     _check_output(args)
     _check_packages(args)
     model, name = _create_model(args)
-    data_config = resolve_images(vars(args), model, use_test_size=True)
+    data_config = resolve_data_config(vars(args), model, use_test_size=True)
     check_img_size(model, data_config)
     with TemporaryDirectory() as temporary:
         bad_images = BadImages(args.max_bad_images, Path(temporary) / "bad_images.jsonl")
@@ -468,7 +468,7 @@ def _write(
                 lines.append(_check(source, files[path.name], serves, samples, args.dtype, path))
 
         try:
-            replace_whole(path, write)
+            atomic_write(path, write)
         except OSError as error:
             raise CommandError(f"cannot write {path}: {reason(error)}") from error
         print("\n".join(lines), flush=True)
@@ -600,7 +600,7 @@ class _Spread:
     """So many images of a source, evenly from all of it: image folders are sorted by class.
 
     Args:
-        source: That of `ImageSamples`.
+        source: That of `ImageDataset`.
         number: How many.
     """
 

@@ -60,12 +60,12 @@ from stvit import hub
 from stvit.safe_text import redact_values
 from stvit.tools.common.checkpoint import (
     Checkpoints,
+    atomic_replace_dir,
+    atomic_write,
     find_mismatch,
     find_optimizer_mismatch,
     get_random_state,
     load_checkpoint,
-    replace_files,
-    replace_whole,
     set_random_state,
 )
 from stvit.tools.common.cli import (
@@ -94,7 +94,7 @@ from stvit.tools.common.data import (
     check_targets,
     create_val_loader,
     open_images,
-    resolve_images,
+    resolve_data_config,
 )
 from stvit.tools.common.evaluation import evaluate
 from stvit.tools.common.fingerprint import find_changes, find_fingerprint_mismatch, fingerprint
@@ -120,7 +120,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 # File in the folder of a run by which its process locks it; see `PathLock`.
 RUN_LOCK = ".stvit.lock"
 # Flags that a resumed run may change: they say where and how fast, not what.
-FREE_FLAGS = {
+RESUME_MUTABLE = {
     "batch_size",
     "checkpoint_epochs",
     "checkpoint_steps",
@@ -134,7 +134,7 @@ FREE_FLAGS = {
     "grad_checkpointing",
     "hub_every",
     "hub_private",
-    "hub_repo",
+    "repo_id",
     "log_interval",
     "log_tensorboard",
     "log_wandb",
@@ -258,7 +258,7 @@ def create_parser() -> Parser:
     group.add_argument(
         "--resume",
         metavar="auto|PATH|hf-hub:ORG/NAME@last",
-        help="go on from a run's folder, a checkpoint or what --hub-repo uploaded; auto: from what this command last "
+        help="go on from a run's folder, a checkpoint or what --repo-id uploaded; auto: from what this command last "
         "wrote, if anything; another --epochs extends or shortens the run",
     )
     group.add_argument(
@@ -282,7 +282,7 @@ def create_parser() -> Parser:
     group.add_argument("--log-tensorboard", action=Switch, help="log to <run>/tensorboard")
     group.add_argument("--log-wandb", action=Switch, help="log to Weights & Biases")
     group.add_argument("--wandb-project", default="stvit", metavar="NAME", help="its project")
-    group.add_argument("--hub-repo", metavar="ORG/NAME", help="upload the run to this repository, in the background")
+    group.add_argument("--repo-id", metavar="ORG/NAME", help="upload the run to this repository, in the background")
     group.add_argument("--hub-every", type=positive, default=10, metavar="N", help="epochs between uploads")
     group.add_argument("--hub-private", action=Switch, help="make a new repository private")
     return parser
@@ -380,7 +380,7 @@ class _Training:
             self.model = self.model.to(memory_format=torch.channels_last)
         if args.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
-        self.data_config = resolve_images(vars(args), self.model)
+        self.data_config = resolve_data_config(vars(args), self.model)
         check_img_size(self.model, self.data_config)
         dtype = DTYPES[args.model_dtype]
         self.loader = TrainLoader(args, self.train_set, self.data_config, world, dtype)
@@ -427,13 +427,13 @@ class _Training:
             world.say(f"{self.folder} is finished: {args.epochs} epochs are done")
             if world.is_first and self.former_epochs is not None:
                 self._write_recipe()
-            if world.is_first and args.hub_repo:
+            if world.is_first and args.repo_id:
                 # Its records stay as they are: what the Hub has already is not sent again.
                 self._snapshots(lambda *_: None).finish(progress.epoch)
             self._say_result()
             return
         log = self._open_log() if world.is_first else None
-        snapshots = self._snapshots(log.event) if log is not None and args.hub_repo else None
+        snapshots = self._snapshots(log.event) if log is not None and args.repo_id else None
         world.say(
             f"{args.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{args.num_classes} classes, {len(self.train_set)} training and {len(self.val_set)} validation images, on "
@@ -477,7 +477,7 @@ class _Training:
 
     def _snapshots(self, event: Callable[[str, dict[str, Any]], None]) -> Snapshots:
         args = self.args
-        options = (args.hub_repo, args.hub_every, self.folder, args.hub_private)
+        options = (args.repo_id, args.hub_every, self.folder, args.hub_private)
         return Snapshots(*options, event=event, is_stopped=lambda: bool(self.stop))
 
     def _open_log(self) -> RunLog:
@@ -504,7 +504,7 @@ class _Training:
 
     def _write_recipe(self) -> None:
         recipe = yaml.safe_dump(_resolved(self.args), sort_keys=False, allow_unicode=True)
-        replace_whole(self.folder / "config.yaml", lambda path: path.write_text(recipe, encoding="utf-8"))
+        atomic_write(self.folder / "config.yaml", lambda path: path.write_text(recipe, encoding="utf-8"))
 
     def _say_result(self) -> None:
         epoch, top1, kind = self.progress.best
@@ -994,23 +994,23 @@ def _check_compiler(device: torch.device) -> None:
 
 def _check_hub(args: argparse.Namespace) -> None:
     """Refuses what can never be uploaded, before anything is trained."""
-    if not args.hub_repo:
+    if not args.repo_id:
         return
     try:
-        hub.check_repo_id(args.hub_repo)
+        hub.check_repo_id(args.repo_id)
         hub.check_token()
     except hub.HubError as error:
-        raise CommandError(f"--hub-repo: {error}") from error
+        raise CommandError(f"--repo-id: {error}") from error
 
 
 def _check_remote_run(args: argparse.Namespace, is_resumed: bool) -> None:
     """Refuses to upload over the snapshots of another run, if the Hub can be asked."""
-    remote = read_remote_recipe(args.hub_repo) if args.hub_repo else None
+    remote = read_remote_recipe(args.repo_id) if args.repo_id else None
     if remote is None:
         return
     if not is_resumed:
         raise CommandError(
-            f"--hub-repo: {args.hub_repo} holds a run already: go on with it by --resume hf-hub:{args.hub_repo}@last, "
+            f"--repo-id: {args.repo_id} holds a run already: go on with it by --resume hf-hub:{args.repo_id}@last, "
             "or choose another repository"
         )
     own = _recipe_key(args)
@@ -1021,8 +1021,7 @@ def _check_remote_run(args: argparse.Namespace, is_resumed: bool) -> None:
     ]
     if changed:
         raise CommandError(
-            f"--hub-repo: {args.hub_repo} holds another run, with another {', '.join(changed)}: choose another "
-            "repository"
+            f"--repo-id: {args.repo_id} holds another run, with another {', '.join(changed)}: choose another repository"
         )
 
 
@@ -1231,7 +1230,7 @@ def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     """What makes a run another one, if nobody says by its name which one it is: the data too, wherever one stands."""
     data = recipe.get("data_dir")
     return {
-        **{key: value for key, value in recipe.items() if key not in FREE_FLAGS},
+        **{key: value for key, value in recipe.items() if key not in RESUME_MUTABLE},
         "data_dir": None if data is None else str(Path(data).expanduser().resolve()),
     }
 
@@ -1265,7 +1264,7 @@ def _check_same_recipe(args: argparse.Namespace, state: dict[str, Any], folder: 
 
 def _recipe_key(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags that a resumed run must share with its checkpoint; `epochs` is compared separately."""
-    return {key: value for key, value in _resolved(args).items() if key not in FREE_FLAGS}
+    return {key: value for key, value in _resolved(args).items() if key not in RESUME_MUTABLE}
 
 
 def _resolved(args: argparse.Namespace) -> dict[str, Any]:
@@ -1289,7 +1288,7 @@ def save_model(
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         hub.save(model, fresh, label_names=class_names, data_config=data_config, details=details)
-        replace_files(fresh, folder)
+        atomic_replace_dir(fresh, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CommandError(

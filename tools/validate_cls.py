@@ -41,7 +41,7 @@ from torch.utils.data import IterableDataset
 
 import stvit
 from stvit.safe_text import redact_values
-from stvit.tools.common.checkpoint import replace_whole
+from stvit.tools.common.checkpoint import atomic_write
 from stvit.tools.common.cli import (
     CommandError,
     Parser,
@@ -57,7 +57,7 @@ from stvit.tools.common.data import (
     add_image_arguments,
     create_val_loader,
     open_images,
-    resolve_images,
+    resolve_data_config,
 )
 from stvit.tools.common.evaluation import (
     add_class_map_argument,
@@ -256,7 +256,7 @@ def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights,
 
 
 def _data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    data_config = resolve_images(vars(args), model, use_test_size=True)
+    data_config = resolve_data_config(vars(args), model, use_test_size=True)
     if args.official_crop:
         crop_pct = 1.0 if data_config["input_size"][-1] >= 384 else 224 / 256
         data_config |= {"crop_pct": crop_pct, "interpolation": "bicubic", "crop_mode": "center"}
@@ -388,9 +388,9 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
 
     text = json.dumps(redact_values(results), indent=2) + "\n"
     try:
-        replace_whole(folder / "per_class.csv", write_classes)
+        atomic_write(folder / "per_class.csv", write_classes)
         # Before the picture, which says nothing else and may fail.
-        replace_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+        atomic_write(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
     if counts.confusion is None:

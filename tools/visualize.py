@@ -2,7 +2,7 @@
 """Draws the super tokens that a model sees in images: boundaries, mean colors, one token's association and attention.
 
     python tools/visualize.py photo.jpg --checkpoint runs/flowers
-    python tools/visualize.py photos/ --checkpoint hf-hub:ORG/flowers --stage 1 --pixel 320 240 --out pictures
+    python tools/visualize.py photos/ --checkpoint hf-hub:ORG/flowers --stage 1 --pixel 320 240 --output pictures
     python tools/visualize.py photo.jpg --checkpoint runs/detect/train --img-size 640
     python tools/visualize.py photo.jpg --checkpoints runs/flowers
     python tools/visualize.py photos/ --checkpoint runs/flowers --masks masks/
@@ -43,18 +43,18 @@ from tqdm import tqdm
 import stvit
 from stvit import visualize
 from stvit.superpixels import boundaries, boundary_recall, undersegmentation_error
-from stvit.tools.common.checkpoint import Checkpoints, replace_whole
+from stvit.tools.common.checkpoint import Checkpoints, atomic_write
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.model import add_model_arguments
 from stvit.tools.common.viewing import (
     ImageError,
-    Viewed,
-    explained,
+    LoadedModel,
+    explain_errors,
     find_images,
     fitted,
+    load_model,
     open_image,
     open_mask,
-    open_viewed,
     stages_of,
 )
 
@@ -92,7 +92,7 @@ def create_parser() -> Parser:
     group.add_argument(
         "--img-size", type=positive, default=DEFAULT_SIZE, metavar="N", help="longest side; larger images are reduced"
     )
-    group.add_argument("--out", "--output", dest="out", default="super_tokens", metavar="DIR", help="where to")
+    group.add_argument("--output", default="super_tokens", metavar="DIR", help="where to")
     group = parser.add_argument_group("measure")
     group.add_argument(
         "--masks",
@@ -117,7 +117,7 @@ def draw(args: argparse.Namespace) -> None:
     if args.masks is None and (args.void is not None or args.tolerance is not None):
         raise CommandError("--void and --tolerance are about masks: give --masks")
     root = Path(args.image).expanduser()
-    out = Path(args.out).expanduser()
+    out = Path(args.output).expanduser()
     images = find_images(root, out)
     folders = _folders(root, images, out)
     if args.masks is not None:
@@ -127,7 +127,7 @@ def draw(args: argparse.Namespace) -> None:
         masks = [None] * len(images)
 
     checkpoints = [] if args.checkpoints is None else _find_checkpoints(args.checkpoints)
-    first = open_viewed(args if not checkpoints else _with_checkpoint(args, checkpoints[0][1]))
+    first = load_model(args if not checkpoints else _with_checkpoint(args, checkpoints[0][1]))
     stages = _choose_stages(args.stage, first)
     if first.is_random:
         print(f"warning: {first.title}: nothing has trained it, give --checkpoint", file=sys.stderr)
@@ -158,7 +158,7 @@ def draw(args: argparse.Namespace) -> None:
         _write_measures(args, first, rows)
     done = len(images) - len(bad)
     if done:
-        print(f"wrote the pictures of {done} image{'s' if done > 1 else ''} to {args.out}")
+        print(f"wrote the pictures of {done} image{'s' if done > 1 else ''} to {args.output}")
     if bad:
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CommandError(f"{len(bad)} of {len(images)} images were left out: {'; '.join(bad[:3])}{more}")
@@ -168,8 +168,8 @@ def _with_checkpoint(args: argparse.Namespace, path: Path) -> argparse.Namespace
     return argparse.Namespace(**{**vars(args), "checkpoint": str(path)})
 
 
-def _look(args: argparse.Namespace, viewed: Viewed, image: Image.Image, stage: int) -> visualize.SuperTokens:
-    with explained():
+def _look(args: argparse.Namespace, viewed: LoadedModel, image: Image.Image, stage: int) -> visualize.SuperTokens:
+    with explain_errors():
         return visualize.super_tokens(viewed.model, fitted(image, args.img_size), stage, args.block)
 
 
@@ -207,7 +207,7 @@ def _draw_checkpoints(
 ) -> None:
     panels: dict[int, list[tuple[str, Image.Image]]] = {stage: [] for stage in stages}
     for label, path in checkpoints:
-        viewed = open_viewed(_with_checkpoint(args, path))  # one after the other: all of a long run may not fit
+        viewed = load_model(_with_checkpoint(args, path))  # one after the other: all of a long run may not fit
         for stage in _choose_stages(stages, viewed):
             view = _look(args, viewed, image, stage)
             token = _token(args, view, image)
@@ -224,7 +224,7 @@ def _draw_checkpoints(
 def _save(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_whole(path, lambda fresh: picture.save(fresh, format="PNG"))
+        atomic_write(path, lambda fresh: picture.save(fresh, format="PNG"))
     except OSError as error:
         raise CommandError(f"cannot write {path}: {reason(error)}") from error
 
@@ -243,7 +243,7 @@ def _folders(root: Path, images: Sequence[Path], out: Path) -> list[Path]:
     ]
 
 
-def _choose_stages(asked: Sequence[int] | None, viewed: Viewed) -> list[int]:
+def _choose_stages(asked: Sequence[int] | None, viewed: LoadedModel) -> list[int]:
     """The stages to draw: those asked for, else all that have super tokens."""
     stages = stages_of(viewed)
     for stage in asked or []:
@@ -391,8 +391,8 @@ def _slic(image: Image.Image, regions: int) -> np.ndarray:
     return np.asarray(best)
 
 
-def _write_measures(args: argparse.Namespace, viewed: Viewed, rows: list[dict[str, Any]]) -> None:
-    path = Path(args.out).expanduser() / "measures.csv"
+def _write_measures(args: argparse.Namespace, viewed: LoadedModel, rows: list[dict[str, Any]]) -> None:
+    path = Path(args.output).expanduser() / "measures.csv"
     made = {
         "model": viewed.title,
         "img_size": args.img_size,
@@ -407,7 +407,7 @@ def _write_measures(args: argparse.Namespace, viewed: Viewed, rows: list[dict[st
             writer.writerows({**row, **made} for row in rows)
 
     try:
-        replace_whole(path, write)
+        atomic_write(path, write)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {reason(error)}") from error
     print(f"{'stage':5}  {'method':30} {'regions':>8} {'boundary recall':>16} {'undersegmentation':>18}")

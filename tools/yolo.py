@@ -3,15 +3,15 @@
 
     python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml epochs=10 optimizer=MuSGD
     python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml \
-        pretrained_backbone=stvit_small.in1k neck_weights=yolo26s.pt backbone_lr=0.1 layer_decay=0.9
+        pretrained_backbone=stvit_small.in1k stock_weights=yolo26s.pt backbone_lr_scale=0.1 layer_decay=0.9
     python -m stvit.tools.yolo train resume model=runs/detect/train/weights/last.pt
     python -m stvit.tools.yolo predict model=runs/detect/train/weights/best.pt source=photos
 
 `python tools/yolo.py` is the same program. Arguments are those of `yolo`; `yolo help` of Ultralytics lists them. Names
 of model files are ours too: yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml, where BACKBONE is
 stvit_pico to stvit_large, any timm model with feature maps, `stvit` for the one that pairs with the scale, or
-`stokenattention`. Five arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), neck_weights
-(yolo26s.pt, of the same scale), backbone_lr and layer_decay (factors on the learning rate of the backbone), and
+`stokenattention`. Five arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), stock_weights
+(yolo26s.pt, of the same scale), backbone_lr_scale and layer_decay (factors on the learning rate of the backbone), and
 trust=true, which opens local checkpoints that hold more than a detector, and runs the code in them.
 """
 

@@ -2,7 +2,7 @@
 
 A configuration made here is a whole Ultralytics model file with further keys at its top:
     stock_layers: For each row the row of Ultralytics' file that it is, or -1.
-    backbone_lr, layer_decay: Learning rates of the backbone, see `yolo_config`.
+    backbone_lr_scale, layer_decay: Learning rates of the backbone, see `yolo_config`.
 """
 
 import json
@@ -44,7 +44,7 @@ TASK_SUFFIXES = {
 SCALES = "nsmlx"
 PAIRS = dict(zip(SCALES, ("stvit_pico", "stvit_nano", "stvit_tiny", "stvit_small", "stvit_base"), strict=True))
 STOKEN_SIZES = {8: 4, 16: 2, 32: 1}  # of a map at a stride: cells of 32 pixels of the image
-RATES = ("backbone_lr", "layer_decay")
+RATES = ("backbone_lr_scale", "layer_decay")
 
 _NAME = re.compile(r"yolo26(?P<scale>[nslmx]?)-(?P<backbone>.+?)(?P<suffix>-(?:seg|sem|pose|obb|depth|cls))?\.ya?ml")
 # Rows with a stride: their arguments begin with channels, kernel size, stride.
@@ -59,7 +59,7 @@ def yolo_config(
     backbone: str,
     task: str = "detect",
     scale: str = "",
-    backbone_lr: float | None = None,
+    backbone_lr_scale: float | None = None,
     layer_decay: float | None = None,
     **model_args: Any,
 ) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def yolo_config(
         backbone: A timm model with feature maps at strides 8, 16 and 32, such as 'stvit_small' or 'convnext_atto'.
         task: 'detect', 'segment', 'semantic', 'pose', 'obb', 'depth' or 'classify'.
         scale: Size of neck and head, one of 'n', 's', 'm', 'l', 'x'; '' leaves it to the name of the file.
-        backbone_lr: Learning rate of the backbone, over that of the rest.
+        backbone_lr_scale: Learning rate of the backbone, over that of the rest.
         layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
         model_args: Further arguments of the timm model, such as `drop_path_rate` or `stoken_size`.
 
@@ -83,7 +83,7 @@ def yolo_config(
         ValueError: If an argument is not as described, or the installed Ultralytics has no such file.
     """
     stock = _stock_config(task)
-    config = {**stock, **_scale_key(scale), **check_rates(backbone_lr, layer_decay)}
+    config = {**stock, **_scale_key(scale), **check_rates(backbone_lr_scale, layer_decay)}
     rows = deepcopy(stock["backbone"] + stock["head"])
     strides = _strides(rows)
     depth = len(stock["backbone"])
@@ -229,7 +229,7 @@ def check_config(config: dict[str, Any]) -> None:
     """
     if not isinstance(config.get("backbone"), list) or not isinstance(config.get("head"), list):
         raise ValueError("a model file needs the rows of a backbone and of a head, yolo_config() makes it")
-    check_rates(config.get("backbone_lr"), config.get("layer_decay"))
+    check_rates(config.get("backbone_lr_scale"), config.get("layer_decay"))
     rows = config["backbone"] + config["head"]
     first = rows[0]
     if first[2] != "TimmBackbone":
@@ -270,13 +270,15 @@ def _scale_key(scale: str) -> dict[str, str]:
     return {"scale": scale} if scale else {}
 
 
-def check_rates(backbone_lr: Any, layer_decay: Any) -> dict[str, float]:
+def check_rates(backbone_lr_scale: Any, layer_decay: Any) -> dict[str, float]:
     """Those of the backbone's rates that are given, as keys of a configuration.
 
     Raises:
         ValueError: If one is none.
     """
-    rates = {key: value for key, value in zip(RATES, (backbone_lr, layer_decay), strict=True) if value is not None}
+    rates = {
+        key: value for key, value in zip(RATES, (backbone_lr_scale, layer_decay), strict=True) if value is not None
+    }
     for key, value in rates.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
             hint = "; freeze=1 keeps a backbone as it is" if value == 0 else ""

@@ -36,7 +36,7 @@ __all__ = [
     "SemanticSegmentationTrainer",
 ]
 
-OPTIONS = ("pretrained_backbone", "neck_weights", *RATES)
+OPTIONS = ("pretrained_backbone", "stock_weights", *RATES)
 
 
 class BackboneTrainer:
@@ -140,8 +140,8 @@ class YOLO(ultralytics.YOLO):
     '@revision' if need be; no code of its checkpoint is run), and four options, here or in `train`:
         pretrained_backbone: Weights of the backbone: a timm tag, 'hf-hub:org/name', a file; True for timm's own of its
             name.
-        neck_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
-        backbone_lr: Learning rate of the backbone, over that of the rest.
+        stock_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
+        backbone_lr_scale: Learning rate of the backbone, over that of the rest.
         layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
 
     No code of a checkpoint is run, whether it is a local file, one that Ultralytics downloads, or on the Hub. A file
@@ -163,8 +163,8 @@ class YOLO(ultralytics.YOLO):
         verbose: bool = False,
         *,
         pretrained_backbone: str | Path | bool | None = None,
-        neck_weights: str | Path | None = None,
-        backbone_lr: float | None = None,
+        stock_weights: str | Path | None = None,
+        backbone_lr_scale: float | None = None,
         layer_decay: float | None = None,
         trust: bool = False,
     ) -> None:
@@ -174,8 +174,8 @@ class YOLO(ultralytics.YOLO):
             task: As for Ultralytics' YOLO.
             verbose: As for Ultralytics' YOLO.
             pretrained_backbone: See above.
-            neck_weights: See above.
-            backbone_lr: See above.
+            stock_weights: See above.
+            backbone_lr_scale: See above.
             layer_decay: See above.
             trust: See above.
 
@@ -196,7 +196,7 @@ class YOLO(ultralytics.YOLO):
         super().__init__(model=model, task=task, verbose=verbose)
         if is_published:
             self._forget_data()
-        self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
+        self._configure(pretrained_backbone, stock_weights, backbone_lr_scale, layer_decay)
 
     def _new(self, cfg: str, task: str | None = None, verbose: bool = False) -> None:
         config = yaml_model_load(cfg)
@@ -244,8 +244,8 @@ class YOLO(ultralytics.YOLO):
         trainer: Any = None,
         *,
         pretrained_backbone: str | Path | bool | None = None,
-        neck_weights: str | Path | None = None,
-        backbone_lr: float | None = None,
+        stock_weights: str | Path | None = None,
+        backbone_lr_scale: float | None = None,
         layer_decay: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -254,8 +254,8 @@ class YOLO(ultralytics.YOLO):
         Args:
             trainer: As for Ultralytics' YOLO.
             pretrained_backbone: See the class.
-            neck_weights: See the class.
-            backbone_lr: See the class.
+            stock_weights: See the class.
+            backbone_lr_scale: See the class.
             layer_decay: See the class.
             kwargs: Arguments of training, as for Ultralytics' YOLO.
 
@@ -265,19 +265,21 @@ class YOLO(ultralytics.YOLO):
         """
         given = {
             key: value
-            for key, value in zip(OPTIONS, (pretrained_backbone, neck_weights, backbone_lr, layer_decay), strict=True)
+            for key, value in zip(
+                OPTIONS, (pretrained_backbone, stock_weights, backbone_lr_scale, layer_decay), strict=True
+            )
             if value is not None
         }
         if given and kwargs.get("resume"):
             raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
         if self.is_published and kwargs.get("resume") is True:
             raise ValueError("a detector on the Hub holds nothing to resume from: train without resume")
-        self._configure(pretrained_backbone, neck_weights, backbone_lr, layer_decay)
+        self._configure(pretrained_backbone, stock_weights, backbone_lr_scale, layer_decay)
         loaded_keys = self.loaded_keys
         pretrained = kwargs.get("pretrained", True)
         if loaded_keys and (pretrained is False or isinstance(pretrained, (str, Path))):
             raise ValueError(
-                f"pretrained={pretrained} throws away what pretrained_backbone or neck_weights loaded: give one or "
+                f"pretrained={pretrained} throws away what pretrained_backbone or stock_weights loaded: give one or "
                 "the other"
             )
         if "model" in kwargs:  # from a command line: the name, where self.overrides has the path
@@ -332,14 +334,14 @@ class YOLO(ultralytics.YOLO):
     def _configure(
         self,
         pretrained_backbone: str | Path | bool | None,
-        neck_weights: str | Path | None,
-        backbone_lr: float | None,
+        stock_weights: str | Path | None,
+        backbone_lr_scale: float | None,
         layer_decay: float | None,
     ) -> None:
-        rates = check_rates(backbone_lr, layer_decay)
+        rates = check_rates(backbone_lr_scale, layer_decay)
         pretrained = pretrained_backbone is not None and pretrained_backbone is not False
         of_backbone = [*(["pretrained_backbone"] if pretrained else []), *rates]
-        if not of_backbone and neck_weights is None:
+        if not of_backbone and stock_weights is None:
             return
         self._check_is_pytorch_model()
         model: Any = self.model
@@ -347,8 +349,8 @@ class YOLO(ultralytics.YOLO):
         if of_backbone and backbone is None:
             raise ValueError(f"{of_backbone[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
         keys = []
-        if neck_weights is not None:
-            keys += load_stock(model, neck_weights, trust=self.trust)
+        if stock_weights is not None:
+            keys += load_stock(model, stock_weights, trust=self.trust)
         if backbone is not None and pretrained:
             load_backbone(backbone, pretrained_backbone)
             keys += [f"model.0.net.{key}" for key in backbone.net.state_dict()]

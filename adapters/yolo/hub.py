@@ -22,7 +22,7 @@ from ultralytics.utils.downloads import attempt_download_asset
 
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.ops import SuperTokenAttention
-from stvit.pretrained import PretrainedDownloadError, PretrainedError, damage, hub_reason
+from stvit.pretrained import PretrainedDownloadError, PretrainedError, describe_hub_error, find_corruption
 from stvit.weights_file import WeightsFileError, check_file
 
 __all__ = [
@@ -62,7 +62,7 @@ def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
     except PretrainedError as error:
         raise PretrainedError(f"{what}: {error}") from error
     except Exception as error:  # of the libraries below
-        raise PretrainedDownloadError(f"{what}: {hub_reason(error, repo_id, revision)}") from error
+        raise PretrainedDownloadError(f"{what}: {describe_hub_error(error, repo_id, revision)}") from error
     try:
         open_safely(path)
     except PretrainedError as error:
@@ -149,7 +149,7 @@ def open_safely(path: Path) -> dict[str, Any]:
     Raises:
         PretrainedError: If the file is damaged, could exhaust the memory or holds anything else; names what.
     """
-    broken = damage(path)
+    broken = find_corruption(path)
     if broken is not None:
         raise PretrainedError(f"{path} {broken}")
     try:

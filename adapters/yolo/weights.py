@@ -90,10 +90,10 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
     if isinstance(weights.model[-1], Detect) and isinstance(model.model[-1], Detect):  # type: ignore[index]
         families = [(config.get("end2end"), config.get("reg_max")) for config in configs]
         if families[0] != families[1]:
-            raise ValueError(f"neck_weights={_label(source)} is another generation of YOLO than the model")
+            raise ValueError(f"stock_weights={_label(source)} is another generation of YOLO than the model")
     scales = [config.get("scale", "") for config in configs]
     if scales[0] != scales[1]:
-        raise ValueError(f"neck_weights={_label(source)} is of scale {scales[1]!r}, the model of scale {scales[0]!r}")
+        raise ValueError(f"stock_weights={_label(source)} is of scale {scales[1]!r}, the model of scale {scales[0]!r}")
     aligned = align(weights, model)
     # A YAML-built model has placeholders for names; with those of the weights none of its classes is moved.
     names = dict(getattr(weights, "names", {}))
@@ -106,7 +106,7 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
     loaded = [key for key in of_stock if key in offered and torch.equal(own[key].float(), offered[key].float())]
     if not loaded:
         raise ValueError(
-            f"neck_weights={_label(source)}: none of its tensors fits the {len(of_stock)} of neck and head"
+            f"stock_weights={_label(source)}: none of its tensors fits the {len(of_stock)} of neck and head"
         )
     LOGGER.info(f"Loaded {len(loaded)}/{len(of_stock)} tensors of Ultralytics' own layers from {_label(source)}")
     return loaded
@@ -114,23 +114,23 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
 
 def _load_detector(source: str | Path, trust: bool) -> Any:
     if not isinstance(source, (str, Path)) or not str(source):
-        raise ValueError(f"neck_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
+        raise ValueError(f"stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
     if str(source).startswith(PREFIXES):
         source = fetch_checkpoint(str(source))
     else:
         try:
             check_local(source, trust)
         except (OSError, RuntimeError, TypeError) as error:
-            raise RuntimeError(f"neck_weights={_label(source)} could not be loaded: {error}") from error
+            raise RuntimeError(f"stock_weights={_label(source)} could not be loaded: {error}") from error
     try:
         weights = load_checkpoint(source)[0]
     except Exception as error:  # a suffix, the network, a file of any kind
         raise RuntimeError(
-            f"neck_weights={_label(source)} could not be loaded, it must be a checkpoint of Ultralytics such as "
+            f"stock_weights={_label(source)} could not be loaded, it must be a checkpoint of Ultralytics such as "
             f"yolo26s.pt: {error}"
         ) from error
     if not isinstance(getattr(weights, "model", None), nn.Sequential):
-        raise ValueError(f"neck_weights={_label(source)} is no YOLO26 but a {type(weights).__name__}")
+        raise ValueError(f"stock_weights={_label(source)} is no YOLO26 but a {type(weights).__name__}")
     return weights
 
 

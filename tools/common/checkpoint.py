@@ -58,7 +58,7 @@ class Checkpoints:
         path = self.folder / _name(epoch, step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_whole(path, lambda fresh: torch.save(state, fresh))
+            atomic_write(path, lambda fresh: torch.save(state, fresh))
         except (OSError, RuntimeError) as error:
             raise CommandError(
                 f"cannot write checkpoint {path}: {_disk_reason(path, error)}; the checkpoints before it are kept: "
@@ -234,7 +234,7 @@ def _shape(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "()"
 
 
-def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file atomically: readers see the old contents or the new ones, never a partial file.
 
     Args:
@@ -253,7 +253,7 @@ def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     _sync_folder(path.parent)
 
 
-def replace_files(fresh: Path, folder: Path) -> None:
+def atomic_replace_dir(fresh: Path, folder: Path) -> None:
     """Moves all files of one folder into another folder, each of them atomically."""
     folder.mkdir(exist_ok=True)
     for file in fresh.iterdir():

@@ -85,7 +85,7 @@ def add_image_arguments(group: Any) -> None:
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image that evaluation crops")
 
 
-def resolve_images(settings: Mapping[str, Any], model: Any, use_test_size: bool = False) -> dict[str, Any]:
+def resolve_data_config(settings: Mapping[str, Any], model: Any, use_test_size: bool = False) -> dict[str, Any]:
     """Returns timm's preprocessing settings for a model.
 
     Args:
@@ -176,7 +176,7 @@ def _random_state(*key: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class ImageSamples(Dataset):
+class ImageDataset(Dataset):
     """Images and class numbers of a source, opened by the rules of `stvit.images`.
 
     Of an unreadable training image the next one takes the place; an unreadable validation image gets the class number
@@ -500,8 +500,8 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
     if args.dataset == "sklearn/digits":
         train_digits, val_digits = digits(args.seed)
         return Images(
-            ImageSamples(train_digits, mode, args.seed),
-            ImageSamples(val_digits, mode),
+            ImageDataset(train_digits, mode, args.seed),
+            ImageDataset(val_digits, mode),
             [str(digit) for digit in range(10)],
         )
     if args.dataset.startswith("sklearn/"):
@@ -544,7 +544,7 @@ def open_images(args: argparse.Namespace, world: World, is_training: bool = True
         samples.append(
             StreamSamples(source, world, training, args.seed, args.allow_shard_commands)
             if is_stream
-            else ImageSamples(source, mode, args.seed)
+            else ImageDataset(source, mode, args.seed)
         )
     return Images(samples[0] if is_training else None, samples[-1], names)
 
@@ -679,8 +679,8 @@ def check_targets(target: torch.Tensor, num_classes: int, what: str) -> None:
 # Batches
 
 
-class TrainBatches(Sampler[list[tuple[int, int, int]]]):
-    """The batches of one process, as keys of `ImageSamples`.
+class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """The batches of one process, as keys of `ImageDataset`.
 
     Each epoch's order is drawn from the seed and the epoch, and dealt out to the steps and within a step to the
     processes: the images of an update are the same however many processes and steps share them. What does not make a
@@ -741,7 +741,7 @@ class TrainLoader:
         self.images = images
         self.seed = args.seed
         self.is_stream = isinstance(images, IterableDataset)
-        self.batches: TrainBatches | None = None
+        self.batches: ResumableBatchSampler | None = None
         options: dict[str, Any] = {"batch_size": args.batch_size, "drop_last": True}
         if self.is_stream:
             images.reader.set_loader_cfg(num_workers=args.workers)
@@ -754,7 +754,7 @@ class TrainLoader:
                     + (f" x --grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else "")
                     + f"), more than the {len(images)} training images: lower --batch-size"
                 )
-            self.batches = TrainBatches(
+            self.batches = ResumableBatchSampler(
                 len(images), args.batch_size, world, args.grad_accum_steps, args.aug_repeats, args.seed
             )
             options = {"batch_sampler": self.batches}

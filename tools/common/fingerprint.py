@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from stvit.tools.common.checkpoint import find_mismatch
-from stvit.tools.common.data import Images, ImageSamples, StreamSamples
+from stvit.tools.common.data import ImageDataset, Images, StreamSamples
 
 MOST_CHANGES = 4
 _DIGEST_BYTES = 16
@@ -56,7 +56,7 @@ def _names_and_labels(samples: Any) -> Iterator[tuple[str, str]]:
         yield from ((f"{name} {length}", "shards") for name, length in zip(info.filenames, lengths, strict=False))
         yield f"{info.num_samples} {info.alt_label}", "shards"
         return
-    assert isinstance(samples, ImageSamples)
+    assert isinstance(samples, ImageDataset)
     source = samples.source
     if hasattr(source, "paths_and_labels"):  # ours
         pairs: Iterable[tuple[Any, Any]] = source.paths_and_labels()

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stvit.ops import SuperTokenAttention
-from stvit.pretrained import hub_reason, is_of_network
+from stvit.pretrained import describe_hub_error, is_network_error
 from stvit.tools.common.cli import CommandError
 
 # Largest numbers in the arguments of a model; other numbers are limited by `_MAX_NUMBER`, lists by `_MAX_LENGTH`.
@@ -115,7 +115,7 @@ class Downloads:
             try:
                 info = HfApi().model_info(repo_id, revision=revision or None, files_metadata=True, timeout=_REQUEST_S)
             except Exception as error:
-                if not (isinstance(error, OfflineModeIsEnabled) or is_of_network(error)):
+                if not (isinstance(error, OfflineModeIsEnabled) or is_network_error(error)):
                     raise
                 return _find_in_cache(repo_id, revision or None, error)
             files = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -126,7 +126,7 @@ class Downloads:
         except CommandError:
             raise
         except Exception as error:  # of the libraries below
-            raise CommandError(f"cannot take {name}: {hub_reason(error, repo_id, revision or None)}") from error
+            raise CommandError(f"cannot take {name}: {describe_hub_error(error, repo_id, revision or None)}") from error
         return _source(paths[0])
 
     def _reserve(self, name: str, repo_id: str, commit: str | None, sizes: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit.safe_text import redact_values
-from stvit.tools.common.checkpoint import cut_torn_line, replace_whole
+from stvit.tools.common.checkpoint import atomic_write, cut_torn_line
 from stvit.tools.common.cli import CommandError, reason
 
 
@@ -102,7 +102,7 @@ class RunLog:
         self._send(update, "epoch", row)
         table = self.folder / "summary.csv"
         try:
-            replace_whole(table, lambda path: _write_table(path, history))
+            atomic_write(table, lambda path: _write_table(path, history))
         except PermissionError as error:  # on Windows a spreadsheet has it open; the next epoch writes all of it again
             print(
                 f"warning: cannot write {table}: {reason(error)}; close the program that has it open", file=sys.stderr
@@ -200,7 +200,7 @@ def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float]
             warnings.simplefilter("ignore")  # of characters that the font lacks, a warning for each
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
-            replace_whole(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
+            atomic_write(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
     except Exception as error:  # fonts, names and sizes may fail in many ways
         print(f"warning: cannot draw {path}: {reason(error)}", file=sys.stderr)
         return False

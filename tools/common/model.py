@@ -18,7 +18,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg_value, resolve_mode
 from torch import nn
 
 import stvit
-from stvit.pretrained import damage
+from stvit.pretrained import find_corruption
 from stvit.stvit import strip_prefix_of
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
@@ -149,9 +149,9 @@ def open_file(path: Path) -> Mapping[str, Any]:
                 "run here: ask its owner for the tensors alone, or safetensors"
             ) from error
         if isinstance(error, WeightsFileError):
-            why = damage(path) or f"it {error.problem}"
+            why = find_corruption(path) or f"it {error.problem}"
         else:
-            why = reason(error) if isinstance(error, OSError) else damage(path) or _NO_WEIGHTS
+            why = reason(error) if isinstance(error, OSError) else find_corruption(path) or _NO_WEIGHTS
         raise CommandError(f"cannot read weights from {path}: {why}") from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise CommandError(f"cannot read weights from {path}: it holds a {type(content).__name__}, not weights by name")

@@ -20,9 +20,9 @@ from stvit import hub
 from stvit.pretrained import verify
 from stvit.safe_text import code_span, escape_markdown
 from stvit.stvit import find_variant
-from stvit.tools.common.checkpoint import load_checkpoint, replace_files
+from stvit.tools.common.checkpoint import atomic_replace_dir, load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_images
+from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_data_config
 from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
 
 # Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
@@ -201,7 +201,7 @@ def fresh_folder(path: str | None, replace: bool = False, ours: Set[str] = WRITT
 def _put_in_place(fresh: Path, folder: Path) -> None:
     """Moves the files of a folder into another, which then holds no older ones of ours beside them."""
     stale = WRITTEN - {file.name for file in fresh.iterdir()}
-    replace_files(fresh, folder)
+    atomic_replace_dir(fresh, folder)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
 
@@ -324,7 +324,7 @@ def compare_detector_with_hub(folder: Path, pushed: hub.Pushed) -> int:
         except (OSError, RuntimeError, ValueError) as error:
             raise hub.HubError(f"pushed, but it does not load back: {error}") from error
     here = open_safely(folder / "model.pt")["model"].state_dict()
-    wrong += hub.differing(here, there)
+    wrong += hub.mismatched_tensors(here, there)
     if wrong:
         raise hub.HubError(f"pushed, but {name} reads back otherwise: {', '.join(wrong[:5])}")
     return len(here)
@@ -382,7 +382,7 @@ def _open_file(path: Path, args: argparse.Namespace) -> Release:
     ).eval()
     images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
     images |= {"in_chans": in_chans, "img_size": size if name not in PAPER_TOP1 else args.img_size}
-    data_config = resolve_images(images, model)
+    data_config = resolve_data_config(images, model)
     details: dict[str, Any] = {
         "weights": "moving average (EMA)" if is_ema else "as trained" + (", not their average" if ema else ""),
         "source": f"{path.name}, sha256 {hub.file_sha256(path)}",

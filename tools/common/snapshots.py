@@ -255,7 +255,7 @@ def fetch_run(
             paths = Checkpoints(fresh / "checkpoints").paths()
             if not paths:
                 hint = "" if revision == BRANCH else f"; its branch is {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
-                raise CommandError(f"--resume {source}: no checkpoint there, as --hub-repo uploads it{hint}")
+                raise CommandError(f"--resume {source}: no checkpoint there, as --repo-id uploads it{hint}")
             check(load_checkpoint(paths[-1]), source)
             folder = output / (experiment or _experiment(fresh) or repo_id.rsplit("/", 1)[-1])
             if folder.exists():

@@ -29,7 +29,7 @@ class ImageError(CommandError):
 
 
 @dataclass
-class Viewed:
+class LoadedModel:
     """A model, and what a reader of its results must know.
 
     Attributes:
@@ -45,7 +45,7 @@ class Viewed:
     is_random: bool
 
 
-def open_viewed(args: argparse.Namespace) -> Viewed:
+def load_model(args: argparse.Namespace) -> LoadedModel:
     """The model of the flags of `add_model_arguments` and `pretrained`, for evaluation on the CPU.
 
     A detector is meant by a model file (`yolo26s-stvit_small.yaml`), a checkpoint or a run of Ultralytics, or a
@@ -60,19 +60,19 @@ def open_viewed(args: argparse.Namespace) -> Viewed:
     if source is not None:
         path = _detector_in(Path(source).expanduser())
         if path is not None:
-            return Viewed(source, _open_detector(path), is_yolo=True, is_random=False)
+            return LoadedModel(source, _open_detector(path), is_yolo=True, is_random=False)
     elif model is not None and model.endswith((".yaml", ".yml")):
-        with _drawn():
-            return Viewed(f"{Path(model).stem}, random weights", _yolo(model), is_yolo=True, is_random=True)
+        with _seeded_rng():
+            return LoadedModel(f"{Path(model).stem}, random weights", _yolo(model), is_yolo=True, is_random=True)
     return _open_classifier(args)
 
 
-def _open_classifier(args: argparse.Namespace) -> Viewed:
+def _open_classifier(args: argparse.Namespace) -> LoadedModel:
     # Which sets flags, on this copy; those of images are asked of the model.
     weights = choose_weights(argparse.Namespace(**{**dict.fromkeys(RECIPE_KEYS), **vars(args)}))
     content = read_weights(weights.file, weights.use_ema)[0] if weights.file is not None else None
     pretrained = args.pretrained or args.checkpoint is not None
-    with _drawn():
+    with _seeded_rng():
         model = create_model(
             weights.model,
             pretrained=pretrained,
@@ -83,10 +83,10 @@ def _open_classifier(args: argparse.Namespace) -> Viewed:
             model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
         )
     title = args.checkpoint or (args.model if pretrained else f"{args.model}, random weights")
-    return Viewed(title, model.eval().requires_grad_(False), is_yolo=False, is_random=not pretrained)
+    return LoadedModel(title, model.eval().requires_grad_(False), is_yolo=False, is_random=not pretrained)
 
 
-def open_downloaded(name: str, source: str) -> Viewed:
+def open_downloaded(name: str, source: str) -> LoadedModel:
     """Opens a model of the Hub from the files that were downloaded. None of a checkpoint's code is run.
 
     Args:
@@ -99,7 +99,7 @@ def open_downloaded(name: str, source: str) -> Viewed:
     if not source.startswith("local-dir:"):
         detector = _open_detector(Path(source))
         detector._forget_data()
-        return Viewed(name, detector, is_yolo=True, is_random=False)
+        return LoadedModel(name, detector, is_yolo=True, is_random=False)
     flags = dict.fromkeys(("model", "use_ema", "num_classes", "in_chans"))
     viewed = _open_classifier(argparse.Namespace(**flags, checkpoint=source, model_kwargs={}, pretrained=False))
     viewed.title = name
@@ -110,7 +110,7 @@ _DRAWING = threading.Lock()
 
 
 @contextmanager
-def _drawn() -> Iterator[None]:
+def _seeded_rng() -> Iterator[None]:
     """Context in which random weights are the same each time; the state of the process's generator does not change.
 
     All threads share that generator, so that one thread at a time draws.
@@ -120,7 +120,7 @@ def _drawn() -> Iterator[None]:
         yield
 
 
-def _open_hub(args: argparse.Namespace) -> Viewed:
+def _open_hub(args: argparse.Namespace) -> LoadedModel:
     try:
         return _open_classifier(args)
     except CommandError as error:
@@ -128,7 +128,7 @@ def _open_hub(args: argparse.Namespace) -> Viewed:
         if hub.read_file(repo_id, "config.json", revision or None) is not None:
             raise
         try:
-            return Viewed(args.checkpoint, _yolo(args.checkpoint), is_yolo=True, is_random=False)
+            return LoadedModel(args.checkpoint, _yolo(args.checkpoint), is_yolo=True, is_random=False)
         except CommandError as second:
             # What a repository that cannot be had is of, nobody knows.
             raise (error if isinstance(second.__cause__, stvit.PretrainedDownloadError) else second) from None
@@ -171,7 +171,7 @@ def _yolo(name: str) -> Any:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_errors() -> Iterator[None]:
     """Words what a foreign model or library says as an error for the user."""
     try:
         yield
@@ -179,13 +179,13 @@ def explained() -> Iterator[None]:
         raise CommandError(reason(error)) from error
 
 
-def stages_of(viewed: Viewed) -> list[int]:
+def stages_of(viewed: LoadedModel) -> list[int]:
     """The stages that have super tokens.
 
     Raises:
         CommandError: If none has.
     """
-    with explained():
+    with explain_errors():
         stages = visualize.stages(viewed.model)
     if not stages:
         raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
@@ -195,7 +195,7 @@ def stages_of(viewed: Viewed) -> list[int]:
 @contextmanager
 def _ultralytics() -> Iterator[None]:
     try:
-        with explained():
+        with explain_errors():
             yield
     except ImportError as error:
         raise CommandError(f"detectors need Ultralytics, pip install 'stvit[yolo]': {reason(error)}") from error
