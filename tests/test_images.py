@@ -129,7 +129,8 @@ def pixels_of(x: Any, mean: np.ndarray, std: np.ndarray) -> set[bytes]:
     return {image.tobytes() for image in (values * 255).round().astype(np.uint8)}
 
 
-@pytest.mark.parametrize("channels", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("channels", [3, 1])
 def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, validation, calibration, visualize and the demo read each kind of file alike."""
     pytest.importorskip("gradio")

@@ -387,7 +387,8 @@ def test_batch_sizes_unannounced_take_two_graphs(graphs: Graphs) -> None:
 
 
 @needs_newer_torch
-@pytest.mark.parametrize("optimized", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("optimized", [True, False])
 def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
     """If the first is no square: of that torch.compile assumes that they all are, and makes a second graph else."""
     model = stvit.optimize_for_inference(create()) if optimized else create()

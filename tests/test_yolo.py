@@ -86,6 +86,7 @@ def test_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
     assert set(epochs) == set(range(1, 13))
 
 
+@pytest.mark.long
 def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:
     assert "yolo26{n,s,m,l,x}-BACKBONE" in command("--help", folder=tmp_path).stdout
     assert ultralytics.__version__ in command("version", folder=tmp_path).stdout

@@ -111,6 +111,7 @@ def test_backbone_has_its_own_learning_rates(optimizer: str, photos: Path, tmp_p
     assert decayed[first][0] < decayed["model.0.net.stages.1.blocks.0.mlp.fc1.weight"][0] < decayed[last][0]
 
 
+@pytest.mark.long
 def test_rates_stay_with_the_checkpoint_and_through_resume(run: Path, photos: Path, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
     first = YOLO("yolo26n-stvit_pico.yaml", **RATES)
