@@ -18,8 +18,8 @@ if (
 from stvit import visualize
 from stvit.inference import optimize_for_inference
 from stvit.ops import SuperTokenAttention, sample_super_tokens, upsample_super_tokens
-from stvit.pretrained import PretrainedDownloadError, PretrainedError, create_model
 from stvit.stvit import STViT
+from stvit.weights import PretrainedDownloadError, PretrainedError, create_model
 
 __all__ = [
     "PretrainedDownloadError",

@@ -35,9 +35,10 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from stvit.model_config import read_config as check_config
-from stvit.pretrained import create_model, describe_hub_error, is_network_error, is_own_model
 from stvit.safe_text import code_span, escape_markdown, one_line, redact
+from stvit.weights.config import read_config as check_config
+from stvit.weights.create import create_model
+from stvit.weights.errors import describe_hub_error, is_network_error, is_own_model
 
 __all__ = [
     "HubError",

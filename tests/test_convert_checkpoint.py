@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stvit import hub
-from stvit.stvit import _official_key
 from stvit.tools import convert_checkpoint, train_cls
 from stvit.tools.common.model import open_file
+from stvit.weights.official import official_key
 
 Convert = Callable[..., Path]
 
@@ -52,7 +52,7 @@ def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """As the published code saves it, its one-hot kernels included."""
     state = {}
     for key, value in model.state_dict().items():
-        name = _official_key(key)
+        name = official_key(key)
         state[name] = value.reshape(1, -1, 1, 1) if name.endswith(("gamma_1", "gamma_2")) else value.clone()
         if name.endswith("attn.stoken_refine.qkv.weight"):
             kernel = torch.eye(9).reshape(9, 1, 3, 3)

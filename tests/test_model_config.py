@@ -11,8 +11,8 @@ import torch
 
 import stvit
 from stvit import hub
-from stvit.model_config import ModelTooLargeError, check_model_args, check_pretrained_cfg, limit_parameters
 from stvit.tools import push_to_hub
+from stvit.weights.config import ModelTooLargeError, check_model_args, check_pretrained_cfg, limit_parameters
 
 NAN = float("nan")
 

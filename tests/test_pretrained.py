@@ -21,7 +21,8 @@ from timm.models import adapt_input_conv
 import stvit
 from stvit import PretrainedDownloadError, PretrainedError
 from stvit import hub as hub_module
-from stvit.stvit import find_variant
+from stvit.weights.errors import explain_errors
+from stvit.weights.official import find_variant
 
 REPO = "team/test_stvit.in1k"
 CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"
@@ -459,7 +460,7 @@ def test_a_callers_own_function_is_not_timms(folder: Path) -> None:
     def load_pretrained() -> None:
         raise KeyError("own")
 
-    with pytest.raises(KeyError, match="own"), stvit.pretrained.explain_errors("net", {"file": "x"}):
+    with pytest.raises(KeyError, match="own"), explain_errors("net", {"file": "x"}):
         load_pretrained()
     with pytest.raises(RuntimeError, match="test_resnet: cannot load pretrained weights from the state_dict given: "):
         overlay = {"state_dict": load_file(folder / "model.safetensors")}

@@ -13,9 +13,9 @@ from torch import nn
 
 import stvit
 from stvit.adapters.yolo import YOLO
-from stvit.state_dict import strip_prefix, tensor_names
-from stvit.stvit import _official_key, find_variant
 from stvit.tools import convert_checkpoint, export, train_cls, validate_cls, visualize
+from stvit.weights.official import find_variant, official_key
+from stvit.weights.prefix import strip_prefix, tensor_names
 
 PREFIXES = ["model.", "module.", "_orig_mod.", "backbone.", "net.", "ema.module.", "model._orig_mod.module.", "a.b.c."]
 LEFT_OUT = {"criterion.weight": torch.ones(4), "accuracy.tp": torch.tensor(3)}
@@ -128,7 +128,7 @@ def resnet() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("official", [False, True])
 def test_timm_loads_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, official: bool) -> None:
     weights = timm.create_model("test_stvit").state_dict()
-    named = {_official_key(key) if official else key: value for key, value in weights.items()}
+    named = {official_key(key) if official else key: value for key, value in weights.items()}
     overlay = {"file": str(lightning(tmp_path / "it.ckpt", named))}
     with caplog.at_level(logging.WARNING):
         model: Any = timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay=overlay)

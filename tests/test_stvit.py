@@ -21,7 +21,8 @@ from versions import needs_newer_torch
 
 import stvit
 from stvit import STViT
-from stvit.stvit import _official_key, checkpoint_filter_fn
+from stvit.stvit import checkpoint_filter_fn
+from stvit.weights.official import official_key
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL_SHAPES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official_keys.json").read_text())
@@ -59,7 +60,7 @@ def to_official(model: STViT) -> dict[str, torch.Tensor]:
     """The model's weights as the published code would save them."""
     state_dict = {}
     for key, value in model.state_dict().items():
-        name = _official_key(key)
+        name = official_key(key)
         state_dict[name] = value.view(1, -1, 1, 1) if ".gamma_" in name else value
     for prefix in {name.split("stoken_refine.")[0] for name in state_dict if "stoken_refine." in name}:
         for kernel in ("unfold.weights", "fold.weights"):
@@ -126,7 +127,7 @@ def test_golden_training(official_small: Path) -> None:
     assert_parity(logits, golden["logits"], golden["logits"].std())
     assert_close(loss.item(), float(golden["loss"]))
     assert_close(x.grad.norm().item(), float(golden["x_grad_norm"]))
-    norms = {_official_key(name): p.grad.norm().item() for name, p in model.named_parameters()}
+    norms = {official_key(name): p.grad.norm().item() for name, p in model.named_parameters()}
     assert len(norms) == 354 and set(norms) == set(golden["names"])
     for name, norm in zip(golden["names"], golden["grad_norms"], strict=True):
         assert_close(norms[name], norm)
@@ -147,8 +148,8 @@ def test_every_official_key_is_used(name: str) -> None:
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
     loaded = checkpoint_filter_fn(dict(weights), model)
     assert {key: (value.shape, value.dtype) for key, value in loaded.items()} == expected
-    assert {_official_key(key) for key in expected} == {key for key in weights if not key.endswith(KERNELS)}
-    assert len({_official_key(key) for key in expected}) == len(expected)
+    assert {official_key(key) for key in expected} == {key for key in weights if not key.endswith(KERNELS)}
+    assert len({official_key(key) for key in expected}) == len(expected)
     key = next(key for key in weights if key.endswith("3.blocks.0.norm2.running_var"))
     del weights[key]
     with pytest.raises(RuntimeError, match=f"missing key {key}"):

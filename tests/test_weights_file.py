@@ -23,7 +23,8 @@ from stvit.tools import convert_checkpoint
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.viewing import is_detector
-from stvit.weights_file import WeightsFileError, check_file, class_names, count_elements, read_file
+from stvit.weights.check import WeightsFileError, check_file, class_names, count_elements
+from stvit.weights.read import read_file
 
 WEIGHTS: dict[str, Any] = {
     "a": torch.randn(3, 4),

@@ -27,8 +27,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from stvit.pretrained import PretrainedError
 from stvit.tools.common.cli import CommandError, reason, run
+from stvit.weights.errors import PretrainedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

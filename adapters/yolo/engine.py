@@ -21,7 +21,7 @@ from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_f
 from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint, trusting
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
-from stvit.model_config import SPARE_PARAMETERS, limit_parameters
+from stvit.weights.config import SPARE_PARAMETERS, limit_parameters
 
 __all__ = [
     "OPTIONS",

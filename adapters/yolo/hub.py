@@ -22,8 +22,8 @@ from ultralytics.utils.downloads import attempt_download_asset
 
 from stvit.adapters.yolo.registration import allow_modules
 from stvit.ops import SuperTokenAttention
-from stvit.pretrained import PretrainedDownloadError, PretrainedError, describe_hub_error, find_corruption
-from stvit.weights_file import WeightsFileError, check_file
+from stvit.weights.check import WeightsFileError, check_file, find_corruption
+from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error
 
 __all__ = [
     "PREFIXES",

@@ -22,7 +22,7 @@ from ultralytics.utils import LOGGER
 
 import stvit
 from stvit.inference import fold_constants
-from stvit.model_config import check_model_args
+from stvit.weights.config import check_model_args
 
 __all__ = ["C2STA", "BackboneBatchNorm2d", "StokenAttention", "TimmBackbone"]
 

@@ -15,8 +15,8 @@ from ultralytics.utils import LOGGER
 import stvit
 from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint
 from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
-from stvit.stvit import strip_prefix_of
-from stvit.weights_file import check_file
+from stvit.weights.check import check_file
+from stvit.weights.official import strip_prefix_of
 
 # Ends of the names of files of weights.
 _FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from stvit.tools.common.cli import CommandError, reason
-from stvit.weights_file import check_file
+from stvit.weights.check import check_file
 
 # The newest, and the one before it should the newest be damaged on the disk.
 KEPT = 2

@@ -18,11 +18,11 @@ from timm.models import clean_state_dict, get_pretrained_cfg_value, resolve_mode
 from torch import nn
 
 import stvit
-from stvit.pretrained import find_corruption
-from stvit.stvit import strip_prefix_of
 from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.weights_file import WeightsFileError, allowing_flags, read_file
+from stvit.weights.check import WeightsFileError, find_corruption
+from stvit.weights.official import strip_prefix_of
+from stvit.weights.read import allowing_flags, read_file
 
 # What a run's checkpoint tells of its model and of the images that it was made for.
 RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")

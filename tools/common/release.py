@@ -17,13 +17,12 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from stvit import hub
-from stvit.pretrained import verify
 from stvit.safe_text import code_span, escape_markdown
-from stvit.stvit import find_variant
 from stvit.tools.common.checkpoint import atomic_replace_dir, load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
 from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_data_config
 from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
+from stvit.weights import find_variant, verify
 
 # Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
 PAPER_TOP1 = {

@@ -17,7 +17,7 @@ from stvit import hub, images, visualize
 from stvit.tools.common.cli import CommandError, reason
 from stvit.tools.common.image_folders import find_image_files
 from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
-from stvit.weights_file import WeightsFileError, class_names
+from stvit.weights.check import WeightsFileError, class_names
 
 # Of an image that a model is shown; the network's time and memory grow with them.
 MAX_PIXELS = 64 * 2**20

@@ -1,28 +1,23 @@
-"""Reads a file of weights without running code and without exhausting memory.
+"""Checks that a file of weights can be read without running code and without exhausting memory.
 
 `check_file` looks at the structure of a file before anything is restored from it. Its memory is bounded by the size of
 the file. Whatever passes can be given to `torch.load(weights_only=True)`, by this package, by timm or by Ultralytics.
 """
 
-import argparse
 import io
+import json
 import math
 import os
 import pickle
 import stat
 import struct
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-__all__ = ["WeightsFileError", "allowing_flags", "check_file", "class_names", "count_elements", "read_file"]
+__all__ = ["WeightsFileError", "check_file", "class_names", "count_elements", "find_corruption"]
 
 # Bytes of the pickle in a file, which holds the names and shapes. 100,000 tensors take about 20 MB. Restored, a pickle
 # takes up to 60 times its size.
@@ -71,38 +66,6 @@ class WeightsFileError(ValueError):
     def __init__(self, problem: str, path: Path | None = None) -> None:
         super().__init__(problem if path is None else f"{path} {problem}")
         self.problem = problem
-
-
-def read_file(path: Path) -> Any:
-    """Returns the contents of a file of weights, on the CPU; runs no code.
-
-    Args:
-        path: File of safetensors or of `torch.save`: tensors, numbers, strings, containers and `argparse.Namespace`.
-
-    Raises:
-        WeightsFileError: If the file is damaged, or could exhaust the memory.
-        OSError: If it cannot be read.
-        pickle.UnpicklingError: If the file holds anything else.
-    """
-    check_file(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with allowing_flags():
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-_LOADING = threading.Lock()
-
-
-@contextmanager
-def allowing_flags() -> Iterator[None]:
-    """Context in which PyTorch restores the flags of a run, which checkpoints of timm and of the authors hold.
-
-    One thread at a time: what PyTorch allows, and which warnings it prints, is a state of the process.
-    """
-    with _LOADING, torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the caller's error says the same
-        yield
 
 
 def check_file(path: Path) -> None:
@@ -413,3 +376,31 @@ def _check_tensor(args: Any) -> None:
             f"holds a tensor of shape {list(shape)} on a storage of {args[0].elements:,} elements: copied it could "
             "fill the memory; save a copy of it, tensor.clone()"
         )
+
+
+def find_corruption(path: Path) -> str | None:
+    """What is wrong with a file of weights at first sight, as the rest of a sentence; None if nothing is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if size == 0:
+            return "is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return (
+                "is a Git LFS pointer, the few lines that stand for the weights and not the weights (in a clone, `git "
+                "lfs pull` fetches them)"
+            )
+        if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            return "is a web page, not weights"
+        if path.suffix != ".safetensors":
+            return None
+        try:
+            # The header's length, the header, and the tensors: https://github.com/huggingface/safetensors#format
+            (length,) = struct.unpack("<Q", start[:8])
+            file.seek(8)
+            # safetensors refuses a header of more than 100 MB.
+            header = json.loads(file.read(length) if length < min(size, 100_000_000) else b"")
+            end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return f"is truncated or no safetensors at all ({size} bytes)"
+    return f"is truncated: it has {size} bytes of {end}" if size < end else None
