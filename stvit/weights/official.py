@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from stvit.weights.errors import is_own_model
 from stvit.weights.prefix import strip_prefix, tensor_names
@@ -47,7 +46,7 @@ def official_key(key: str) -> str:
     return ".".join(["layers", str(stage), "blocks", block, *names[layer]])
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Renames the published code's weights to ours, and checks that the weights are the model's, all of them.
 
     timm calls this between reading a file and adapting its classifier and first convolution to the model; those two
@@ -114,7 +113,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out_dict
 
 
-def _hint(state_dict: Mapping[str, Any], model: nn.Module) -> str:
+def _hint(state_dict: Mapping[str, Any], model: Any) -> str:
     """What weights that do not fit a model are of instead."""
     variant = find_variant(state_dict)
     if variant is None:
