@@ -49,6 +49,7 @@ def test_wheel_owns_one_name_and_holds_its_data(wheel: Path) -> None:
     for folder in ("adapters", "configs", "tools"):
         sources = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")}
         assert sources and {f"stvit/{path.as_posix()}" for path in sources} <= set(names)
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "stvit").rglob("*.py")} <= set(names)
     assert any(name.startswith("stvit/configs/") and name.endswith(".yaml") for name in names)
     licenses = f"stvit-{stvit.__version__}.dist-info/licenses/"
     assert {licenses + "LICENSE", licenses + "NOTICE"} <= set(names)

@@ -20,6 +20,7 @@ from safetensors.torch import load, load_file, save_file
 
 import stvit
 from stvit import hub as hub_module
+from stvit.hub import files as hub_files
 from stvit.tools import push_to_hub, train_cls, validate_cls
 
 REPO = "org/net"
@@ -486,13 +487,13 @@ def test_a_file_that_becomes_a_link_during_the_push(
         return swapping
 
     with monkeypatch.context() as patch:  # once the files are set aside
-        patch.setattr(hub_module, "_prepare_repository", swap(hub_module._prepare_repository))
+        patch.setattr(HfApi, "repo_info", swap(HfApi.repo_info))
         hub_module.push(folder, REPO)
     assert hub.files(REPO)["config.json"] == own
     (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(own)
     with monkeypatch.context() as patch:  # after the check of a file, and before it is opened
-        patch.setattr(hub_module, "_opened_file", swap(hub_module._opened_file))
+        patch.setattr(hub_files, "_opened_file", swap(hub_files._opened_file))
         with pytest.raises(hub_module.HubError, match=r"config\.json in .* is a link"):
             hub_module.push(folder, REPO)
     assert b"secret" not in b"".join(hub.files(REPO).values())

@@ -1,96 +1,28 @@
-"""The Hugging Face Hub: a folder that timm loads, its card, and pushing it there.
+"""Pushing folders to the Hugging Face Hub, comparing them with it, and downloading them."""
 
-A folder holds model.safetensors, config.json (timm's, with what is known of the weights below the key `stvit`) and the
-card README.md. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and from the Hub `"hf-hub:org/name"`.
-"""
-
-import copy
 import hashlib
-import json
-import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    errors,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
-from timm.models import save_for_hf
-from torch import nn
 
-from stvit.safe_text import code_span, escape_markdown, one_line, redact
-from stvit.weights.config import read_config as check_config
+from stvit.hub.card import CARD, CARD_MARK
+from stvit.hub.files import HubError, file_sha256, list_files, own_files
+from stvit.safe_text import redact
 from stvit.weights.create import create_model
-from stvit.weights.errors import describe_hub_error, is_network_error, is_own_model
+from stvit.weights.errors import describe_hub_error, is_network_error
 
-__all__ = [
-    "HubError",
-    "Pushed",
-    "check_options",
-    "check_push",
-    "check_repo_id",
-    "check_there",
-    "check_token",
-    "compare_files_with_hub",
-    "compare_with_hub",
-    "copy_file",
-    "fetch",
-    "file_sha256",
-    "list_files",
-    "mismatched_tensors",
-    "model_card",
-    "push",
-    "read_config",
-    "read_file",
-    "remove_repeated_arguments",
-    "save",
-    "write_card",
-]
-
-CARD = "README.md"
-# A card without it was written or changed by a person, and is left as it is.
-CARD_MARK = "<!-- Written by stvit, and anew with each push. Remove this line to keep your own changes. -->"
-CITATION = """@inproceedings{huang2023stvit,
-  author    = {Huaibo Huang and Xiaoqiang Zhou and Jie Cao and Ran He and Tieniu Tan},
-  title     = {Vision Transformer with Super Token Sampling},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2023}
-}"""
-CITATION_SECTION = f"""
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
-
-
-class HubError(RuntimeError):
-    """Raised when a push fails or when the uploaded files differ from the local ones.
-
-    The message is one line without secrets. It says what failed, why, and what to do.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -112,215 +44,6 @@ class Pushed:
     changed: bool
     files: int
     kept_card: bool
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder
-
-
-def save(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    label_names: Sequence[str] | None = None,
-    data_config: Mapping[str, Any] | None = None,
-    details: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes model.safetensors and config.json, as `timm.create_model("local-dir:…")` and the Hub read them.
-
-    Args:
-        model: Made by `timm.create_model`.
-        folder: Where to; what it holds of these names is replaced.
-        label_names: Of the classes, in order.
-        data_config: How images are prepared (`timm.data.resolve_data_config`); None for the model's own.
-        details: What is known of the weights, for the card: `weights`, `source`, `metrics`, … (see `model_card`).
-
-    Raises:
-        OSError, safetensors.SafetensorError: If they cannot be written.
-        ValueError: If an argument of the model cannot be written as JSON.
-    """
-    details, folder = dict(details or {}), Path(folder)
-    save_for_hf(
-        # safetensors takes contiguous tensors alone
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-        str(folder),
-        model_config={
-            **({"label_names": list(label_names)} if label_names else {}),
-            **({"stvit": details} if details else {}),
-            # Of the weights that this model began with, if any; not of these.
-            "pretrained_cfg": {"license": details.get("license")},
-        },
-        safe_serialization=True,
-        data_config=None if data_config is None else dict(data_config),
-    )
-    remove_repeated_arguments(folder)
-
-
-def remove_repeated_arguments(folder: Path) -> None:
-    """Removes the number of classes from the model's arguments in config.json, which states it beside them too.
-
-    timm writes and reads both. transformers passes both to `timm.create_model`, which fails.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_args", {}).pop("num_classes", None) is not None:
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Its card
-
-
-def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
-    """Returns the card of a folder: what it is, how to load it, what was measured and how, what to cite.
-
-    Only the card of an STViT names and cites STViT. A model of timm loads without this package.
-
-    Args:
-        folder: With config.json and model.safetensors. Of its key `stvit` the card takes `weights` and `source`
-            (sentences), `license`, `datasets` (ids of the Hub), and `metrics`: a list of `name`, `value` (percent),
-            `dataset`, `split` and `how`.
-        name: By which timm loads it, such as 'hf-hub:org/name'.
-        license: Of the weights, as the Hub names it; None for what the details say, if anything.
-
-    Raises:
-        HubError: If config.json cannot be read.
-    """
-    config = read_config(folder)
-    cfg, details = config["pretrained_cfg"], config.get("stvit", {})
-    metrics = details.get("metrics", [])
-    architecture, title = config["architecture"], Path(name.partition(":")[2]).resolve().name
-    is_ours = is_own_model(architecture)
-    license = license or details.get("license")
-    data = ModelCardData(
-        license=license,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", *(["stvit", "super-token-attention"] if is_ours else [])],
-        datasets=details.get("datasets"),
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=re.sub(r"[^\w.-]+", "-", metric["dataset"]),
-                dataset_name=metric["dataset"],
-                dataset_split=metric.get("split"),
-                metric_type="accuracy",
-                metric_name=metric["name"],
-                metric_value=metric["value"],
-            )
-            for metric in metrics
-        ]
-        or None,
-    )
-    quoted = json.dumps(one_line(name), ensure_ascii=False)  # the backslashes of a Windows path, too
-    names = config.get("label_names")
-    size = "x".join(str(n) for n in cfg["input_size"])
-    facts = [
-        f"architecture: {code_span(architecture)}, {_parameters(folder):.2f} M parameters",
-        f"images: {escape_markdown(size)}, crop {escape_markdown(cfg.get('crop_pct'))}, "
-        f"{escape_markdown(cfg.get('interpolation'))}, mean {_numbers(cfg['mean'])}, standard deviation "
-        f"{_numbers(cfg['std'])}",
-        f"classes: {escape_markdown(config['num_classes'])}{_some(list(names)) if names else ''}",
-        *([f"weights: {escape_markdown(details['weights'])}"] if details.get("weights") else []),
-        *([f"made from: {escape_markdown(details['source'])}"] if details.get("source") else []),
-        f"sha256 of model.safetensors: `{file_sha256(folder / 'model.safetensors')}`",
-        *([] if license else ["license: not stated by their owner"]),
-    ]
-    rows = [
-        f"| {escape_markdown(m['name'])} | {m['value']:.2f} % | {escape_markdown(m['dataset'])} | "
-        f"{escape_markdown(m['how'])} |"
-        for m in metrics
-    ]
-    measured = "\n".join(["| | | on | measured |", "|---|---:|---|---|", *rows] if metrics else [])
-    text = f"""
-{CARD_MARK}
-
-# {escape_markdown(title)}
-
-{"A Super Token Vision Transformer" if is_ours else "An image classifier"} for timm.
-
-```python
-{"import stvit  # registers the architecture in timm" + chr(10) if is_ours else ""}import timm
-import torch
-
-model = timm.create_model({quoted}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-backbone = timm.create_model({quoted}, pretrained=True, features_only=True)
-```
-
-{chr(10).join(f"- {fact}" for fact in facts)}
-
-## Results
-
-{measured or "Not measured."}
-{CITATION_SECTION if is_ours else ""}"""
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
-
-
-def write_card(folder: Path, name: str, *, license: str | None = None) -> bool:
-    """Writes the card of a folder, unless a person has written or changed the one that is there.
-
-    Args:
-        folder: See `model_card`, for `name` and `license` too.
-        name: By which timm loads it.
-        license: Of the weights.
-
-    Returns:
-        Whether it was written.
-    """
-    path = folder / CARD
-    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
-        return False
-    path.write_text(model_card(folder, name, license=license), encoding="utf-8")
-    return True
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder.
-
-    Raises:
-        HubError: If it cannot be read, is not one of timm's, or a field has a wrong type or range.
-    """
-    path = folder / "config.json"
-    try:
-        check_config(path)
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config.get("pretrained_cfg"), dict):
-            raise ValueError("it has no architecture and pretrained_cfg, as timm writes them")
-    except (OSError, KeyError, ValueError) as error:
-        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise HubError(f"cannot read {path}: {problem}; make the folder anew") from error
-    config["num_classes"] = config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
-    return config
-
-
-def _parameters(folder: Path) -> float:
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    tensors = load_file(folder / "model.safetensors")
-    return sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers)) / 1e6
-
-
-def _some(names: Sequence[str]) -> str:
-    """Returns the first class names, in parentheses. They may come from anybody's folders."""
-    return f" ({', '.join(map(code_span, names[:10]))}{', …' if len(names) > 10 else ''})"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pushing it
 
 
 def check_push(folder: Path, repo_id: str, *, pickles: bool = False) -> dict[str, int]:
@@ -395,129 +118,6 @@ def check_token() -> None:
         raise HubError("no token: log in with `hf auth login`, or set HF_TOKEN, of an account that may write there")
 
 
-def list_files(folder: Path) -> dict[str, int]:
-    """Returns the size in bytes of each file of a folder, by its path there with slashes.
-
-    Hidden files and folders, whose names begin with a dot, do not count. The folder itself may be a link. A hard link
-    looks like any other file and cannot be recognized.
-
-    Raises:
-        HubError: If something in the folder is a link or is neither a file nor a folder, or cannot be read.
-    """
-    files = {}
-    try:
-        for place, folders, names in os.walk(folder, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in folders + [name for name in names if not name.startswith(".")]:
-                path = Path(place, name)
-                relative = path.relative_to(folder).as_posix()
-                _refuse_link(folder, relative)
-                mode = path.lstat().st_mode
-                if stat.S_ISREG(mode):
-                    files[relative] = path.lstat().st_size
-                elif not stat.S_ISDIR(mode):
-                    raise _not_a_file(folder, relative)
-    except OSError as error:
-        raise HubError(f"cannot read {folder}: {error.strerror or error}") from error
-    return dict(sorted(files.items()))
-
-
-def copy_file(folder: Path, name: str, target: Path, *, link: bool = False) -> None:
-    """Copies a file of a folder and follows no link on the way, even if somebody puts one there meanwhile.
-
-    Args:
-        folder: The folder, which may itself be a link.
-        name: Path of the file in the folder, with slashes.
-        target: Path of the copy. Its folder is made if it is missing.
-        link: Whether a hard link is as good as a copy. It is for a file that programs replace but never write to.
-
-    Raises:
-        HubError: If the file or a folder on the way is a link, or it is not a file.
-        OSError: If it cannot be read or written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_link(folder, name)
-    with _opened_file(folder, name) as (descriptor, parent):
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _not_a_file(folder, name)
-        if link and parent is not None:
-            with suppress(OSError):  # another file system, or one without hard links
-                os.link(PurePosixPath(name).name, target, src_dir_fd=parent, follow_symlinks=False)
-                if os.path.samestat(target.lstat(), os.fstat(descriptor)):
-                    return
-                target.unlink()
-        with open(descriptor, "rb", closefd=False) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-
-
-@contextmanager
-def _opened_file(folder: Path, name: str) -> Iterator[tuple[int, int | None]]:
-    """Opens a file without following links below the folder; gives its descriptor and that of the folder it is in.
-
-    Windows opens no folders: there the second is None, and only `_refuse_link` looks for links.
-    """
-    if os.open not in os.supports_dir_fd:
-        descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            yield descriptor, None
-        finally:
-            os.close(descriptor)
-        return
-    opened = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY)]
-    try:
-        *folders, last = PurePosixPath(name).parts
-        try:
-            for part in folders:
-                opened.append(os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=opened[-1]))
-            # Without O_NONBLOCK a pipe would wait for somebody to write to it.
-            opened.append(os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=opened[-1]))
-        except OSError:
-            _refuse_link(folder, name)  # where a link is the reason, its error says more
-            raise
-        yield opened[-1], opened[-2]
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-
-
-def _refuse_link(folder: Path, name: str) -> None:
-    """Refuses a link at any place of a path below a folder.
-
-    Raises:
-        HubError: If there is one.
-    """
-    path = folder
-    for part in PurePosixPath(name).parts:
-        path = path / part
-        if path.is_symlink() or getattr(os.path, "isjunction", os.path.islink)(path):
-            raise HubError(
-                f"{path.relative_to(folder).as_posix()} in {folder} is a link to {os.readlink(path)}: links are not "
-                "followed, because they can publish files from outside the folder; replace it by a copy of the file, "
-                "or copy the whole folder with `cp -RL` (a snapshot of the Hub's cache, for example)"
-            )
-
-
-def _not_a_file(folder: Path, name: str) -> HubError:
-    return HubError(f"{name} in {folder} is not a file but a pipe, a socket or a device: remove it")
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-@contextmanager
-def _own_files(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Copies files to a private folder for a push, so that no other program can replace one by a link meanwhile."""
-    try:
-        private = TemporaryDirectory(dir=folder.resolve().parent, prefix=f".{folder.resolve().name}-")
-    except OSError:  # nothing can be written there
-        private = TemporaryDirectory(prefix="stvit-")
-    with private as place:
-        for name in names:
-            copy_file(folder, name, Path(place, name), link=True)
-        yield Path(place)
-
-
 def push(
     folder: Path,
     repo_id: str,
@@ -560,7 +160,7 @@ def push(
     api = HfApi(library_name="stvit")
     of_type: dict[str, Any] = {"repo_type": repo_type}
     outcome = f"{repo_id} is as it was, and the same can be pushed again"
-    with _explained(repo_id, revision, outcome), _own_files(folder, files) as own:
+    with _explained(repo_id, revision, outcome), own_files(folder, files) as own:
         repo_id = _prepare_repository(api, repo_id, private, repo_type)
         refs = api.list_repo_refs(repo_id, **of_type)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
