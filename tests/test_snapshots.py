@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,7 +135,15 @@ def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeyp
 
 def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp_path: Path) -> None:
     """Epochs end while the first upload is under way; the next snapshot is the newest, not each of those between."""
-    hub.fail("POST .*/commit/", "slow:6", times=1)
+    hub.fail("POST .*/commit/", "slow:600", times=1)
+    log_file = tmp_path / "it" / "log.jsonl"
+
+    def answer_after_the_last_epoch() -> None:
+        while not log_file.exists() or log_file.read_text().count('"event": "epoch"') < 4:
+            time.sleep(0.05)
+        hub.heal()
+
+    threading.Thread(target=answer_after_the_last_epoch, daemon=True).start()
     train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
     log = [(line["event"], line.get("epoch")) for line in events_in_order(tmp_path / "it")]
     first = log.index(("hub_upload", 1))

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib
 import io
 import math
 import os
@@ -62,6 +63,7 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # which a command sets while it imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     print_any_text()
+    importlib.import_module("stvit.stvit")  # registers the models in timm; see stvit/__init__.py
     with redirect_stdout(_SafeOutput(sys.stdout)):
         return _run(command, args)
 
@@ -205,8 +207,16 @@ def reason(error: BaseException) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser with errors of one line and without abbreviated flags."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        """Creates the parser.
+
+        Args:
+            prog: File name of the command. Under `stvit`, messages show `stvit` and the subcommand instead.
+            **kwargs: More arguments of `argparse.ArgumentParser`.
+        """
+        if Path(sys.argv[0]).stem == "stvit" and len(sys.argv) > 1:
+            prog = f"stvit {sys.argv[1]}"
+        super().__init__(prog=prog, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def print_help(self, file: Any = None) -> None:
         print_any_text()
