@@ -1,70 +1,71 @@
-"""An optimized copy of a model for inference: constants folded, channels_last weights, tiled MLPs.
+"""Optimizes a model for inference: folds constants, stores weights as channels_last, computes MLPs in tiles.
 
-Shapes: as in stvit/stvit.py, and
-    D        hidden channels of an MLP
+Batch normalizations are folded with torch.fx. This works for any timm model that torch.fx can trace.
+
+Shapes: as in stvit/stvit.py
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale2d
-from torch import nn
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, LayerScale2d
+from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stvit.fold import fold_batch_norms
 from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
 
-__all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_constants", "optimize_for_inference"]
+__all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_batch_norms", "fold_constants", "optimize_for_inference"]
 
-# Size of the part of an MLP's hidden map that is computed at a time. The few maps of this size that an MLP holds stay
-# in the last-level cache. docs/speed.md lists the sizes that were tried.
+# Size of one tile of an MLP's hidden map. An MLP holds a few maps of this size, which fit in the last-level cache.
+# docs/speed.md lists the sizes that were tried.
 TILE_BYTES = 8 * 2**20
-# Neighboring tiles both compute the rows at their border, so short tiles waste work.
+# Neighboring tiles both compute the rows at their common border, so short tiles waste work.
 MIN_TILE_ROWS = 8
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """Returns an optimized copy of a model for inference, which takes less time and memory and cannot be trained.
+    """Returns a copy of a model that is faster and smaller in inference but cannot be trained.
 
     - Batch normalizations are folded into the convolution before them, or into a 1x1 convolution after them.
-    - `x + depthwise(x)` becomes one depthwise convolution, with a 1 added to the center of its kernel, in float32 and
-      float64. A center in bfloat16 or float16 would lose bits to the 1: there, the addition stays.
+    - `x + depthwise(x)` becomes one depthwise convolution whose kernel has a 1 added at its center. This applies to
+      float32 and float64. In bfloat16 and float16 the sum would lose bits, so the addition stays.
     - Layer scale is folded into the projection before it. Dropout and stochastic depth are removed.
     - Computed weights (parametrizations, pruning masks, weight norm) are replaced by their values.
-    - Weights become channels_last. On a CPU the MLPs compute their hidden maps in tiles.
+    - Weights become channels_last. On a CPU, MLPs compute their hidden maps in tiles.
 
-    Convolutions with hooks and modules that replace a convolution (LoRA) are not folded.
+    Convolutions with hooks and modules that replace a convolution (LoRA) are not folded. Four batch normalizations of
+    the stem are not folded either: each follows an activation and precedes a convolution that pads with zeros.
 
-    All of it is exact up to rounding: float32 outputs stay within 1e-4 of their standard deviation, and outputs in
-    reduced precision are as close to float32 as those of the plain model. Four batch normalizations of the stem stay:
-    each follows an activation and precedes a padded convolution, whose padding is not normalized.
+    The outputs are the same up to rounding. In float32 they differ by less than 1e-4 standard deviations. In reduced
+    precision they are as close to float32 as the outputs of the plain model.
 
-    The copy is a model of the same class, with the same methods. It exports, compiles, scripts and pickles. Its state
-    dict differs: load weights first.
+    The copy has the same class and the same methods. It can be exported, compiled, scripted and pickled. Its state
+    dict has other keys, so load weights before optimizing.
 
     Args:
-        model: An `STViT` in evaluation mode, or a module that contains one (`features_only=True`, a detector). The
-            batch normalizations of other models are folded too, if torch.fx can trace them.
+        model: `STViT` in evaluation mode, or a module that contains one (`features_only=True`, a detector). Batch
+            normalizations of other models are also folded if torch.fx can trace the model.
 
     Raises:
-        ValueError: If the model is in training mode, or torch.fx cannot trace it.
+        ValueError: If the model is in training mode or torch.fx cannot trace it.
         TypeError: If the model is already compiled or scripted.
     """
     if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise TypeError(
-            f"optimize_for_inference wants a model that is not compiled yet, got {type(model).__name__}: optimize "
-            "first, then compile or script"
+            f"optimize_for_inference expected a plain model, got {type(model).__name__}; optimize first, then compile "
+            "or script"
         )
-    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(
-            f"optimize_for_inference wants a model in evaluation mode, call model.eval() before; in training mode: "
-            f"{', '.join(training[:3])}{', …' if len(training) > 3 else ''}"
+            "optimize_for_inference expected a model in evaluation mode; call model.eval() first (in training mode: "
+            f"{', '.join(training[:3])}{', …' if len(training) > 3 else ''})"
         )
     model = copy.deepcopy(model, _computed_tensors(model)).requires_grad_(False)
     fold_constants(model)
@@ -73,16 +74,15 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_constants(model: nn.Module) -> int:
-    """Folds constants in place, see `optimize_for_inference`. The result is for evaluation.
+    """Folds constants in place and returns the number of folded batch normalizations.
+
+    `optimize_for_inference` lists what is folded. The folded model can be used in evaluation mode only.
 
     Args:
-        model: In either mode.
-
-    Returns:
-        The number of batch normalizations folded.
+        model: Model in training or evaluation mode.
 
     Raises:
-        ValueError: If torch.fx cannot trace the model. The model is then unchanged.
+        ValueError: If torch.fx cannot trace the model. Its batch normalizations and layer scales are then unchanged.
     """
     for module in model.modules():
         _set_computed_weights(module)
@@ -96,16 +96,159 @@ def fold_constants(model: nn.Module) -> int:
                 block.mlp = TiledConvMlp(block.mlp)
         if isinstance(block.cpe, ResidualDepthwiseConv) and _is_plain(block.cpe.conv):
             block.cpe = FoldedResidualConv(block.cpe)
-        block.attn.attn_drop.p = 0.0  # the fused attention reads it
-        for module in (block, block.attn):  # modules of other models may read the rate of their dropout
+        block.attn.attn_drop.p = 0.0  # fused attention reads the rate
+        for module in (block, block.attn):  # other models' modules may read the rate of their dropout
             for name, child in module.named_children():
                 if isinstance(child, (nn.Dropout, DropPath)) and name != "attn_drop":
                     setattr(module, name, nn.Identity())
     return folded
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch normalization
+
+
+# torch.fx patches the process while it traces. Two tracers at a time would restore each other's patches.
+_TRACING = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """Traces all modules except PyTorch's own and batch normalizations.
+
+    While torch.fx traces, it replaces `nn.Module.__call__` in the whole process. This tracer passes calls from other
+    threads on unchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _CarefulTracer(_Tracer):
+    """Traces only modules that contain a batch normalization, because other modules may branch on sizes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in m.modules())
+        return not has_batch_norm or super().is_leaf_module(m, module_qualified_name)
+
+
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module) -> int:
+    """Folds batch normalizations into neighboring convolutions in place and returns their number.
+
+    A batch normalization is folded into the convolution before it, or into a 1x1 convolution after it, if no other
+    module uses the tensor between them. The running statistics are used, also in training mode. The convolutions keep
+    their names. An identity or the activation replaces the batch normalization.
+
+    Args:
+        model: Model that torch.fx can trace.
+
+    Raises:
+        ValueError: If torch.fx cannot trace the model. The model is then unchanged.
+    """
+    graph = _trace(model)
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    targets = [node.target for node in calls]
+    folded = 0
+    for node in calls:
+        bn = modules.get(str(node.target))
+        if not isinstance(bn, nn.BatchNorm2d) or targets.count(node.target) > 1 or bn.running_var is None:
+            continue
+        before = _only_conv(node.args[0] if node.args else None, modules, targets)
+        after = _only_conv(next(iter(node.users)) if len(node.users) == 1 else None, modules, targets)
+        scale, shift = _scale_and_shift(bn)
+        if before is not None and len(node.args[0].users) == 1:
+            _scale_outputs(before, scale, shift)
+        elif after is not None and _is_pointwise(after) and not isinstance(bn, BatchNormAct2d):
+            _scale_inputs(after, scale, shift)
+        else:
+            continue
+        model.set_submodule(
+            str(node.target), nn.Sequential(bn.drop, bn.act) if isinstance(bn, BatchNormAct2d) else nn.Identity()
+        )
+        folded += 1
+    return folded
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    with _TRACING:
+        try:
+            return _Tracer().trace(model)
+        except Exception:  # the model's code may raise anything when it meets a symbolic tensor
+            try:
+                return _CarefulTracer().trace(model)
+            except Exception as error:
+                raise ValueError(
+                    f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
+                ) from error
+
+
+def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> nn.Conv2d | None:
+    """Returns the plain convolution that a node calls, or None if other nodes call it too."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or targets.count(node.target) > 1:
+        return None
+    module = modules.get(str(node.target))
+    # Other subclasses may change their weight in forward, as weight standardization does.
+    return module if type(module) in (nn.Conv2d, Conv2dSame) else None  # type: ignore[return-value]
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
+
+
+def _scale_and_shift(bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch normalization as scale * x + shift, each (C,) in float64."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    shift = -bn.running_mean.double() * scale
+    return scale, shift if bn.bias is None else shift + bn.bias.double()
+
+
+def _scale_outputs(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    bias = 0.0 if conv.bias is None else conv.bias.double()
+    _set_bias(conv, bias * scale + shift)
+    conv.weight.copy_(conv.weight.double() * scale.reshape(-1, 1, 1, 1))
+
+
+def _scale_inputs(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    weight = conv.weight.double()
+    bias = 0.0 if conv.bias is None else conv.bias.double()
+    _set_bias(conv, bias + weight.flatten(1) @ shift)
+    conv.weight.copy_(weight * scale.reshape(1, -1, 1, 1))
+
+
+def _set_bias(conv: nn.Conv2d, bias: torch.Tensor) -> None:
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other constants
+
+
 def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Returns copies, by id, of the weights that hooks computed with gradients: `copy.deepcopy` refuses these."""
+    """Returns copies of the weights that hooks computed with gradients, by id.
+
+    `copy.deepcopy` refuses such tensors. With this dictionary as its memo it takes the copies.
+    """
     return {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -115,9 +258,9 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _set_computed_weights(module: nn.Module) -> None:
-    """Replaces weights that are computed at each call by their present values, in place."""
+    """Replaces weights that are computed at each call by their current values, in place."""
     if parametrize.is_parametrized(module):
-        # Not remove_parametrizations: it edits the class, which a copy shares with its original.
+        # remove_parametrizations would edit the class, which a copy shares with its original.
         parametrizations: Any = module.parametrizations
         values = {name: getattr(module, name).detach() for name in parametrizations}
         del module.parametrizations
@@ -131,21 +274,21 @@ def _set_computed_weights(module: nn.Module) -> None:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Returns whether a convolution is PyTorch's own and no hook takes part in it."""
+    """Returns whether a module is exactly `nn.Conv2d` and has no forward hooks."""
     return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
 
 
 class FoldedResidualConv(nn.Module):
-    """x + depthwise(x), as one convolution in float32 and float64, (B, C, H, W) to the same shape.
+    """Computes x + depthwise(x) with one convolution, (B, C, H, W) to (B, C, H, W).
 
-    The 1 of the residual is added to the center of the kernel. In reduced precision the sum would cost the center
-    three of its eight bits (bfloat16), so the addition stays there, under autocast too.
+    The residual is a 1 that is added to the center of the kernel. In bfloat16 the sum would cost the center three of
+    its eight bits. In reduced precision and under autocast, the addition therefore stays separate.
     """
 
     def __init__(self, module: ResidualDepthwiseConv) -> None:
         """
         Args:
-            module: Its convolution is shared, not copied.
+            module: Module to replace. Its convolution is shared, not copied.
         """
         super().__init__()
         self.conv = module.conv
@@ -159,11 +302,11 @@ class FoldedResidualConv(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FoldedResidualConv":
         super()._apply(fn, recurse)
-        self._fold()  # a cast to reduced precision and back must not leave a rounded sum
+        self._fold()  # otherwise a cast to reduced precision and back would leave a rounded sum
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # TorchScript cannot ask whether autocast is on: PyTorch crashes.
+        # PyTorch crashes when TorchScript asks whether autocast is on.
         if not torch.jit.is_scripting() and _is_precise(x):
             return self.folded(x)
         return x + self.conv(x)
@@ -172,29 +315,26 @@ class FoldedResidualConv(nn.Module):
 @torch.jit.unused
 def _is_precise(x: torch.Tensor) -> bool:
     """Returns whether a convolution of x computes in float32 or float64."""
-    if isinstance(x, torch.fx.Proxy):  # the graph must serve every dtype
+    if isinstance(x, torch.fx.Proxy):  # the traced graph must work for every dtype
         return False
     device = x.device.type
-    if device not in (
-        "cpu",
-        "cuda",
-    ):  # autocast may not know others, and torch.compile cannot ask
+    if device not in ("cpu", "cuda"):  # autocast may not know other devices, and torch.compile cannot ask
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
 
 
 class TiledConvMlp(nn.Module):
-    """1x1 up, activation, residual depthwise 3x3, 1x1 down, computed in tiles, (B, C, H, W) to the same shape.
+    """Computes the MLP of `ConvMlp` in tiles, (B, C, H, W) to (B, C, H, W).
 
-    The hidden map is four times as large as the input. A tile of it stays in the cache, while the whole map would
-    pass through memory three times. The map is computed whole on a GPU and for gradients, where tiles gain nothing,
-    and under compilation, export and tracing, where they would fix the sizes.
+    The hidden map is four times as large as the input. The whole map would pass through memory three times, while a
+    tile stays in the cache. There are no tiles on a GPU or with gradients, where they gain nothing, or during
+    compilation, export and tracing, where they would fix the sizes.
     """
 
     def __init__(self, mlp: ConvMlp) -> None:
         """
         Args:
-            mlp: Its convolutions are shared, not copied. Its dropout is left out.
+            mlp: MLP to replace. Its convolutions are shared, not copied. Its dropout is dropped.
         """
         super().__init__()
         self.fc1 = mlp.fc1
@@ -240,14 +380,14 @@ def _may_tile(x: torch.Tensor) -> bool:
 
 
 def _parts(length: int, limit: int) -> Iterator[range]:
-    """Splits `range(length)` into the fewest parts of at most `limit`, whose sizes differ by at most one."""
+    """Splits `range(length)` into as few parts of at most `limit` as possible; sizes differ by at most one."""
     count = -(-length // limit)
     for i in range(count):
         yield range(length * i // count, length * (i + 1) // count)
 
 
 def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
-    """Folds a layer scale into the convolution before it, and returns the module that replaces it."""
+    """Folds a layer scale into the convolution before it and returns the module that replaces the scale."""
     if not isinstance(scale, LayerScale2d) or not _is_plain(conv):
         return scale
     gamma = scale.gamma.double()

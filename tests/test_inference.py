@@ -1,4 +1,4 @@
-"""stvit.optimize_for_inference: the same outputs, from less; and what the plain model does without being asked."""
+"""Tests stvit.inference: equal outputs and lower cost; and the memory formats and graphs of the plain model."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ SIZES = [(2, 64, 96), (1, 75, 50), (3, 33, 130)]
 
 
 def create(name: str = "test_stvit", **kwargs: Any) -> nn.Module:
-    """In evaluation mode, with nothing at its initial value that folding could not be told from."""
+    """Creates a model in evaluation mode. No value is left at 0 or 1, where folding would have no effect."""
     model = timm.create_model(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -37,12 +37,22 @@ def create(name: str = "test_stvit", **kwargs: Any) -> nn.Module:
     return model
 
 
+def unsettle(model: nn.Module) -> None:
+    """Sets random statistics and weights in batch normalizations, as training would."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.5)
+            nn.init.uniform_(module.running_var, 0.3, 3.0)
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+
+
 def images(batch: int, *size: int, in_chans: int = 3) -> torch.Tensor:
     return torch.from_numpy(fill.image(0, batch, in_chans, *size))
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
-    """Within a part of the standard deviation, tensor by tensor."""
+    """Compares tensors, with a tolerance in standard deviations of each expected tensor."""
     actual, expected = ([x] if isinstance(x, torch.Tensor) else x for x in (actual, expected))
     assert len(actual) == len(expected)
     for x, y in zip(actual, expected, strict=True):
@@ -53,7 +63,7 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that the maps of the tests' images take several."""
+    """Makes tiles so small that the test images need several."""
     monkeypatch.setattr(inference, "TILE_BYTES", 2**13)
     monkeypatch.setattr(inference, "MIN_TILE_ROWS", 2)
 
@@ -70,7 +80,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS)
 @pytest.mark.parametrize("tiles", ["whole", "tiles"])
-def test_the_same_outputs(name: str, kwargs: dict[str, Any], tiles: str, request: pytest.FixtureRequest) -> None:
+def test_outputs_are_equal(name: str, kwargs: dict[str, Any], tiles: str, request: pytest.FixtureRequest) -> None:
     if tiles == "tiles":
         request.getfixturevalue("small_tiles")
     model = create(name, **kwargs)
@@ -82,7 +92,7 @@ def test_the_same_outputs(name: str, kwargs: dict[str, Any], tiles: str, request
             assert_same(optimized(x), model(x))
 
 
-def test_the_same_to_rounding() -> None:
+def test_float64_outputs_are_equal_up_to_rounding() -> None:
     model = create("stvit_pico", ls_init_values=0.1).double()
     optimized = stvit.optimize_for_inference(model)
     with torch.inference_mode():
@@ -96,7 +106,7 @@ def test_reduced_precision(way: str, dtype: torch.dtype) -> None:
     """The optimized model is as close to float32 as the plain model."""
     model = create("stvit_pico")
     for module in model.modules():
-        # Small weights beside the residual's 1, as trained models have: a folded center would round them away.
+        # Small weights as in trained models: a folded center, near 1, would round them away.
         if isinstance(module, ResidualDepthwiseConv):
             module.conv.weight.data *= 0.02
     x = images(2, 96, 64)
@@ -114,7 +124,7 @@ def test_reduced_precision(way: str, dtype: torch.dtype) -> None:
 
 def test_the_residual_is_exact_in_reduced_precision() -> None:
     module = ResidualDepthwiseConv(64).bfloat16()
-    module.conv.weight.data.mul_(1e-3)  # lost beside a 1
+    module.conv.weight.data.mul_(1e-3)  # lost when added to 1
     folded = inference.FoldedResidualConv(module)
     x = torch.randn(1, 64, 8, 8, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -164,7 +174,7 @@ def test_replaced_and_hooked_convolutions() -> None:
         assert_same(stvit.optimize_for_inference(model)(x), model(x))
 
 
-def test_what_is_folded() -> None:
+def test_folded_and_removed_modules() -> None:
     model = create("stvit_pico", ls_init_values=0.1, drop_path_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1)
     optimized = stvit.optimize_for_inference(model)
     left = [name for name, module in optimized.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -181,7 +191,7 @@ def test_what_is_folded() -> None:
             assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_original_is_left_as_it_is() -> None:
+def test_the_original_is_unchanged() -> None:
     model = create("stvit_pico", ls_init_values=0.1)
     before = copy.deepcopy(model)
     stvit.optimize_for_inference(model)
@@ -191,34 +201,90 @@ def test_the_original_is_left_as_it_is() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_twice_is_once() -> None:
+def test_optimizing_twice_changes_nothing() -> None:
     once = stvit.optimize_for_inference(create(ls_init_values=0.1))
     twice = stvit.optimize_for_inference(once)
     for name, value in twice.state_dict().items():
         assert torch.equal(value, once.state_dict()[name]), name
 
 
-def test_what_it_refuses() -> None:
-    with pytest.raises(
-        ValueError, match=r"call model.eval\(\) before; in training mode: the model itself, stem, stem.0, …"
-    ):
+def test_refused_models() -> None:
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first \(in training mode: the model, stem, stem.0, …\)"):
         stvit.optimize_for_inference(create().train())
     model = create()
     model.stages[1].train()
     with pytest.raises(ValueError, match=r"in training mode: stages.1, stages.1.downsample"):
         stvit.optimize_for_inference(model)
-    with pytest.raises(TypeError, match=r"not compiled yet, got OptimizedModule: optimize first"):
+    with pytest.raises(TypeError, match="expected a plain model, got OptimizedModule; optimize first"):
         stvit.optimize_for_inference(torch.compile(create()))
-    with pytest.raises(TypeError, match=r"not compiled yet, got RecursiveScriptModule"):
+    with pytest.raises(TypeError, match="expected a plain model, got RecursiveScriptModule"):
         stvit.optimize_for_inference(torch.jit.script(create()))
 
 
-def test_a_model_of_timm() -> None:
+def test_other_timm_models() -> None:
     model = create("resnet18", num_classes=5)
     optimized = stvit.optimize_for_inference(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in optimized.modules())
     with torch.inference_mode():
         assert_same(optimized(images(2, 64, 64)), model(images(2, 64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "left"),
+    [
+        ("stvit_pico", 10, 4),
+        ("stvit_base", 33, 4),
+        ("resnet18", 15, 0),
+        ("efficientnet_b0", 33, 0),
+        ("convnext_atto", 0, 0),
+    ],
+)
+def test_folding_keeps_the_outputs(name: str, folded: int, left: int) -> None:
+    net = timm.create_model(name, num_classes=0).eval()
+    net.prune_intermediate_layers([1, 3], prune_head=True)
+    unsettle(net)
+    images = torch.randn(2, 3, 64, 96)
+    before = net.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    assert inference.fold_batch_norms(net) == folded
+    after = net.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    for x, y in zip(after, before, strict=True):
+        assert (x - y).abs().max() < 1e-4 * y.std()
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()) == left
+
+
+def test_shared_layers_are_not_folded() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.shared, self.twice = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.bn3, self.wide = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            x = self.bn(y) + y  # the sum also reads the convolution's output
+            x = self.twice(self.shared(x)) + self.twice(self.shared(2 * x))
+            return self.wide(self.bn3(x))  # the padding zeros are not normalized
+
+    model = Shared().eval()
+    unsettle(model)
+    images = torch.randn(1, 3, 8, 8)
+    before = model(images)
+    assert inference.fold_batch_norms(model) == 0
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+
+
+def test_untraceable_models_are_explained() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match=r"torch.fx cannot trace the model \(TraceError"):
+        inference.fold_batch_norms(Branches())
 
 
 def _pickled(model: nn.Module) -> Callable[..., Any]:
@@ -242,7 +308,7 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "through", [_pickled, _scripted, *(pytest.param(way, marks=pytest.mark.long) for way in (_exported, _compiled))]
 )
-def test_the_result_goes_where_a_model_goes(
+def test_optimized_models_can_be_pickled_scripted_exported_and_compiled(
     through: Callable[[nn.Module], Callable[..., Any]], small_tiles: None
 ) -> None:
     model = stvit.optimize_for_inference(create(ls_init_values=0.1))
@@ -252,7 +318,7 @@ def test_the_result_goes_where_a_model_goes(
             assert_same(other(images(batch, *size)), model(images(batch, *size)))
 
 
-def test_the_result_gives_features_and_gradients(small_tiles: None) -> None:
+def test_optimized_models_return_features_and_gradients(small_tiles: None) -> None:
     model = create()
     optimized = stvit.optimize_for_inference(model)
     x = images(2, 64, 64)
@@ -260,18 +326,18 @@ def test_the_result_gives_features_and_gradients(small_tiles: None) -> None:
         final, maps = optimized.forward_intermediates(x)
         assert_same([final, *maps], [model.forward_features(x), *model.forward_intermediates(x)[1]])
     gradients = []
-    for net in (optimized, model):  # of the image, as saliency maps want them
+    for net in (optimized, model):  # gradients of the image, as in saliency maps
         x = images(2, 64, 64).requires_grad_()
         net(x).square().sum().backward()
         gradients.append(x.grad)
     assert_same(*gradients)
 
 
-# What the plain model does without being asked
+# The plain model
 
 
 class Allocations(TorchDispatchMode):
-    """Sees every tensor that is computed, in the backward pass too."""
+    """Records the largest tensor and all copies, including those of the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +374,7 @@ def test_channels_last_between_all_layers(in_chans: int, given: torch.memory_for
 
 
 def test_no_layout_copy() -> None:
-    """Where every pixel is its own token, a block copies nothing at all."""
+    """A block whose tokens are single pixels copies no tensor."""
     block = create().stages[3].blocks[0]
     x = torch.randn(2, 64, 12, 12).to(memory_format=torch.channels_last)
     with torch.no_grad(), Allocations() as seen:
@@ -318,7 +384,7 @@ def test_no_layout_copy() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
-def test_nothing_of_quadratic_size(training: bool, given: torch.memory_format) -> None:
+def test_no_attention_matrix_is_allocated(training: bool, given: torch.memory_format) -> None:
     attention = stvit.SuperTokenAttention(64, stoken_size=1, num_heads=2).train(training)
     x = torch.randn(1, 64, 48, 48).to(memory_format=given).requires_grad_(training)
     with Allocations() as seen:
@@ -329,7 +395,7 @@ def test_nothing_of_quadratic_size(training: bool, given: torch.memory_format) -
     assert seen.largest <= 4 * 64 * tokens < 2 * tokens**2
 
 
-def test_no_hidden_map_is_held_whole(small_tiles: None) -> None:
+def test_tiles_never_hold_the_whole_hidden_map(small_tiles: None) -> None:
     model = create()
     x = torch.randn(1, 32, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -342,11 +408,11 @@ def test_no_hidden_map_is_held_whole(small_tiles: None) -> None:
     assert tiled.largest <= 2 * x.numel()
 
 
-# Compilation: graphs are counted, not seconds
+# Compilation: the tests count graphs, because timings vary
 
 
 class Graphs:
-    """A backend of torch.compile that counts what it is asked to compile, forward and backward."""
+    """A torch.compile backend that counts the graphs it compiles, forward and backward."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -364,7 +430,7 @@ def graphs() -> Graphs:
 
 
 @pytest.mark.parametrize("optimized", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_one_graph_serves_batch_sizes(optimized: bool, graphs: Graphs) -> None:
+def test_one_graph_for_marked_batch_sizes(optimized: bool, graphs: Graphs) -> None:
     model = stvit.optimize_for_inference(create()) if optimized else create()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
@@ -375,8 +441,8 @@ def test_one_graph_serves_batch_sizes(optimized: bool, graphs: Graphs) -> None:
     assert graphs.count == 1
 
 
-def test_batch_sizes_unannounced_take_two_graphs(graphs: Graphs) -> None:
-    """One for the first size, and when there is another one for all."""
+def test_two_graphs_for_unmarked_batch_sizes(graphs: Graphs) -> None:
+    """One graph for the first batch size, and one for all others."""
     model = stvit.optimize_for_inference(create())
     graphs.backend = "eager"
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -389,10 +455,10 @@ def test_batch_sizes_unannounced_take_two_graphs(graphs: Graphs) -> None:
 @needs_newer_torch
 @pytest.mark.long
 @pytest.mark.parametrize("optimized", [True, False])
-def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
-    """If the first is no square: of that torch.compile assumes that they all are, and makes a second graph else."""
+def test_one_graph_for_image_sizes(optimized: bool, graphs: Graphs) -> None:
+    """If the first image is square, torch.compile assumes that all are and needs a second graph."""
     model = stvit.optimize_for_inference(create()) if optimized else create()
-    graphs.backend = "eager"  # what follows is the same for one size or all
+    graphs.backend = "eager"  # later stages do not depend on the sizes
     compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch, *size in ((2, 96, 64), (3, 64, 64), (2, 75, 130)):
@@ -402,7 +468,7 @@ def test_one_graph_serves_image_sizes(optimized: bool, graphs: Graphs) -> None:
 
 
 def test_other_models_run_while_one_is_optimized() -> None:
-    """torch.fx replaces the call of every module of the process; another thread may optimize a model meanwhile."""
+    """While it traces, torch.fx replaces `nn.Module.__call__`, but other threads keep calling and optimizing models."""
     inside, go_on = threading.Event(), threading.Event()
 
     class Stopping(nn.Sequential):
@@ -426,7 +492,7 @@ def test_other_models_run_while_one_is_optimized() -> None:
         assert inside.wait(60)
         torch.testing.assert_close(model(x), expected)
         threads[1].start()
-        threads[1].join(0.3)  # of two at a time the first to end would restore what the other one had replaced
+        threads[1].join(0.3)  # waits for the first: two tracers at a time would restore each other's patches
     finally:
         go_on.set()
         for thread in filter(threading.Thread.is_alive, threads):

@@ -1,4 +1,4 @@
-"""The modules of model files against timm, the operator and each other."""
+"""Compares the modules of model files with timm, with the operator and with Ultralytics' modules."""
 
 import copy
 import re
@@ -11,23 +11,12 @@ from torch import nn
 import stvit
 from stvit.adapters.yolo import C2STA, StokenAttention, TimmBackbone
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
-from stvit.fold import fold_batch_norms
-
-
-def unsettle(model: nn.Module) -> None:
-    """Gives batch normalizations statistics and weights as training does."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.5)
-            nn.init.uniform_(module.running_var, 0.3, 3.0)
-            nn.init.uniform_(module.weight, 0.5, 2.0)
-            nn.init.normal_(module.bias)
 
 
 @pytest.mark.parametrize(
     "name", ["stvit_pico", "stvit_base", "convnext_atto", "resnet18", "swin_tiny_patch4_window7_224"]
 )
-def test_backbone_gives_timms_features_of_normalized_images(name: str) -> None:
+def test_backbone_returns_the_features_of_timm_for_normalized_images(name: str) -> None:
     kwargs = {"strict_img_size": False} if name.startswith("swin") else {}
     backbone = TimmBackbone(3, name, [1, 2, 3], kwargs).eval()
     net = timm.create_model(name, features_only=True, out_indices=(1, 2, 3), **kwargs).eval()
@@ -45,14 +34,14 @@ def test_backbone_gives_timms_features_of_normalized_images(name: str) -> None:
         torch.testing.assert_close(x, y)
 
 
-def test_normalization_follows_the_channels() -> None:
+def test_normalization_is_adapted_to_the_channels() -> None:
     assert TimmBackbone(1, "stvit_pico", [3]).mean.flatten().tolist() == pytest.approx([0.449], abs=1e-3)
     four = TimmBackbone(4, "stvit_pico", [3]).std.flatten().tolist()
     assert four == pytest.approx([0.229, 0.224, 0.225, 0.229])
     assert TimmBackbone(3, "swin_tiny_patch4_window7_224", [3]).state_dict().keys().isdisjoint({"mean", "std"})
 
 
-def test_batch_normalization_keeps_its_own_eps() -> None:
+def test_batch_normalization_keeps_eps_and_momentum() -> None:
     from ultralytics.utils.torch_utils import initialize_weights
 
     model = nn.Sequential(TimmBackbone(3, "resnet18", [1]), nn.BatchNorm2d(8))
@@ -65,64 +54,6 @@ def test_batch_normalization_keeps_its_own_eps() -> None:
     assert (model[1].eps, model[1].momentum) == (1e-3, 0.03)
 
 
-@pytest.mark.parametrize(
-    ("name", "folded", "left"),
-    [
-        ("stvit_pico", 10, 4),
-        ("stvit_base", 33, 4),
-        ("resnet18", 15, 0),
-        ("efficientnet_b0", 33, 0),
-        ("convnext_atto", 0, 0),
-    ],
-)
-def test_folding_changes_nothing_but_the_layers(name: str, folded: int, left: int) -> None:
-    net = timm.create_model(name, num_classes=0).eval()
-    net.prune_intermediate_layers([1, 3], prune_head=True)
-    unsettle(net)
-    images = torch.randn(2, 3, 64, 96)
-    before = net.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
-    assert fold_batch_norms(net) == folded
-    after = net.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
-    for x, y in zip(after, before, strict=True):
-        assert (x - y).abs().max() < 1e-4 * y.std()
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()) == left
-
-
-def test_folding_leaves_shared_and_watched_layers_alone() -> None:
-    class Watched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            self.shared, self.twice = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            self.bn3, self.wide = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            x = self.bn(y) + y  # the convolution's output is seen by the sum, too
-            x = self.twice(self.shared(x)) + self.twice(self.shared(2 * x))
-            return self.wide(self.bn3(x))  # the padding comes after the normalization
-
-    model = Watched().eval()
-    unsettle(model)
-    images = torch.randn(1, 3, 8, 8)
-    before = model(images)
-    assert fold_batch_norms(model) == 0
-    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
-
-
-def test_folding_says_what_it_cannot_trace() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.bn(x) if x.sum() > 0 else x
-
-    with pytest.raises(ValueError, match=r"torch.fx cannot trace the model \(TraceError"):
-        fold_batch_norms(Branches())
-
-
 @pytest.mark.parametrize("stoken_size", [1, 4, [4, 2]])
 def test_stoken_attention_is_the_operator(stoken_size: int | list[int]) -> None:
     row = StokenAttention(96, stoken_size, n_iter=2, num_heads=3, shortcut=False)
@@ -133,7 +64,7 @@ def test_stoken_attention_is_the_operator(stoken_size: int | list[int]) -> None:
     torch.testing.assert_close(row(x), operator(x))
 
 
-def test_stoken_attention_begins_as_the_identity_and_learns() -> None:
+def test_stoken_attention_starts_as_the_identity_and_learns() -> None:
     row = StokenAttention(64)
     x = torch.randn(2, 64, 12, 8)
     torch.testing.assert_close(row(x), x, rtol=0, atol=0)
@@ -150,7 +81,7 @@ def test_heads_divide_every_width(dim: int, heads: int) -> None:
     assert StokenAttention(dim).attn.num_heads == heads
 
 
-def test_c2sta_is_c2psa_with_another_attention() -> None:
+def test_c2sta_is_c2psa_with_super_token_attention() -> None:
     from ultralytics.nn.modules import C2PSA
 
     ours, theirs = C2STA(128, n=2, stoken_size=2), C2PSA(128, 128, n=2)
@@ -159,7 +90,7 @@ def test_c2sta_is_c2psa_with_another_attention() -> None:
     shared = {key for key in theirs.state_dict() if ".attn." not in key}
     assert {key for key in ours.state_dict() if ".attn." not in key} == shared
 
-    class Whole(nn.Module):  # C2PSA around our attention, made of its own parts
+    class Whole(nn.Module):  # Ultralytics' C2PSA with our attention put in
         def __init__(self) -> None:
             super().__init__()
             self.block = copy.deepcopy(theirs)
@@ -174,7 +105,7 @@ def test_c2sta_is_c2psa_with_another_attention() -> None:
         C2STA(64, 128)
 
 
-def test_backbone_refuses_maps_it_has_not() -> None:
+def test_backbone_refuses_unknown_feature_maps_and_arguments() -> None:
     with pytest.raises(ValueError, match=r"has feature maps 0 to 3, not all of \[4\]"):
         TimmBackbone(3, "stvit_pico", [4])
     with pytest.raises(ValueError, match="stvit_pico cannot be made with"):
