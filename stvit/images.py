@@ -1,18 +1,18 @@
-"""Opens image files: the same pixels in training, validation, calibration, visualization and the demo.
+"""Opens image files. All commands use this module, so that they see the same pixels.
 
-Every image becomes RGB or gray (L) of 8 bits per channel. The rules:
+Every image becomes RGB or gray (L) with 8 bits per channel. The rules:
 
-    formats        those of `READERS` only, recognized by their content
-    orientation    EXIF orientation is applied to files; a PIL image is not rotated
-    16-bit gray    the range of the file's samples, 0 to 65535, becomes 0 to 255: the upper 8 bits are kept, as Pillow
-                   does for 16-bit color. A TIFF file of 12 bits has the range 0 to 4095. The range of the values in
-                   one image does not matter: 12-bit values in a 16-bit file stay dark.
-    32-bit gray    read as 16-bit gray if all values are from 0 to 65535, else refused
-    float          refused: the values of black and white are unknown
+    formats        only those of `READERS`, recognized by the content of the file
+    orientation    EXIF orientation is applied to files, but not to PIL images
+    16-bit gray    0 to 65535 becomes 0 to 255: the upper 8 bits are kept, as Pillow does for 16-bit color. In a 12-bit
+                   TIFF file, 0 to 4095 becomes 0 to 255. Values are not stretched to the range of one image: 12-bit
+                   values in a 16-bit file stay dark.
+    32-bit gray    read as 16-bit gray if all values are from 0 to 65535, otherwise refused
+    float          refused, because the values of black and white are unknown
     transparency   the image is drawn over white, as browsers and viewers show it
-    palette        its colors
-    animation      the first frame; the first page of a TIFF file
-    others         1-bit, CMYK, YCbCr, LAB and HSV become RGB as Pillow converts them; color profiles are ignored
+    palette        replaced by its colors
+    animation      only the first frame is read, or the first page of a TIFF file
+    other modes    1-bit, CMYK, YCbCr, LAB and HSV become RGB as Pillow converts them; color profiles are ignored
     gray model     mode L is computed from RGB
 """
 
@@ -34,8 +34,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 __all__ = ["READERS", "SUFFIXES", "UnreadableImageError", "convert_image", "decode_image", "open_image"]
 
-# Pillow's reader of each format. PIL.Image.open would try all readers, among them rarely tested ones and PostScript,
-# which starts Ghostscript. Ultralytics replaces PIL.Image.open with a function that installs packages.
+# Pillow's reader of each format. PIL.Image.open would try all of Pillow's readers. Some are rarely tested, and the one
+# for PostScript starts Ghostscript. Ultralytics also replaces PIL.Image.open with a function that installs packages.
 READERS: dict[str, type[ImageFile]] = {
     "BMP": BmpImageFile,
     "GIF": GifImageFile,
@@ -66,19 +66,19 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 BACKGROUND = "white"
-# A JPEG file may go over its image any number of times, each in a few bytes. Encoders write about ten such scans.
+# A JPEG file can contain any number of scans, each of a few bytes but over the whole image. Encoders write about ten.
 MAX_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-FLOAT_PROBLEM = "floating point pixels, whose values of black and white are unknown; convert it to 8 or 16 bits"
+FLOAT_PROBLEM = "floating point pixels, whose values of black and white are unknown; convert the image to 8 or 16 bits"
 
 
 class UnreadableImageError(ValueError):
-    """Raised when a file is not an image that can be read, or when an image has no defined conversion.
+    """Raised when a file is not a readable image, or when an image cannot be converted.
 
     Attributes:
-        problem: The message without the name of the file.
+        problem: Message without the name of the file.
     """
 
     def __init__(self, problem: str, name: str = "image") -> None:
@@ -87,17 +87,17 @@ class UnreadableImageError(ValueError):
 
 
 def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int | None = None) -> Image.Image:
-    """Opens an image file by the rules of this module.
+    """Opens an image file as RGB or gray, following the rules of this module.
 
     Args:
-        source: Path, or a file opened in binary mode.
+        source: Path, or file opened in binary mode.
         mode: 'RGB' or 'L'.
-        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow stops).
+        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, Pillow's own limit).
 
     Raises:
         OSError: If the file cannot be opened or read.
-        UnreadableImageError: If the file is not an image of a format of `READERS`, is damaged or too large, or has
-            floating point pixels.
+        UnreadableImageError: If the format is not in `READERS`, or the file is damaged, too large or has floating
+            point pixels.
     """
     image = decode_image(source, max_pixels)
     try:
@@ -109,13 +109,14 @@ def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int
 
 
 def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Converts an image to RGB or gray by the rules of this module, except for the orientation.
+    """Converts an image to RGB or gray, following the rules of this module but without rotating it.
 
     Args:
-        image: Of any mode.
+        image: Image of any mode.
         mode: 'RGB' or 'L'.
 
     Raises:
+        ValueError: If `mode` is neither.
         UnreadableImageError: If the image is empty or has floating point pixels.
     """
     if mode not in ("RGB", "L"):
@@ -135,15 +136,15 @@ def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def decode_image(source: str | Path | BinaryIO, max_pixels: int | None = None) -> ImageFile:
-    """Decodes an image file and leaves its mode and orientation as they are in the file.
+    """Decodes an image file without changing its mode or orientation.
 
     Args:
-        source: Path, or a file opened in binary mode.
-        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow stops).
+        source: Path, or file opened in binary mode.
+        max_pixels: Largest number of pixels (default: twice `PIL.Image.MAX_IMAGE_PIXELS`, Pillow's own limit).
 
     Raises:
         OSError: If the file cannot be opened or read.
-        UnreadableImageError: If the file is not an image of a format of `READERS`, is damaged or too large.
+        UnreadableImageError: If the format is not in `READERS`, or the file is damaged or too large.
     """
     if not isinstance(source, str | Path):
         return _decode(source, _name(source), max_pixels)
@@ -168,8 +169,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
         image = READERS[kind](file)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise UnreadableImageError(
-                f"{image.width}x{image.height} pixels, more than the limit of {max_pixels / 1e6:.0f} million; make it "
-                "smaller",
+                f"{image.width}x{image.height} pixels, more than the limit of {max_pixels / 1e6:.0f} million; reduce "
+                "the image",
                 name,
             )
         if kind == "JPEG":
@@ -181,16 +182,16 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
     except Exception as error:  # a damaged file makes Pillow raise nearly everything
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        if kind == "TIFF" and _has_float_samples(file):  # Pillow reads only one kind of them
+        if kind == "TIFF" and _has_float_samples(file):  # Pillow reads only 32-bit floats
             raise UnreadableImageError(FLOAT_PROBLEM, name) from error
         why = " ".join(str(error).split()) or type(error).__name__
-        problem = f"damaged, cut off or of a kind of {kind} that Pillow does not know ({why})"
+        problem = f"damaged, truncated, or a kind of {kind} that Pillow does not support ({why})"
         raise UnreadableImageError(problem, name) from error
     return image
 
 
 def _check_scans(file: BinaryIO, name: str) -> None:
-    """Refuses a JPEG file that would take minutes to decode: its time grows with the scans, whatever its size.
+    """Refuses a JPEG file with so many scans that a small file would take minutes to decode.
 
     Raises:
         UnreadableImageError: If the file has more than `MAX_SCANS` scans.
@@ -200,11 +201,13 @@ def _check_scans(file: BinaryIO, name: str) -> None:
     scans = _count_scans(file.read())
     file.seek(position)
     if scans > MAX_SCANS:
-        raise UnreadableImageError(f"{scans} scans, more than the limit of {MAX_SCANS}; save it as a plain JPEG", name)
+        raise UnreadableImageError(
+            f"{scans} scans, more than the limit of {MAX_SCANS}; save the image as a plain JPEG", name
+        )
 
 
 def _count_scans(content: bytes) -> int:
-    """Returns the scans of a JPEG file. A file whose first scan holds the whole image counts as 1."""
+    """Returns the number of scans of a JPEG file, 1 if the first scan contains the whole image."""
     position, scans, components, is_progressive = 2, 0, b"", False
     while (match := _JPEG_MARKER.search(content, position)) is not None:
         marker, position = match[0][1], match.end()
@@ -234,10 +237,10 @@ def _has_float_samples(file: BinaryIO) -> bool:
 
 
 def _scale_transparency(image: ImageFile) -> None:
-    """Scales the transparent color of a PNG file as Pillow scales its pixels, for which Pillow leaves it unscaled.
+    """Scales the transparent color of a PNG file like its pixels, which Pillow scales when it loads them.
 
     Args:
-        image: Opened, not yet loaded.
+        image: Image that is opened but not loaded.
     """
     transparent = image.info.get("transparency")
     if not isinstance(image, PngImageFile) or transparent is None or not image.tile:
@@ -258,8 +261,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             values = values.view(np.uint32)  # Pillow reads unsigned samples as signed ones
         if values.min() < 0 or values.max() > 65535:
             raise UnreadableImageError(
-                f"32-bit pixels from {values.min()} to {values.max()}, expected 16-bit values from 0 to 65535; "
-                "convert it to 8 or 16 bits"
+                f"32-bit pixels: expected values from 0 to 65535, got {values.min()} to {values.max()}; convert the "
+                "image to 8 or 16 bits"
             )
     elif isinstance(image, TiffImageFile):
         bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0]
@@ -274,10 +277,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) if the file has none that can be read."""
+    """Returns the EXIF orientation, or 1 (upright) if it is missing or unreadable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data makes Pillow raise nearly everything; the pixels are whole
+    except Exception:  # damaged EXIF data makes Pillow raise nearly everything; the pixels are readable
         return 1
 
 

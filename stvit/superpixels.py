@@ -1,10 +1,11 @@
-"""How well regions of an image keep to the outlines of what is in it: measures for superpixels and super tokens.
+"""Measures how well superpixels and super tokens follow the outlines of objects.
 
-Both compare a map of regions with a true segmentation, (H, W) each, of any integers.
+Every function compares a map of regions with the true segmentation. Both are (H, W) arrays of integers.
 
-Sources: boundary recall, Martin, Fowlkes and Malik, PAMI 2004, with the tolerance of Stutz, Hermans and Leibe,
-"Superpixels: an evaluation of the state of the art", CVIU 2018; undersegmentation error, Neubert and Protzel,
-"Superpixel benchmark and comparison", 2012.
+Sources:
+    Boundary recall: Martin, Fowlkes and Malik, PAMI 2004, with the tolerance of Stutz, Hermans and Leibe, "Superpixels:
+        an evaluation of the state of the art", CVIU 2018.
+    Undersegmentation error: Neubert and Protzel, "Superpixel benchmark and comparison", 2012.
 """
 
 import math
@@ -15,76 +16,77 @@ __all__ = ["boundaries", "boundary_recall", "undersegmentation_error"]
 
 
 def boundary_recall(
-    labels: np.ndarray, truth: np.ndarray, tolerance: int | None = None, void: int | None = None
+    regions: np.ndarray, truth: np.ndarray, tolerance: int | None = None, void: int | None = None
 ) -> float:
-    """The share of the true boundary that has a boundary of the regions near it, from 0 to 1; 1 is best.
+    """Returns the fraction of the true boundary that lies near a boundary of the regions.
 
-    It never falls when regions are cut further: compare maps of as many regions.
+    1 is best. More regions never lower the value, so compare maps with the same number of regions.
 
     Args:
-        labels: Regions, (H, W).
-        truth: Segmentation, (H, W).
-        tolerance: How far a boundary may be off, in pixels of each axis; None for 0.0025 times the diagonal.
-        void: Value of `truth` where it is unknown: nothing is asked there.
+        regions: Region of each pixel, (H, W).
+        truth: True segment of each pixel, (H, W).
+        tolerance: Largest distance along each axis, in pixels (default: 0.0025 times the image diagonal).
+        void: Value of unknown pixels in `truth`. Their boundaries do not count.
 
     Raises:
-        ValueError: If the two are not maps of one size, the tolerance is negative, or there is no true boundary.
+        ValueError: If the maps differ in shape, the tolerance is negative, or the segmentation has no boundary.
     """
-    _check(labels, truth)
+    _check_maps(regions, truth)
     if tolerance is None:
         tolerance = round(0.0025 * math.hypot(*truth.shape))
     if tolerance < 0:
         raise ValueError(f"tolerance must be at least 0 pixels, got {tolerance}")
-    wanted = boundaries(truth, void)
-    if not wanted.any():
-        raise ValueError("the segmentation has no boundary: boundary recall is not defined")
-    return float(_grown(boundaries(labels), tolerance)[wanted].mean())
+    true_boundary = boundaries(truth, void)
+    if not true_boundary.any():
+        raise ValueError("the segmentation has no boundary, so boundary recall is undefined")
+    return float(_dilate(boundaries(regions), tolerance)[true_boundary].mean())
 
 
-def undersegmentation_error(labels: np.ndarray, truth: np.ndarray, void: int | None = None) -> float:
-    """The share of the pixels that leak over true outlines, from 0 to 1; 0 is best.
+def undersegmentation_error(regions: np.ndarray, truth: np.ndarray, void: int | None = None) -> float:
+    """Returns the fraction of pixels by which regions leak over true outlines, from 0 to 1.
 
-    Of each region and each true segment that it meets, the smaller one of its parts inside and outside counts.
+    0 is best. A true segment divides each region that it overlaps into a part inside and a part outside the segment.
+    The smaller part counts as the leak.
 
     Args:
-        labels: Regions, (H, W).
-        truth: Segmentation, (H, W).
-        void: Value of `truth` where it is unknown: those pixels are left out.
+        regions: Region of each pixel, (H, W).
+        truth: True segment of each pixel, (H, W).
+        void: Value of unknown pixels in `truth`. These pixels do not count.
 
     Raises:
-        ValueError: If the two are not maps of one size, or nothing is known.
+        ValueError: If the maps differ in shape or all pixels are unknown.
     """
-    _check(labels, truth)
+    _check_maps(regions, truth)
     known = np.ones(truth.shape, dtype=bool) if void is None else truth != void
     if not known.any():
-        raise ValueError(f"all of the segmentation is void ({void})")
-    _, region = np.unique(labels[known], return_inverse=True)
+        raise ValueError(f"all pixels of the segmentation are void ({void})")
+    _, region = np.unique(regions[known], return_inverse=True)
     _, segment = np.unique(truth[known], return_inverse=True)
     pairs, inside = np.unique(np.stack([region, segment]), axis=1, return_counts=True)
     sizes = np.bincount(region)[pairs[0]]
     return float(np.minimum(inside, sizes - inside).sum() / known.sum())
 
 
-def boundaries(labels: np.ndarray, void: int | None = None) -> np.ndarray:
-    """Pixels that touch, above, below, left or right, one of another value; (H, W) of dtype bool.
+def boundaries(regions: np.ndarray, void: int | None = None) -> np.ndarray:
+    """Returns a mask (H, W) of the pixels that have a neighbor of another value above, below, left or right.
 
     Args:
-        labels: (H, W)
-        void: A value beside which there is no boundary.
+        regions: Region of each pixel, (H, W).
+        void: Value of unknown pixels. They have no boundary.
     """
-    found = np.zeros(labels.shape, dtype=bool)
+    mask = np.zeros(regions.shape, dtype=bool)
     for axis in (0, 1):
-        first, second = (np.take(labels, range(i, labels.shape[axis] - 1 + i), axis=axis) for i in (0, 1))
-        differ = first != second
+        first, second = (np.take(regions, range(i, regions.shape[axis] - 1 + i), axis=axis) for i in (0, 1))
+        differs = first != second
         if void is not None:
-            differ &= (first != void) & (second != void)
-        missing = np.zeros_like(np.take(found, [0], axis=axis))
-        found |= np.concatenate([differ, missing], axis=axis) | np.concatenate([missing, differ], axis=axis)
-    return found
+            differs &= (first != void) & (second != void)
+        edge = np.zeros_like(np.take(mask, [0], axis=axis))
+        mask |= np.concatenate([differs, edge], axis=axis) | np.concatenate([edge, differs], axis=axis)
+    return mask
 
 
-def _grown(mask: np.ndarray, distance: int) -> np.ndarray:
-    """The mask and what is at most so many pixels away from it in each axis."""
+def _dilate(mask: np.ndarray, distance: int) -> np.ndarray:
+    """Adds all pixels that are at most `distance` pixels away along each axis."""
     for axis in (0, 1):
         padding = [(distance, distance) if i == axis else (0, 0) for i in (0, 1)]
         padded = np.pad(mask, padding)
@@ -93,9 +95,9 @@ def _grown(mask: np.ndarray, distance: int) -> np.ndarray:
     return mask
 
 
-def _check(labels: np.ndarray, truth: np.ndarray) -> None:
-    if labels.ndim != 2 or labels.shape != truth.shape or labels.size == 0:
+def _check_maps(regions: np.ndarray, truth: np.ndarray) -> None:
+    if regions.ndim != 2 or regions.shape != truth.shape or regions.size == 0:
         raise ValueError(
-            f"regions and segmentation must be maps of one size, (H, W), got {list(labels.shape)} and "
+            f"regions and truth must be (H, W) maps of the same shape, got {list(regions.shape)} and "
             f"{list(truth.shape)}"
         )

@@ -249,7 +249,7 @@ def test_float_and_damaged_images_follow_the_rule(kind: str, limit: int, tmp_pat
     names = [images.val.name(i) for i in range(len(images.val))]
     bad = [next(i for i, name in enumerate(names) if name.endswith(end)) for end in ("s2/tif.tif", "s10/bmp.bmp")]
     if limit == 0:
-        words = [r"tif\.tif: floating point pixels.*convert it to 8 or 16 bits", r"bmp\.bmp: damaged, cut off"]
+        words = [r"tif\.tif: floating point pixels.*convert the image to 8 or 16 bits", r"bmp\.bmp: damaged, truncated"]
         for number, message in zip(bad, words, strict=True):
             with pytest.raises(CommandError, match=f"cannot read image .*{message}.*--max-bad-images"):
                 images.val.read(number)

@@ -1,4 +1,4 @@
-"""stvit.images: the pixels of each kind of file, and that all commands see them."""
+"""Tests the pixels that stvit.images reads from each kind of file, and that all commands use it."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ SIDE = 32
 Y, X = np.mgrid[:SIDE, :SIDE]
 GRAY = (5 * X + 2 * Y).astype(np.uint8)
 COLOR = np.stack([GRAY, 255 - GRAY, 8 * Y], axis=2).astype(np.uint8)
-# EXIF orientations and what turns the stored pixels upright, of the standard's table of the first row and column.
+# EXIF orientations and functions that turn the stored pixels upright, from the table of the EXIF standard.
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -49,13 +49,13 @@ def rgb(gray: np.ndarray) -> np.ndarray:
 
 
 def decoded(path: Path) -> np.ndarray:
-    """The stored pixels of a lossy file, as Pillow itself gives them."""
+    """Returns the pixels of a lossy file as Pillow decodes them."""
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
 
 def write_images(folder: Path) -> dict[str, np.ndarray]:
-    """Writes an image of each kind, 32x32; returns the pixels (32, 32, 3) that all commands must see, by name."""
+    """Writes a 32x32 image of each kind and returns the pixels (32, 32, 3) that commands must see, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     color, opaque = Image.fromarray(COLOR), X >= SIDE // 2
     rgba = Image.fromarray(np.dstack([COLOR, np.where(opaque, 255, 0).astype(np.uint8)]))
@@ -84,7 +84,7 @@ def write_images(folder: Path) -> dict[str, np.ndarray]:
     clear = np.where((np.array(palette) == 3)[..., None], 255, colors)
     save("palette_clear.png", palette, clear, transparency=3)
     save("palette_clear.gif", palette, clear, transparency=3)
-    # CMYK without black, as Adobe's JPEG files store it: inverted.
+    # Adobe's JPEG files store CMYK inverted.
     save("cmyk.jpg", color.convert("CMYK"), None, quality=95)
     assert np.abs(expected["cmyk.jpg"].astype(int) - COLOR).mean() < 3
     red = [Image.new("RGB", color.size, "red")]
@@ -105,7 +105,7 @@ def gray(pixels: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def recorded(channels: int) -> Iterator[dict[str, set[bytes]]]:
-    """The pixels of every image that an STViT is called with, in training and in evaluation."""
+    """Context manager: records the pixels of every image that an STViT sees, in training and evaluation."""
     seen: dict[str, set[bytes]] = {"training": set(), "evaluation": set()}
     cfg: Any = timm.create_model("test_stvit").pretrained_cfg
     mean, std = (np.array(cfg[name]) for name in ("mean", "std"))
@@ -124,7 +124,7 @@ def recorded(channels: int) -> Iterator[dict[str, set[bytes]]]:
 
 
 def pixels_of(x: Any, mean: np.ndarray, std: np.ndarray) -> set[bytes]:
-    """The bytes of normalized images (B, C, H, W)."""
+    """Returns the pixels of normalized images (B, C, H, W) as bytes."""
     values = np.asarray(x, dtype=np.float64).transpose(0, 2, 3, 1) * std + mean
     return {image.tobytes() for image in (values * 255).round().astype(np.uint8)}
 
@@ -132,13 +132,13 @@ def pixels_of(x: Any, mean: np.ndarray, std: np.ndarray) -> set[bytes]:
 @pytest.mark.long
 @pytest.mark.parametrize("channels", [3, 1])
 def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, validation, calibration, visualize and the demo read each kind of file alike."""
+    """Training, validation, calibration, visualize and the demo read the same pixels from each kind of file."""
     pytest.importorskip("gradio")
     for split in ("train", "val"):
         for name in ("a", "b"):  # the classes
             expected = write_images(tmp_path / split / name)
     wanted = {(pixels if channels == 3 else gray(pixels)).tobytes() for pixels in expected.values()}
-    assert len(wanted) >= 10  # some files hold the same picture
+    assert len(wanted) >= 10  # some files contain the same image
 
     data = [f"--data-dir={tmp_path}", "--workers=0"]
     with recorded(channels) as seen:
@@ -200,7 +200,7 @@ def test_pixels_of_each_kind(tmp_path: Path) -> None:
             assert np.array_equal(np.array(open_image(file)), pixels), name
 
 
-def test_every_format_whatever_its_name(tmp_path: Path) -> None:
+def test_formats_are_recognized_by_content(tmp_path: Path) -> None:
     image = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((60, 80))
     for kind in READERS:
         image.save(tmp_path / kind, format=kind.upper(), **({"quality": 95} if kind == "JPEG" else {}))
@@ -222,14 +222,14 @@ def test_every_orientation(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("damage", [b"Exif\0\0XX*\0\x08\0\0\0", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff"])
-def test_damaged_exif_is_no_reason_to_refuse_an_image(damage: bytes, tmp_path: Path) -> None:
+def test_images_with_damaged_exif_are_read(damage: bytes, tmp_path: Path) -> None:
     """ImageNet has such files."""
     Image.fromarray(COLOR).save(tmp_path / "a.jpg", exif=damage)
     assert np.array_equal(np.array(open_image(tmp_path / "a.jpg")), decoded(tmp_path / "a.jpg"))
 
 
 def png(bits: int, kind: int, row: bytes, width: int, transparent: bytes) -> bytes:
-    """A PNG file of one row: kind 0 is gray, 2 color."""
+    """Returns a PNG file of one row; kind 0 is gray and 2 is color."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -258,7 +258,7 @@ def test_transparent_color_of_each_depth(
 
 
 def tiff(bits: int, photometric: int, content: bytes, width: int, sample_format: int = 1) -> bytes:
-    """An uncompressed TIFF file of one row of gray samples."""
+    """Returns an uncompressed TIFF file of one row of gray samples."""
     tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, 1)]
     tags += [(279, len(content)), (339, sample_format)]
     offset = 8 + 2 + 12 * len(tags) + 4
@@ -272,7 +272,7 @@ def tiff(bits: int, photometric: int, content: bytes, width: int, sample_format:
         (tiff(16, 1, struct.pack("<2H", 0x1234, 0xFF00), 2), [0x12, 0xFF]),
         (tiff(16, 0, struct.pack("<2H", 0x1234, 0xFF00), 2), [255 - 0x12, 0]),  # 0 is white
         (tiff(12, 1, bytes([0x12, 0x3F, 0xFF]), 2), [0x12, 0xFF]),
-        (tiff(16, 1, struct.pack("<2H", 0x0123, 0x0FFF), 2), [1, 15]),  # 12-bit values in a file of 16 bits
+        (tiff(16, 1, struct.pack("<2H", 0x0123, 0x0FFF), 2), [1, 15]),  # 12-bit values in a 16-bit file
         (tiff(32, 1, struct.pack("<2I", 0x1234, 0xFFFF), 2), [0x12, 0xFF]),
         (tiff(8, 0, bytes([1, 250]), 2), [254, 5]),
     ],
@@ -285,17 +285,20 @@ def test_deep_gray_is_scaled_by_the_range_of_the_file(file: bytes, expected: lis
     ("file", "words"),
     [
         (tiff(32, 1, struct.pack("<2f", 0, 1), 2, sample_format=3), "floating point pixels"),
-        (tiff(16, 1, struct.pack("<2h", -5, 300), 2, sample_format=2), "32-bit pixels from -5 to 300"),
-        (tiff(32, 1, struct.pack("<2I", 5, 65536), 2), "32-bit pixels from 5 to 65536"),
-        (tiff(32, 1, struct.pack("<2I", 5, 4294967295), 2), "32-bit pixels from 5 to 4294967295"),
+        (
+            tiff(16, 1, struct.pack("<2h", -5, 300), 2, sample_format=2),
+            "32-bit pixels: expected values from 0 to 65535, got -5 to 300",
+        ),
+        (tiff(32, 1, struct.pack("<2I", 5, 65536), 2), "32-bit pixels: .*got 5 to 65536"),
+        (tiff(32, 1, struct.pack("<2I", 5, 4294967295), 2), "32-bit pixels: .*got 5 to 4294967295"),
         (tiff(64, 1, bytes(16), 2, sample_format=3), "floating point pixels"),
         (tiff(16, 1, bytes(4), 2, sample_format=3), "floating point pixels"),
-        (tiff(64, 1, bytes(16), 2), "of a kind of TIFF that Pillow does not know"),
+        (tiff(64, 1, bytes(16), 2), "a kind of TIFF that Pillow does not support"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a supported format"),
         (b"", "not an image of a supported format"),
     ],
 )
-def test_files_that_are_refused(file: bytes, words: str, tmp_path: Path) -> None:
+def test_refused_files(file: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(file)
     with pytest.raises(UnreadableImageError, match=rf"^a\.tif: .*{words}") as caught:
         open_image(tmp_path / "a.tif")
@@ -310,7 +313,7 @@ def test_big_tiff(image: Image.Image, tmp_path: Path) -> None:
 
 
 def test_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's own, where none is given, which its readers by themselves do not check."""
+    """The default is Pillow's own limit, which Pillow's readers do not check."""
     Image.new("1", (200, 100)).save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png", max_pixels=20_000).size == (200, 100)
     with pytest.raises(UnreadableImageError, match="200x100 pixels, more than the limit"):
@@ -329,12 +332,12 @@ def test_every_mode_becomes_rgb_and_gray(mode: str) -> None:
         convert_image(Image.new(mode, (3, 2)), "RGBA")
 
 
-def test_a_jpeg_of_many_scans_is_refused(tmp_path: Path) -> None:
-    """A few bytes a scan make a small file decode for minutes; usual files have ten scans, or one."""
+def test_jpeg_files_with_many_scans_are_refused(tmp_path: Path) -> None:
+    """Scans of a few bytes let a small file decode for minutes. Common files have one or ten scans."""
     photo = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((64, 64))
     for flags in ({}, {"progressive": True}):
         file = io.BytesIO()
-        # Bytes after the end of the image, as phones append films, are no scans.
+        # Phones append videos after the end of the image. These bytes do not count as scans.
         photo.save(file, "JPEG", **flags)
         file.write(b"\xff\xda\0\x08" * 500)
         file.seek(0)
@@ -344,10 +347,10 @@ def test_a_jpeg_of_many_scans_is_refused(tmp_path: Path) -> None:
     last = whole[whole.rindex(b"\xff\xda") :]
     (tmp_path / "scans.jpg").write_bytes(whole + last * 200 + b"\xff\xd9")
     with pytest.raises(
-        UnreadableImageError, match=r"scans\.jpg: 2\d\d scans, more than the limit of 100; save it as a"
+        UnreadableImageError, match=r"scans\.jpg: 2\d\d scans, more than the limit of 100; save the image"
     ):
         open_image(tmp_path / "scans.jpg")
-    # A cut file is damaged, wherever the cut is.
+    # Truncated files are damaged, wherever they end.
     for size in range(2, len(whole), 97):
         with pytest.raises(UnreadableImageError):
             open_image(io.BytesIO(whole[:size]))

@@ -298,7 +298,7 @@ def test_a_predictor_is_not_yolo(model: Any) -> None:
 
 
 def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
-    """16 bits become 8, transparent pixels white; float pixels and values beyond 16 bits are refused."""
+    """16 bits become 8 and transparent pixels white. Float pixels and values above 65535 are refused."""
     gray = np.array(photo().convert("L"))
     deep = Image.fromarray(gray.astype(np.uint16) << 8 | 77)
     deep.save(tmp_path / "deep.png")
@@ -306,8 +306,8 @@ def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
         assert np.array_equal(np.array(super_tokens(model, given).image), np.repeat(gray[..., None], 3, axis=2))
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert (np.array(super_tokens(model, clear).image) == 255).all()
-    for mode, value, words in (("I", 65536, "expected 16-bit values"), ("F", 0, "floating point pixels")):
-        with pytest.raises(ValueError, match=f"{words}.*convert it to 8 or 16 bits"):
+    for mode, value, words in (("I", 65536, "expected values from 0 to 65535"), ("F", 0, "floating point pixels")):
+        with pytest.raises(ValueError, match=f"{words}.*convert the image to 8 or 16 bits"):
             super_tokens(model, Image.new(mode, (40, 40), value))
     with pytest.raises(ValueError, match="empty, 0x5 pixels"):
         super_tokens(model, Image.new("RGB", (0, 5)))
@@ -714,7 +714,7 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
         f"wrote the pictures of 3 images to {out}",
     ]
     error = said.err.splitlines()[-1]
-    assert error.startswith("error: 2 of 5 images were left out: broken.jpg: damaged, cut off or of a kind of JPEG")
+    assert error.startswith("error: 2 of 5 images were left out: broken.jpg: damaged, truncated, or a kind of JPEG")
     assert error.endswith("; text.png: not an image of a supported format (BMP, GIF, JPEG, PNG, TIFF or WebP)")
     assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
 
