@@ -1,8 +1,8 @@
-"""Compares the Triton kernels with the reference in float64, and tests how a backend is chosen.
+"""Compares the Triton kernels with the reference in float64, and tests the choice of the backend.
 
-Without a GPU, Triton interprets the kernels, and they are compiled for GPUs of five generations.
+Without a GPU, Triton interprets the kernels and compiles them for GPUs of five generations.
 With a GPU, all tests run natively. `make test-gpu` selects those marked `gpu`. They cover each kernel in each dtype,
-with two and four cells per tile side, with one and with several blocks of channels, and take about a minute.
+with two and four cells per tile side and with one and several blocks of channels. They take about a minute.
 """
 
 import copy
@@ -47,12 +47,12 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # Marks a test that `-m gpu` selects where there is a GPU. Without a GPU the test runs in `make test`, interpreted.
 also_on_gpu: Callable[[Any], Any] = pytest.mark.gpu if HAS_GPU else lambda test: test
 
-# A few times the rounding of each dtype. The interpreter cuts bfloat16 off where hardware rounds it: twice the error.
+# A few times the rounding error of each dtype. Hardware rounds bfloat16, the interpreter truncates: twice the error.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2 if HAS_GPU else 2e-2, torch.float16: 1.5e-3}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 # Channels, map size and cell size: even division, primes, partial cells and tiles, one pixel, less than one cell,
-# oblong cells, cells of one pixel. The channels fill a block, a part of a block, or several blocks.
+# rectangular cells, cells of one pixel. The channels fill one block, part of a block, or several blocks.
 SHAPES = [
     (64, (24, 32), (8, 8)),
     (128, (8, 12), (4, 4)),
@@ -69,10 +69,10 @@ SHAPES = [
     (24, (25, 41), (20, 37)),
     (140, (7, 8), (2, 3)),
 ]
-# Each kind of kernel once, because compiling takes most of the time on a GPU. Four cells per tile side with one block
-# of channels, and with several. Two cells with one block, and with several.
+# Each kind of kernel once, because compilation takes most of the time on a GPU: four and two cells per tile side, with
+# one and with several blocks of channels.
 SHAPES_ON_GPU = [(5, (13, 7), (3, 3)), (140, (7, 8), (2, 3)), (31, (23, 19), (7, 5)), (260, (5, 9), (3, 7))]
-LARGE = [  # dtypes, batch, channels, map size, cell size: first those of stages 1 and 2 of stvit_small
+LARGE = [  # dtypes, batch, channels, map size, cell size; the first two are stages 1 and 2 of stvit_small
     (("float32", "bfloat16", "float16"), 128, 64, (56, 56), (8, 8)),
     (("float32", "bfloat16", "float16"), 128, 128, (28, 28), (4, 4)),
     (("bfloat16",), 16, 64, (160, 160), (8, 8)),
@@ -89,15 +89,15 @@ def interpreter() -> Iterator[None]:
         # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than what the tests expect.
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         if not HAS_GPU:
-            # Read when the kernels are imported, at first use below; see conftest.py.
+            # Triton reads it when the kernels are imported, see conftest.py.
             patch.setenv("TRITON_INTERPRET", "1")
         yield
 
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Whatever is allocated and not written is NaN."""
-    # It warns, no more, of cuBLAS's matrix products, which no test is of.
+    """Fills newly allocated tensors with NaN, so that unwritten results are noticed."""
+    # Only warnings, because cuBLAS is not deterministic. No test depends on cuBLAS.
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
@@ -106,7 +106,7 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def seed() -> int:
-    """Another one in each run; printed when a test fails."""
+    """Sets a random seed and prints it. Pytest shows it when a test fails."""
     seed = torch.seed() % 2**32
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -114,7 +114,7 @@ def seed() -> int:
 
 
 def kernels() -> ModuleType:
-    """Imported when the environment is as it is to be."""
+    """Imports the kernels, after the fixture `interpreter` has set the environment."""
     from stvit.ops import kernels
 
     return kernels
@@ -129,7 +129,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def cut_out(x: torch.Tensor) -> torch.Tensor:
-    """Dense in no dimension."""
+    """Returns a view that is not dense along any axis."""
     wide = x.new_full((x.shape[0], 2 * x.shape[1], x.shape[2] + 3, 2 * x.shape[3]), 7.0)
     view = wide[:, ::2, 1:-2, 1::2]
     view.copy_(x)
@@ -139,7 +139,7 @@ def cut_out(x: torch.Tensor) -> torch.Tensor:
 def differentiate(
     functions: ModuleType, x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int, given: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Outputs and gradients of both functions; what comes in besides x is drawn once, into `given`."""
+    """Returns outputs and gradients of both functions. Other inputs are drawn on first use and stored in `given`."""
 
     def draw(name: str, shape: torch.Size) -> torch.Tensor:
         if name not in given:
@@ -169,7 +169,7 @@ def assert_close(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
     for name, expected in exact.items():
         assert actual[name].shape == expected.shape, name
         error = (actual[name].double() - expected).norm() / expected.norm()
-        assert error <= tolerance, f"{name}: {error:.1e}"  # NaN is not
+        assert error <= tolerance, f"{name}: {error:.1e}"  # fails for NaN
 
 
 def check(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> None:
@@ -247,7 +247,7 @@ def test_float16_does_not_overflow(dim: int, stoken_size: int, size: int) -> Non
 
 
 def test_small_gradients_in_float16() -> None:
-    """A token's weight divides what comes back: in float16 that would be lost below 6e-8."""
+    """The backward pass divides by the weights of tokens. In float16, results below 6e-8 would be lost."""
     x = torch.randn(1, 16, 64, 64, device=DEVICE)
     v = 1e-4 * torch.randn(1, 16, 2, 2, device=DEVICE)
     grads: list[torch.Tensor] = []
@@ -255,13 +255,13 @@ def test_small_gradients_in_float16() -> None:
         leaf = x.to(dtype).requires_grad_()
         tokens, _ = functions.sample_super_tokens(leaf, (32, 32), 1)
         grads += torch.autograd.grad(tokens, leaf, v.to(dtype))
-    # Of the sum of what is smaller than float16 can tell apart there remains this much.
+    # The rounding error of a sum of the smallest float16 numbers.
     assert (grads[0].double() - grads[1]).abs().max() <= 2**-24
 
 
 @also_on_gpu
 def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For maps of 2^31 numbers an image, which no test can hold."""
+    """Needed for maps with 2^31 numbers per image, which are too large for a test."""
     import triton.language as tl
 
     huge = torch.empty(1, 64, 2**13, 2**13, device="meta")
@@ -273,7 +273,7 @@ def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @also_on_gpu
 @pytest.mark.parametrize(("tokens_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_upsampling_takes_two_dtypes(tokens_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """The tokens' is that of the output, the association is read in whichever it has."""
+    """The output has the dtype of the tokens. The association can have another dtype."""
     tokens = torch.randn(2, 20, 3, 4, device=DEVICE).to(tokens_dtype).requires_grad_()
     association = torch.rand(2, 9, 11, 13, device=DEVICE).to(dtype).requires_grad_()
     y = upsample_super_tokens(tokens, association, 4, backend="triton")
@@ -287,7 +287,7 @@ def test_upsampling_takes_two_dtypes(tokens_dtype: torch.dtype, dtype: torch.dty
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of each tensor that PyTorch makes."""
+    """Records the size in bytes of each tensor that PyTorch allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,23 +301,23 @@ class Allocations(TorchDispatchMode):
 
 
 class NotLaunched:
-    """In place of a kernel: the interpreter makes copies of its own."""
+    """Replaces a kernel, because the interpreter allocates copies."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
-def test_nothing_wide_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No padded, no unfolded tensor, and an association in the input's dtype: by what is made inside the operators."""
-    for name in ("mean", "group", "finish", "upsample"):
+def test_no_large_tensor_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators allocate no padded or unfolded tensor, and the association has the dtype of the input."""
+    for name in ("mean", "associate_and_aggregate", "sum_tiles", "upsample"):
         monkeypatch.setattr(kernels(), f"{name}_kernel", NotLaunched())
     B, C, H, W, h = 2, 64, 39, 31, 8
     x = channels_last(torch.randn(B, C, H, W, device=DEVICE).to(torch.bfloat16))
     pixels, maps = 2 * B * C * H * W, 2 * 9 * B * H * W
     tokens_bytes = 2 * B * C * 5 * 4
-    parts = 4 * B * (3 * 2) * 16 * (C + 1)  # of tiles and slots: four numbers of float32 a cell, and a partial tile's
+    parts = 4 * B * (3 * 2) * 16 * (C + 1)  # 3x2 tiles of 16 slots in float32
     with Allocations() as sampled:
-        tokens, association, weights = backend.sample._init_fn(x, h, h, 1, x.dtype)
+        tokens, association, weights = backend.associate_and_aggregate._init_fn(x, h, h, 1, x.dtype)
     assert association.dtype == torch.bfloat16
     assert sum(sampled.bytes) == maps + parts + 2 * tokens_bytes + 4 * weights.numel()
     with Allocations() as upsampled:
@@ -325,14 +325,14 @@ def test_nothing_wide_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(upsampled.bytes) == pixels
     with Allocations() as aggregated:
         backend.aggregate._init_fn(x, association, None, h, h, x.dtype)
-    assert sum(aggregated.bytes) == parts - 4 * B * 3 * 2 * 16 + tokens_bytes * 2  # one of them never filled
+    assert sum(aggregated.bytes) == parts - 4 * B * 3 * 2 * 16 + tokens_bytes * 2  # without the weights of the tiles
 
 
 @pytest.mark.parametrize(("dim", "size", "stoken_size"), [SHAPES[i] for i in (2, 3, 8, 11)])
-def test_nothing_is_written_elsewhere(
+def test_kernels_write_only_into_their_outputs(
     dim: int, size: tuple[int, int], stoken_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside what is allocated."""
+    """Checks the memory around each allocated tensor."""
     new_empty = torch.Tensor.new_empty
     fences: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -367,7 +367,7 @@ def test_empty_batch() -> None:
 
 @also_on_gpu
 def test_second_derivatives() -> None:
-    """Of every pair of what comes in, through both functions."""
+    """Second derivatives for all pairs of inputs, through both functions."""
     given = [
         torch.randn(shape, device=DEVICE)
         for shape in ((1, 6, 5, 7), (1, 6, 2, 3), (1, 6, 2, 3), (1, 9, 5, 7), (1, 6, 5, 7))
@@ -386,7 +386,7 @@ def test_second_derivatives() -> None:
     assert_close(actual, exact, 1e-5)
 
 
-# What PyTorch sees
+# Operators in PyTorch
 
 
 def arguments_of_operators() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -394,13 +394,16 @@ def arguments_of_operators() -> Iterator[tuple[str, tuple[Any, ...]]]:
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
     weights = torch.rand(2, 3, 4, device=DEVICE) + 1
-    yield "sample", (draw(2, 6, 7, 11), 3, 3, 2, torch.float32)
-    yield "sample", (channels_last(draw(2, 6, 7, 11).detach()).requires_grad_(), 3, 3, 1, torch.float16)
+    yield "associate_and_aggregate", (draw(2, 6, 7, 11), 3, 3, 2, torch.float32)
+    yield (
+        "associate_and_aggregate",
+        (channels_last(draw(2, 6, 7, 11).detach()).requires_grad_(), 3, 3, 1, torch.float16),
+    )
     yield "upsample", (draw(2, 6, 3, 4), draw(2, 9, 7, 11), None, 3, 3, torch.float32)
     yield "upsample", (draw(2, 6, 3, 4), draw(2, 9, 7, 11).detach(), weights, 3, 3, torch.float16)
     yield "aggregate", (draw(2, 6, 7, 11), draw(2, 9, 7, 11), None, 3, 3, torch.float32)
     yield "aggregate", (draw(2, 6, 7, 11), draw(2, 9, 7, 11).detach(), weights, 3, 3, torch.float32)
-    yield "compare", (draw(2, 6, 7, 11), draw(2, 6, 3, 4), 3, 3, torch.float32)
+    yield "associate", (draw(2, 6, 7, 11), draw(2, 6, 3, 4), 3, 3, torch.float32)
 
 
 @pytest.mark.parametrize("case", range(7))
@@ -427,7 +430,7 @@ def assert_same_gradients(actual: nn.Module, expected: nn.Module, x: torch.Tenso
 
 
 def make_attention(**kwargs: Any) -> tuple[SuperTokenAttention, SuperTokenAttention]:
-    """By the kernels, as they are chosen where they can run, and by the reference, from the same weights."""
+    """Returns a module that uses the kernels and a copy that uses the reference."""
     fast = SuperTokenAttention(16, (4, 3), num_heads=2, **kwargs).to(DEVICE)
     plain = copy.deepcopy(fast)
     plain.backend = "reference"
@@ -436,7 +439,7 @@ def make_attention(**kwargs: Any) -> tuple[SuperTokenAttention, SuperTokenAttent
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_compile_sees_one_operator(dynamic: bool) -> None:
+def test_compiled_graphs_contain_the_operators(dynamic: bool) -> None:
     torch._dynamo.reset()
     fast, plain = make_attention()
     seen: list[str] = []
@@ -451,24 +454,25 @@ def test_compile_sees_one_operator(dynamic: bool) -> None:
     for i, shape in enumerate([(2, 16, 9, 14), (3, 16, 23, 7), (2, 16, 8, 12)]):
         with torch.compiler.set_stance("fail_on_recompile" if dynamic and i > 0 else "default"):
             assert_same_gradients(compiled, plain, torch.randn(shape, device=DEVICE))
-    # Upsampling is the backward of sampling.
-    operator = ["stvit.sample.default", "stvit.upsample.default", "stvit.aggregate.default", "stvit.upsample.default"]
-    assert seen == operator * (1 if dynamic else 3)
+    # Upsampling is also the backward pass of sampling.
+    forward = ["stvit.associate_and_aggregate.default", "stvit.upsample.default"]
+    backward = ["stvit.aggregate.default", "stvit.upsample.default"]
+    assert seen == (forward + backward) * (1 if dynamic else 3)
 
 
-def test_export_sees_one_operator() -> None:
+def test_exported_graphs_contain_the_operators() -> None:
     fast, plain = make_attention()
     x = torch.randn(2, 16, 9, 14, device=DEVICE)
     dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=5), 3: torch.export.Dim("width", min=4)}
     program = torch.export.export(fast.eval(), (x,), dynamic_shapes=(dims,), strict=False)
-    assert operators(program.graph) == ["stvit.sample.default", "stvit.upsample.default"]
+    assert operators(program.graph) == ["stvit.associate_and_aggregate.default", "stvit.upsample.default"]
     for shape in (x.shape, (1, 16, 21, 8)):
         x = torch.randn(shape, device=DEVICE)
         torch.testing.assert_close(program.module()(x), plain(x))
 
 
 @pytest.mark.long
-def test_exported_programs_load_with_the_package_alone(tmp_path: Path) -> None:
+def test_exported_programs_need_only_this_package(tmp_path: Path) -> None:
     fast, plain = make_attention()
     x = torch.randn(2, 16, 9, 14, device=DEVICE)
     torch.export.save(torch.export.export(fast.eval(), (x,)), tmp_path / "program.pt2")
@@ -485,22 +489,22 @@ except ValueError as error:
     if not HAS_GPU:
         assert run(program, TRITON_INTERPRET="1") == ["True"]
         (line,) = run(program)
-        assert line.startswith("the operators of Triton cannot run: tensors on the CPU are for the reference")
+        assert line.startswith("the Triton operators cannot run: the tensor is on the CPU")
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx_is_of_the_reference(dynamo: bool, tmp_path: Path) -> None:
+def test_onnx_contains_the_reference(dynamo: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     fast, _ = make_attention()
     file = tmp_path / "module.onnx"
     torch.onnx.export(fast.eval(), (torch.randn(2, 16, 9, 14, device=DEVICE),), file, dynamo=dynamo)
     domains = {node.domain for node in onnx.load(file).graph.node}
-    assert domains <= {"", "ai.onnx", "pkg.onnxscript.torch_lib"}  # torch 2.6 puts functions into a domain of its own
+    assert domains <= {"", "ai.onnx", "pkg.onnxscript.torch_lib"}  # torch 2.6 has a separate domain for functions
 
 
-def test_transforms_are_of_the_reference() -> None:
-    """PyTorch's functional transforms and forward-mode differentiation take no custom operators."""
+def test_transforms_use_the_reference() -> None:
+    """Functional transforms and forward-mode differentiation do not support custom operators."""
     fast, plain = make_attention()
     x, v = torch.randn(2, 3, 16, 9, 14, device=DEVICE)
     gradients = [torch.func.grad(lambda x, m=module: m(x).square().sum())(x) for module in (fast, plain)]
@@ -517,7 +521,7 @@ def test_transforms_are_of_the_reference() -> None:
     for transformed in (torch.func.grad(lambda x: fast(x).sum()), lambda x: torch.func.jvp(fast, (x,), (v,))):
         with pytest.raises(ValueError, match=r"backend=triton cannot run: the transforms of torch\.func"):
             transformed(x)
-    with forward_ad.dual_level(), pytest.raises(ValueError, match="have no forward-mode derivative"):
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="have no forward-mode derivatives"):
         fast(forward_ad.make_dual(x, v))
     fast.backend = "auto"
     traced = torch.jit.trace(fast, x)
@@ -551,7 +555,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.long
 def test_float32_products_follow_pytorchs_settings() -> None:
-    """The older one, and the newer one, which must not be mixed in one process."""
+    """Tests the older and the newer setting of PyTorch, which must not be mixed in one process."""
     program = """
 import torch
 from stvit.ops import kernels
@@ -587,7 +591,7 @@ def test_whole_model() -> None:
 
 @also_on_gpu
 def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU all but its clock and its graphs."""
+    """Without a GPU, the timer and the CUDA graphs are replaced."""
     if not HAS_GPU:
         monkeypatch.setattr(benchmark_of_kernels, "_capture", lambda step, both: lambda: step(both))
         monkeypatch.setattr(benchmark_of_kernels, "_time", lambda step: 1e-6 * len(step()))
@@ -604,18 +608,18 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
         assert row["forward_floors"] == pytest.approx(row["forward_us"] / row["forward_floor_us"], rel=1e-3)
         assert row["forward_us_min"] <= row["forward_us"] <= row["forward_us_max"]
     used: list[str] = []
-    sample = backend.sample
-    monkeypatch.setattr(backend, "sample", lambda *args: used.append("triton") or sample(*args))
+    sample = backend.associate_and_aggregate
+    monkeypatch.setattr(backend, "associate_and_aggregate", lambda *args: used.append("triton") or sample(*args))
     for way in ("reference", "triton"):
         benchmark_of_kernels.make_step(way, (1, 64, 8, 8), 4, torch.float32, torch.device(DEVICE), "functions")(False)
     assert used == ["triton"]
 
 
-# The choice
+# Choice of the backend
 
 
 def run(program: str, *arguments: str, **environment: str) -> list[str]:
-    """What a program prints in a process of its own, on a CPU without the interpreter."""
+    """Returns the output of a program in a new process, on a CPU without the interpreter."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", **environment}
     result = subprocess.run(
@@ -643,21 +647,21 @@ print("stvit.ops.kernels" in sys.modules)
 
 def test_on_a_cpu_the_reference_runs_and_triton_is_not_imported() -> None:
     lines = run(CHOICE)
-    assert lines[0].startswith("False tensors on the CPU are for the reference")
+    assert lines[0].startswith("False the tensor is on the CPU")
     assert lines[1:3] == ["reference", "reference"]
-    assert lines[3].startswith("ValueError: backend=triton cannot run: tensors on the CPU")
+    assert lines[3].startswith("ValueError: backend=triton cannot run: the tensor is on the CPU")
     assert lines[4:] == ["False"]
 
 
 @also_on_gpu
-def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_overrides_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 8, 6, 6, device=DEVICE)
     choose = backends.choose_backend
     assert [choose(name, x) for name in ("auto", "reference", "triton")] == ["triton", "reference", "triton"]
     for forced in ("reference", "triton"):
         monkeypatch.setenv("STVIT_OPS_BACKEND", forced)
         assert [choose(name, x) for name in ("auto", "reference", "triton")] == [forced] * 3
-    with pytest.raises(ValueError, match=r"STVIT_OPS_BACKEND=triton cannot run: .*float64.*; .*'reference' can"):
+    with pytest.raises(ValueError, match=r"STVIT_OPS_BACKEND=triton cannot run: .*float64.*; use 'auto'"):
         sample_super_tokens(x.double(), 3)
     monkeypatch.setenv("STVIT_OPS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="STVIT_OPS_BACKEND must be one of auto, reference, triton, got 'cuda'"):
@@ -665,17 +669,17 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @also_on_gpu
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     for x, reason in (
-        (torch.empty(1, dtype=torch.float64, device=DEVICE), "no kernels for torch.float64"),
-        (torch.empty(1, device="meta"), "no kernels for tensors on meta"),
+        (torch.empty(1, dtype=torch.float64, device=DEVICE), "the dtype is torch.float64, expected float32"),
+        (torch.empty(1, device="meta"), "the tensor is on meta, expected cuda"),
     ):
         assert reason in stvit.ops.why_not_triton(x) and not can_run_triton(x)
         assert backends.choose_backend("auto", x) == "reference"
     for gpu, hip, capability, reason in (
-        (False, None, (9, 0), "there is no GPU"),
-        (True, "7.0", (9, 0), "are for NVIDIA's GPUs, and Quadro is not one"),
-        (True, None, (7, 5), "want compute capability 8.0, Quadro has 7.5"),
+        (False, None, (9, 0), "torch.cuda finds no GPU"),
+        (True, "7.0", (9, 0), "the kernels need an NVIDIA GPU, got Quadro"),
+        (True, None, (7, 5), "need compute capability 8.0 or newer, Quadro has 7.5"),
         (True, None, (9, 0), "" if HAS_GPU else "Triton cannot use the GPU ("),
     ):
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -688,8 +692,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._why_not_gpu.cache_clear()
     backends._why_not_kernels.cache_clear()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"the operators of Triton cannot run: there are no kernels for .*float64"):
-        torch.ops.stvit.sample(torch.randn(1, 4, 6, 6, dtype=torch.float64, device=DEVICE), 3, 3, 1, torch.float64)
+    with pytest.raises(ValueError, match=r"the Triton operators cannot run: the dtype is .*float64"):
+        x = torch.randn(1, 4, 6, 6, dtype=torch.float64, device=DEVICE)
+        torch.ops.stvit.associate_and_aggregate(x, 3, 3, 1, torch.float64)
 
 
 def test_without_triton_the_reference_runs() -> None:
@@ -700,16 +705,16 @@ def test_without_triton_the_reference_runs() -> None:
     assert lines[3].startswith("ValueError: backend=triton cannot run: Triton cannot be imported (")
 
 
-def test_the_interpreter_cannot_be_asked_for_too_late() -> None:
+def test_the_interpreter_must_be_selected_before_python_starts() -> None:
     program = "import os, stvit.ops.kernels; os.environ['TRITON_INTERPRET'] = '1'" + CHOICE
     lines = run(program)
-    assert lines[0].startswith("False TRITON_INTERPRET=1 was set when the kernels had been imported")
+    assert lines[0].startswith("False TRITON_INTERPRET=1 was set after the kernels were imported")
     assert lines[1] == "reference"
 
 
-# Compiled for GPUs that are not there
+# Compilation for GPUs that are not present
 
-SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # that a program can have, by compute capability
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # shared memory per program, by compute capability
 COMPILE = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -742,15 +747,15 @@ for name, cases in shapes.items():
     dtype = getattr(torch, name)
     for dim, size, h, w in cases:
         x = torch.randn(2, dim, size, size).to(dtype, memory_format=torch.channels_last)
-        tokens, association, weights = backend.sample(x, h, w, 1, dtype)
+        tokens, association, weights = backend.associate_and_aggregate(x, h, w, 1, dtype)
         backend.upsample(tokens, association, weights, h, w, dtype)
         backend.aggregate(x, association, weights, h, w, dtype)
-        backend.compare(x, tokens, h, w, dtype)
-    backend.sample(x.contiguous(), h, w, 2, torch.bfloat16)
+        backend.associate(x, tokens, h, w, dtype)
+    backend.associate_and_aggregate(x.contiguous(), h, w, 2, torch.bfloat16)
     backend.upsample(tokens, association, None, h, w, torch.float32)
     backend.aggregate(x, association, None, h, w, dtype)
 kernels._index = lambda *tensors: triton.language.int64
-backend.sample(x, h, w, 1, dtype)
+backend.associate_and_aggregate(x, h, w, 1, dtype)
 print(json.dumps(made))
 """
 
@@ -761,17 +766,17 @@ print(json.dumps(made))
     [(90, ["--few"]), *(pytest.param(c, [], marks=pytest.mark.long) for c in (80, 86, 90, 100, 120))],
 )
 def test_compiled_for(capability: int, flags: list[str], tmp_path: Path) -> None:
-    """The compiler accepts the kernels, and its output has the instructions that make them fast."""
+    """The compiler accepts the kernels and emits the fast instructions."""
     compiled = json.loads(run(COMPILE, str(capability), *flags, TRITON_CACHE_DIR=str(tmp_path / "cache"))[-1])
     assert {kernel["name"] for kernel in compiled} == {
         "mean_kernel",
-        "group_kernel",
-        "finish_kernel",
+        "associate_and_aggregate_kernel",
+        "sum_tiles_kernel",
         "upsample_kernel",
     }
     for kernel in compiled:
         assert not re.search(r"(?<![\w.])(atom|red)\.\S*global", kernel["ptx"]), kernel["name"]
         assert kernel["shared"] <= SHARED_KIB[capability] * 1024
-    mean, group, *_ = (kernel["ptx"] for kernel in compiled)
+    mean, associate, *_ = (kernel["ptx"] for kernel in compiled)
     assert "ld.global.v4.b32" in mean  # 16 bytes at once
-    assert "cp.async.cg.shared.global" in group and "mma" in group
+    assert "cp.async.cg.shared.global" in associate and "mma" in associate

@@ -1,14 +1,14 @@
-"""Super token attention: sample, attend, upsample.
+"""Super token attention, as functions and as a module.
 
 Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/2211.11167, section 3.
 
-Pixels are softly grouped into a few super tokens (`sample_super_tokens`), self-attention runs among those, and
-each pixel is given back the mixture of the refined tokens that it belongs to (`upsample_super_tokens`).
-`SuperTokenAttention` is the three together, as a module.
+Super token attention has three steps. `sample_super_tokens` groups pixels softly into a few super tokens.
+Self-attention refines the super tokens. `upsample_super_tokens` gives each pixel a weighted sum of the refined tokens
+around it. The module `SuperTokenAttention` does all three.
 
-The two functions check their arguments and call a backend: `stvit.ops.reference`, the definition in plain PyTorch, or
-the Triton kernels of `stvit.ops.triton`. `stvit.ops.backends` chooses. Tracing and exporting record
-`stvit.ops.portable` in place of the reference.
+Both functions check their arguments and call a backend that `stvit.ops.backends` chooses: `stvit.ops.reference`, the
+definition in plain PyTorch, or the Triton kernels of `stvit.ops.triton`. Traced and exported graphs contain
+`stvit.ops.portable` instead of the reference.
 """
 
 from typing import Any
@@ -33,32 +33,32 @@ MAX_STOKEN_SIZE = 512
 MAX_N_ITER = 100
 
 
-# The public functions are leaves for torch.fx: what they check cannot be asked of a symbolic tensor.
+# torch.fx must not trace into the public functions, because their checks do not work on symbolic tensors.
 @torch.fx.wrap
 def sample_super_tokens(
     x: torch.Tensor, stoken_size: int | tuple[int, int], n_iter: int = 1, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups pixels into super tokens (section 3.2, equations 2 to 5).
+    """Groups pixels softly into super tokens (section 3.2, equations 2 to 5).
 
-    The image is cut into cells of `stoken_size`, with zeros added at the right and at the bottom. Super tokens
-    start as the means of their cells. In each round every pixel is associated with the 3x3 super tokens around
-    its cell, and every super token becomes the association-weighted mean of the pixels in the 3x3 cells around
-    it. Gradients flow through the last mean alone, with the association held constant.
+    The map is cut into cells of `stoken_size`, with zeros added at the right and bottom. Each super token starts as the
+    mean of its cell. Each round has two steps. First, every pixel is associated with the 3x3 super tokens around its
+    cell. Then every super token becomes the weighted mean of the pixels in the 3x3 cells around it. Gradients flow only
+    through the last weighted mean; the association is a constant.
 
     Args:
-        x: Pixel features (B, C, H, W), of any floating dtype, in any memory format; B may be 0.
+        x: Pixel features (B, C, H, W) of any floating dtype and memory format. B can be 0.
         stoken_size: Height and width of a cell in pixels, each at least 1.
         n_iter: Rounds of association and averaging, at least 1.
-        backend: "reference", "triton", or "auto" for Triton's kernels where they can run (`can_run_triton`) and the
-            reference elsewhere. The environment variable STVIT_OPS_BACKEND overrides it.
+        backend: "reference", "triton", or "auto" for Triton if it can run (`can_run_triton`) and the reference
+            otherwise. The environment variable STVIT_OPS_BACKEND overrides this argument.
 
     Returns:
-        The super tokens (B, C, ceil(H / h), ceil(W / w)), and the association (B, 9, H, W) of each pixel with the
-        nine super tokens around its cell, row by row: entry 4 is the cell's own, and the nine add up to 1. Entries
-        that point outside the grid belong to zero tokens. The association carries no gradient.
+        Super tokens (B, C, ceil(H / h), ceil(W / w)), and the association (B, 9, H, W) of each pixel with the nine
+        super tokens around its cell, row by row. Entry 4 is the cell's own token. The nine entries sum to 1. Entries
+        outside the grid belong to tokens that are zero. The association has no gradient.
 
     Raises:
-        ValueError: If an argument is not as described, or the backend asked for cannot run.
+        ValueError: If an argument has a wrong type, shape or value, or the requested backend cannot run.
     """
     _check_pixels(x, "x")
     size, n_iter = _cell_size(stoken_size), _check_n_iter(n_iter)
@@ -77,25 +77,25 @@ def upsample_super_tokens(
     stoken_size: int | tuple[int, int],
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Gives each pixel the association-weighted sum of the nine super tokens around its cell (section 3.3).
+    """Returns the weighted sum of the super tokens around each pixel (section 3.3).
 
     Args:
         tokens: Super tokens (B, C, ceil(H / h), ceil(W / w)).
-        association: (B, 9, H, W), as `sample_super_tokens` returns it.
-        stoken_size: Height and width of a cell in pixels, as given to `sample_super_tokens`.
-        backend: As in `sample_super_tokens`.
+        association: Weights (B, 9, H, W), as returned by `sample_super_tokens`.
+        stoken_size: Height and width of a cell in pixels, as passed to `sample_super_tokens`.
+        backend: Backend, as in `sample_super_tokens`.
 
     Returns:
         Pixel features (B, C, H, W).
 
     Raises:
-        ValueError: If an argument is not as described, the two tensors do not fit each other, or the backend asked for
-            cannot run.
+        ValueError: If an argument has a wrong type, shape or value, the shapes of the two tensors do not match, or the
+            requested backend cannot run.
     """
     _check_pixels(tokens, "tokens")
     _check_pixels(association, "association")
     h, w = _cell_size(stoken_size)
-    if not torch.jit.is_tracing():  # which would warn that it cannot record a check of sizes
+    if not torch.jit.is_tracing():  # tracing would warn that it cannot record a check of sizes
         _check_fit(tokens, association, h, w)
     if not torch.jit.is_scripting():
         if choose_backend(backend, tokens) == "triton":
@@ -106,12 +106,13 @@ def upsample_super_tokens(
 
 
 class SuperTokenAttention(nn.Module):
-    """Multi-head self-attention among super tokens (section 3): sample, attend, upsample.
+    """Super token attention (section 3).
 
-    With a `stoken_size` of 1x1 every pixel is its own token, and this is plain multi-head self-attention.
+    The module samples super tokens, applies self-attention, and upsamples the result. With a `stoken_size` of 1x1,
+    every pixel is its own token and the module is plain multi-head self-attention.
 
-    The attribute `fused_attn` selects PyTorch's fused attention. A new module takes it from timm's switch
-    (`timm.layers.set_fused_attn`, TIMM_FUSED_ATTN).
+    The attribute `fused_attn` selects PyTorch's fused attention. Its initial value is timm's setting
+    (`timm.layers.set_fused_attn` or TIMM_FUSED_ATTN).
     """
 
     fused_attn: torch.jit.Final[bool]
@@ -131,19 +132,19 @@ class SuperTokenAttention(nn.Module):
     ) -> None:
         """
         Args:
-            dim: Channels of the input and of the output.
+            dim: Channels of the input and the output.
             stoken_size: Height and width of a super token's cell in pixels, each from 1 to 512.
             n_iter: Rounds of association and averaging, from 1 to 100.
-            num_heads: Attention heads; must divide `dim`.
+            num_heads: Number of attention heads, which must divide `dim`.
             qkv_bias: Whether the projection to queries, keys and values has a bias.
             attn_drop: Dropout rate of the attention weights.
             proj_drop: Dropout rate of the output.
-            backend: Backend that samples and upsamples, see `sample_super_tokens`.
+            backend: Backend of sampling and upsampling, see `sample_super_tokens`.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If an argument is not as described.
+            ValueError: If an argument has a wrong type or value.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -156,14 +157,15 @@ class SuperTokenAttention(nn.Module):
         self.backend = check_backend(backend)
         self.stoken_size = _cell_size(stoken_size)
         self.n_iter = _check_n_iter(n_iter)
-        # The smallest image takes memory for a whole cell, and time for every round.
+        # Limits for configurations from other people: even a tiny image needs the memory of one cell.
         if max(self.stoken_size) > MAX_STOKEN_SIZE:
             raise ValueError(f"stoken_size must be at most {MAX_STOKEN_SIZE} in each axis, got {stoken_size}")
         if n_iter > MAX_N_ITER:
             raise ValueError(f"n_iter must be at most {MAX_N_ITER}, got {n_iter}")
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
-        # Channels of qkv: for each head its queries, then its keys, then its values (the published order).
+        # Order of the output channels, as in the authors' code: queries, keys and values of the first head, then those
+        # of the next head.
         self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1, **dd)
@@ -172,13 +174,13 @@ class SuperTokenAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: (B, dim, H, W), H and W at least 1.
+            x: Pixel features (B, dim, H, W), with H and W at least 1.
 
         Returns:
-            (B, dim, H, W)
+            Pixel features (B, dim, H, W).
 
         Raises:
-            ValueError: If `x` is not as described or not of a floating dtype.
+            ValueError: If `x` has a wrong shape or is not of a floating dtype.
         """
         _check_module_input(x, self.dim)
         if self.stoken_size == (1, 1):
@@ -187,9 +189,10 @@ class SuperTokenAttention(nn.Module):
         return upsample_super_tokens(self.attend(tokens), association, self.stoken_size, self.backend)
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Multi-head self-attention over all positions (section 3.2, equation 6), (B, dim, Hs, Ws) to the same shape.
+        """Applies multi-head self-attention among all tokens (equation 6).
 
-        Fused, it holds no attention matrix. Unfused, it has derivatives of every order and in every mode.
+        Fused attention never allocates an attention matrix. Attention without fusion has forward-mode derivatives and
+        derivatives of any order.
         """
         B, C, Hs, Ws = tokens.shape
         q, k, v = self.project(tokens)  # (B, heads, Hs * Ws, dim / heads)
@@ -202,8 +205,16 @@ class SuperTokenAttention(nn.Module):
         return self.proj_drop(self.proj(tokens))
 
     def project(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (B, heads, Hs * Ws, dim / heads) of tokens (B, dim, Hs, Ws)."""
-        # A copy of channel-first maps alone; without it PyTorch's CPU would hold their attention matrix.
+        """Projects tokens to queries, keys and values.
+
+        Args:
+            tokens: Tokens (B, dim, Hs, Ws).
+
+        Returns:
+            Queries, keys and values, (B, heads, Hs * Ws, dim / heads) each.
+        """
+        # Copies only maps that are not channels_last. Without the copy, PyTorch would allocate their attention matrix
+        # on a CPU.
         qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
         qkv = qkv.unflatten(2, (self.num_heads, 3 * self.dim // self.num_heads)).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=3)
@@ -216,7 +227,7 @@ class SuperTokenAttention(nn.Module):
 def _cell_size(stoken_size: int | tuple[int, int]) -> tuple[int, int]:
     size = (stoken_size, stoken_size) if isinstance(stoken_size, int) else stoken_size
     if not torch.jit.is_scripting() and not _are_two_integers(size):
-        raise ValueError(f"stoken_size must be an integer or a pair of them, got {stoken_size}")
+        raise ValueError(f"stoken_size must be an integer or a pair of integers, got {stoken_size}")
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"stoken_size must be at least 1 in each axis, got {size[0]}x{size[1]}")
     return size[0], size[1]
@@ -237,9 +248,9 @@ def _check_pixels(x: torch.Tensor, name: str) -> None:
     if x.dim() != 4:
         raise ValueError(f"{name} must be 4-D (B, C, H, W), got shape {list(x.shape)}")
     if not torch.jit.is_tracing() and x.shape[1] < 1:
-        raise ValueError(f"{name} must have channels, got shape {list(x.shape)}")
+        raise ValueError(f"{name} must have at least one channel, got shape {list(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
+        raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
 
 
 def _check_fit(tokens: torch.Tensor, association: torch.Tensor, h: int, w: int) -> None:
@@ -257,7 +268,7 @@ def _check_fit(tokens: torch.Tensor, association: torch.Tensor, h: int, w: int) 
         )
     if tokens.shape[2] != Hs or tokens.shape[3] != Ws:
         raise ValueError(
-            f"tokens must be a grid of {Hs}x{Ws} for an association of {H}x{W} pixels and stoken_size {h}x{w}, "
+            f"tokens must be a grid of {Hs}x{Ws} for an association of {H}x{W} pixels and a stoken_size of {h}x{w}, "
             f"got {tokens.shape[2]}x{tokens.shape[3]}"
         )
 

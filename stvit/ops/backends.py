@@ -1,4 +1,4 @@
-"""Which implementation of the operator runs, and why not another."""
+"""Chooses the backend of super token attention."""
 
 import os
 import sys
@@ -15,20 +15,20 @@ BACKENDS = ("auto", "reference", "triton")
 
 
 def can_run_triton(x: torch.Tensor | None = None) -> bool:
-    """Whether the Triton kernels can run on a tensor; see `why_not_triton`."""
+    """Returns whether the Triton kernels can run on a tensor, see `why_not_triton`."""
     return not why_not_triton(x)
 
 
 def why_not_triton(x: torch.Tensor | None = None) -> str:
-    """Why the Triton kernels cannot run on a tensor, or "" where they can.
+    """Returns why the Triton kernels cannot run on a tensor, or "" if they can.
 
-    They want Triton with a C compiler for its launchers, a GPU of NVIDIA's Ampere generation or newer (compute
-    capability 8.0), and float32, bfloat16 or float16. They are custom operators, which PyTorch does not take in ONNX,
-    in TorchScript, under the transforms of torch.func, and in forward-mode differentiation. Where TRITON_INTERPRET=1
-    is set before Python starts, Triton interprets them on the CPU: for tests.
+    The kernels need Triton with a C compiler, an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and float32,
+    bfloat16 or float16. They are custom operators, which PyTorch does not support in ONNX, in TorchScript, in the
+    transforms of torch.func, and in forward-mode differentiation. If TRITON_INTERPRET=1 is set before Python starts,
+    Triton interprets the kernels on the CPU, which is meant for tests.
 
     Args:
-        x: Of any shape; None for this process' current device.
+        x: Tensor of any shape; None for a float32 tensor on the current device.
     """
     if x is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else -1
@@ -37,10 +37,14 @@ def why_not_triton(x: torch.Tensor | None = None) -> str:
 
 
 def check_backend(name: str, source: str = "backend") -> str:
-    """The name, where it is a backend's or "auto".
+    """Returns the name of a backend unchanged.
+
+    Args:
+        name: Name to check.
+        source: Name of the argument or variable, for the error message.
 
     Raises:
-        ValueError: If it is neither; `source` is where it comes from.
+        ValueError: If the name is not in `BACKENDS`.
     """
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -48,13 +52,17 @@ def check_backend(name: str, source: str = "backend") -> str:
 
 
 def choose_backend(backend: str, x: torch.Tensor) -> str:
-    """The backend that runs: "reference" or "triton".
+    """Returns the backend to run on a tensor: "reference" or "triton".
 
-    "auto" is Triton where it can run (`why_not_triton`), else the reference. The environment variable
-    STVIT_OPS_BACKEND overrides what is asked for; what torch.compile has compiled keeps what was chosen then.
+    "auto" selects Triton if it can run (`why_not_triton`), otherwise the reference. The environment variable
+    STVIT_OPS_BACKEND overrides the argument. Compiled code keeps the backend that was chosen during compilation.
+
+    Args:
+        backend: One of `BACKENDS`.
+        x: Tensor that the backend will process.
 
     Raises:
-        ValueError: If there is no such backend, or if Triton is asked for and cannot run.
+        ValueError: If the backend is unknown, or is "triton" and cannot run.
     """
     name, source = _forced_backend(), "STVIT_OPS_BACKEND"
     if not name:
@@ -63,19 +71,19 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
         return "reference"
     reason = why_not_triton(x)
     if reason and name == "triton":
-        raise ValueError(f"{source}={name} cannot run: {reason}; backend 'auto' or 'reference' can")
+        raise ValueError(f"{source}={name} cannot run: {reason}; use 'auto' or 'reference'")
     return "reference" if reason else "triton"
 
 
 def _why_not_operators(x: torch.Tensor) -> str:
-    """Why PyTorch takes no custom operators here."""
+    """Returns why PyTorch does not support custom operators here, or "" if it does."""
     reason = _why_not_in_this_context()
     if not reason and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-        return "the kernels have no forward-mode derivative"
+        return "the kernels have no forward-mode derivatives"
     return reason
 
 
-# What follows asks the machine, and torch.compile takes the answers as they are at that moment.
+# The functions below depend on the machine and the process. torch.compile treats their results as constants.
 
 
 @torch.compiler.assume_constant_result
@@ -86,17 +94,20 @@ def _forced_backend() -> str:
 @torch.compiler.assume_constant_result
 def _why_not_in_this_context() -> str:
     if torch.onnx.is_in_onnx_export() or _is_in_hidden_onnx_export():
-        return "ONNX has no operator for the kernels"
+        return "ONNX has no operators for the kernels"
     if torch.jit.is_tracing():
-        return "what TorchScript traces must run without this package"
-    # There is no public way to ask.
+        return "traced TorchScript must run without this package"
+    # PyTorch has no public function for this.
     if getattr(torch._C, "_are_functorch_transforms_active", lambda: False)():
-        return "the transforms of torch.func (grad, vmap, jvp, …) take no custom operators"
+        return "the transforms of torch.func (grad, vmap, jvp, …) do not support custom operators"
     return ""
 
 
 def _is_in_hidden_onnx_export() -> bool:
-    """Returns whether `torch.onnx.export(dynamo=True)` runs, which torch < 2.8 does not tell in any other way."""
+    """Returns whether `torch.onnx.export(dynamo=True)` is running.
+
+    torch < 2.8 shows this only in the call stack.
+    """
     frame: FrameType | None = sys._getframe() if torch.__version__ < "2.8" else None
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx._internal.exporter"):
         frame = frame.f_back
@@ -105,13 +116,13 @@ def _is_in_hidden_onnx_export() -> bool:
 
 @torch.compiler.assume_constant_result
 def why_no_kernels(device: str, index: int | None, dtype: torch.dtype) -> str:
-    """Why there are no kernels for tensors of that device and dtype, or "" where there are."""
+    """Returns why the kernels cannot run on a device and dtype, or "" if they can."""
     if device == "cpu" and not _is_interpreted():
-        return "tensors on the CPU are for the reference (TRITON_INTERPRET=1 lets Triton interpret its kernels there)"
+        return "the tensor is on the CPU (with TRITON_INTERPRET=1, Triton interprets the kernels there)"
     if device not in ("cpu", "cuda"):
-        return f"there are no kernels for tensors on {device}"
+        return f"the tensor is on {device}, expected cuda"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"there are no kernels for {dtype}, but for float32, bfloat16 and float16"
+        return f"the dtype is {dtype}, expected float32, bfloat16 or float16"
     return (_why_not_gpu(index) if device == "cuda" else "") or _why_not_kernels(device)
 
 
@@ -122,13 +133,13 @@ def _is_interpreted() -> bool:
 @cache
 def _why_not_gpu(index: int | None) -> str:
     if not torch.cuda.is_available():
-        return "there is no GPU that torch.cuda can use"
+        return "torch.cuda finds no GPU"
     name = torch.cuda.get_device_name(index)
     if torch.version.hip is not None:
-        return f"the kernels are for NVIDIA's GPUs, and {name} is not one"
+        return f"the kernels need an NVIDIA GPU, got {name}"
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
-        return "the kernels want compute capability 8.0, {} has {}.{}".format(name, *capability)
+        return "the kernels need compute capability 8.0 or newer, {} has {}.{}".format(name, *capability)
     return ""
 
 
@@ -140,10 +151,10 @@ def _why_not_kernels(device: str) -> str:
         return f"Triton cannot be imported ({error})"
     if device == "cpu":
         if not kernels.IS_INTERPRETED:
-            return "TRITON_INTERPRET=1 was set when the kernels had been imported; set it before Python starts"
+            return "TRITON_INTERPRET=1 was set after the kernels were imported; set it before Python starts"
         return ""
     try:
         kernels.check_driver()
-    except Exception as error:  # of any kind: libraries and compilers that are not found
+    except Exception as error:  # missing libraries and compilers raise exceptions of any type
         return f"Triton cannot use the GPU ({error})"
     return ""

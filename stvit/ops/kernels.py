@@ -1,15 +1,15 @@
-"""The kernels of stvit/ops/triton.py, and their launches. Nothing else imports Triton.
+"""Triton kernels of stvit/ops/triton.py, and functions that launch them.
 
-A program works on a tile of cells: with 2x2 cells, the 4x4 super tokens in and around them are as many as the matrix
-units' smallest block. One product compares a block of the tile's pixels with all of them, and a mask keeps the nine
-that are each pixel's own. Neighbors are gathered, padding is added and sums are made in registers; through memory go,
-besides what comes in and out, the sums that a tile owes to the tokens around it.
+No other module imports Triton. Each program processes one tile of cells. A tile of 2x2 cells has 4x4 super tokens in
+and around it, and 16 is the smallest block of the matrix units. One matrix product multiplies a block of pixels with
+all of these tokens, and a mask keeps the nine neighbors of each pixel. Gathering, padding and summing happen in
+registers. Memory holds only inputs, outputs, and the partial sums of each tile for the tokens in and around it.
 
-Every sum has one order, so that two runs are equal: there are no atomic additions.
+Two runs give equal results: every sum has a fixed order, and there are no atomic additions.
 
 Shapes: as in stvit/ops/reference.py, and
-    S        slots: the super tokens in and around a tile, row by row, and on to a power of two
-    P, C     in a kernel: a block of a tile's pixels, and of the channels
+    S        slots of a tile: the super tokens in and around it, row by row, padded to a power of two
+    P, C     in a kernel: a block of pixels of a tile, a block of channels
 """
 
 import math
@@ -22,15 +22,23 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["IS_INTERPRETED", "check_driver", "group", "mean", "upsample"]
+__all__ = [
+    "IS_INTERPRETED",
+    "aggregate",
+    "associate",
+    "associate_and_aggregate",
+    "check_driver",
+    "mean",
+    "upsample",
+]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-SIZES = ["H", "W", "Hs", "Ws"]  # one kernel for all
+SIZES = ["H", "W", "Hs", "Ws"]  # not specialized: one compiled kernel serves all sizes
 
 
 @triton.jit
 def _find_tile(program, Hs, Ws, TILE: tl.constexpr):
-    """Image, and row and column of its tile."""
+    """Returns the image of a program, and the row and column of its tile."""
     tiles_y = tl.cdiv(Hs, TILE)
     tiles_x = tl.cdiv(Ws, TILE)
     return (program // (tiles_x * tiles_y)).to(tl.int64), (program // tiles_x) % tiles_y, program % tiles_x
@@ -38,7 +46,7 @@ def _find_tile(program, Hs, Ws, TILE: tl.constexpr):
 
 @triton.jit
 def _find_slots(b, tile_y, tile_x, Hs, Ws, TILE: tl.constexpr, SLOTS: tl.constexpr):
-    """Of each slot its number among all tokens, and whether there is such a token, (S,)."""
+    """Returns the token number of each slot, and which slots have one, (S,) each."""
     slot = tl.arange(0, SLOTS)
     row = tile_y * TILE - 1 + slot // (TILE + 2)
     col = tile_x * TILE - 1 + slot % (TILE + 2)
@@ -56,7 +64,11 @@ def _find_pixels(
     TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of a block of a tile's pixels row, column, the slot of the first neighbor, and whether it is the tile's, (P,)."""
+    """Returns the positions of the pixels in a block.
+
+    Returns:
+        Row, column, slot of the first neighbor, and a mask of the pixels that belong to the tile, (P,) each.
+    """
     q = start + tl.arange(0, BLOCK_P)
     y = q // (TILE * w)
     x = q % (TILE * w)
@@ -65,11 +77,12 @@ def _find_pixels(
 
 
 @triton.jit
-def _find_weights(
+def _find_neighbors(
     y, x, first, stride_k, stride_y, stride_x, TILE: tl.constexpr, SLOTS: tl.constexpr, INDEX: tl.constexpr
 ):
-    """Where in the association of an image a pixel's weight for each slot is, and whether it is a neighbor, (P, S)."""
-    ahead = (tl.arange(0, SLOTS)[None, :] - first[:, None]).to(tl.uint32)  # before the first: more than there are slots
+    """Returns offsets into an image's association, and a neighbor mask, (P, S) each."""
+    # Unsigned: slots before the first neighbor become large numbers.
+    ahead = (tl.arange(0, SLOTS)[None, :] - first[:, None]).to(tl.uint32)
     down = ahead // (TILE + 2)
     k = ahead - down * (TILE - 1)
     at = y.to(INDEX) * stride_y + x.to(INDEX) * stride_x
@@ -78,17 +91,18 @@ def _find_weights(
 
 @triton.jit
 def _is_first_program(AXIS: tl.constexpr):
-    """Returns whether this program is the first of its axis, (1,), to combine with masks.
+    """Returns a mask (1,) that is true in the first program of an axis.
 
-    Compares a block, not a scalar: Triton 3.9 interprets a scalar comparison as an integer and rejects it in a mask.
+    It compares a block because Triton 3.9 treats the result of a scalar comparison as an integer and rejects it in a
+    mask.
     """
     return tl.full((1,), tl.program_id(AXIS), tl.int32) == 0
 
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, in float32 from the dtype of the two."""
-    if PRECISION == "interpreted":  # which multiplies the bits of bfloat16
+    """Returns total + a @ b in float32."""
+    if PRECISION == "interpreted":  # the interpreter would multiply the bits of bfloat16 numbers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
@@ -96,8 +110,8 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def mean_kernel(
-    x,
-    tokens,  # (B, Hs, Ws, C), contiguous
+    x_ptr,  # (B, C, H, W), any strides
+    tokens_ptr,  # (B, Hs, Ws, C), contiguous, output
     H,
     W,
     Hs,
@@ -113,9 +127,12 @@ def mean_kernel(
     BLOCK_C: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """The means of the cells, padding zeros counted: one cell a program."""
+    """Computes the mean of each cell, including padding zeros.
+
+    Each program has one cell and one block of channels.
+    """
     cell = tl.program_id(0)
-    x += (cell // (Hs * Ws)).to(tl.int64) * x_stride_b
+    x_ptr += (cell // (Hs * Ws)).to(tl.int64) * x_stride_b
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, h * w, BLOCK_P):
@@ -125,21 +142,21 @@ def mean_kernel(
         is_inside = (q < h * w) & (row < H) & (col < W)
         at = row.to(INDEX) * x_stride_y + col.to(INDEX) * x_stride_x
         pixels = tl.load(
-            x + (at[:, None] + (c.to(INDEX) * x_stride_c)[None, :]),
+            x_ptr + (at[:, None] + (c.to(INDEX) * x_stride_c)[None, :]),
             mask=is_inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
         total += tl.sum(pixels.to(tl.float32), axis=0)
-    tl.store(tokens + cell.to(tl.int64) * C + c, total / (h * w), mask=c < C)
+    tl.store(tokens_ptr + cell.to(tl.int64) * C + c, total / (h * w), mask=c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def group_kernel(
-    pixels,
-    tokens,  # (B, Hs, Ws, C), contiguous; not read if READS_ASSOCIATION
-    association,  # (B, 9, H, W)
-    parts,  # (tiles, slots, C) float32, contiguous: each tile's share of the token sums
-    part_weights,  # (tiles, slots) float32: each tile's share of the token weights
+def associate_and_aggregate_kernel(
+    pixels_ptr,  # (B, C, H, W), any strides
+    tokens_ptr,  # (B, Hs, Ws, C), contiguous; read if ASSOCIATES
+    association_ptr,  # (B, 9, H, W), any strides; read unless ASSOCIATES, else written if WRITES_ASSOCIATION
+    sums_ptr,  # (tiles, slots, C) float32, contiguous: weighted pixel sums of each tile; written if AGGREGATES
+    weights_ptr,  # (tiles, slots) float32, contiguous: sums of the weights; written if AGGREGATES and IS_SOFTMAX
     H,
     W,
     Hs,
@@ -153,72 +170,72 @@ def group_kernel(
     association_stride_k,
     association_stride_y,
     association_stride_x,
-    scale,  # multiplies the scalar products; the softmax uses powers of 2
+    scale,  # factor on the products before the softmax, which uses powers of 2
     h: tl.constexpr,
     w: tl.constexpr,
     TILE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    IS_ONE_BLOCK: tl.constexpr,  # one block holds all channels
-    READS_ASSOCIATION: tl.constexpr,
-    IS_SOFTMAX: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,  # whether one block has all channels
+    ASSOCIATES: tl.constexpr,  # computes the association; otherwise reads it
+    IS_SOFTMAX: tl.constexpr,  # applies the softmax to the products of pixels and tokens
     WRITES_ASSOCIATION: tl.constexpr,
-    SUMS: tl.constexpr,
+    AGGREGATES: tl.constexpr,  # sums the pixels, weighted by the association
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes or reads the association of a tile's pixels with its tokens, and sums the pixels weighted by it.
+    """Associates and aggregates the pixels of a tile.
 
-    Each program of a tile sums one block of channels. Each of them compares all channels.
+    Each program aggregates one block of channels. For the association, every program reads all channels.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     b, tile_y, tile_x = _find_tile(tile, Hs, Ws, TILE)
     token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_first = _is_first_program(1)  # writes the results that all programs of a tile compute
-    pixels += b * pixels_stride_b
-    association += b * association_stride_b
+    is_first = _is_first_program(1)  # all programs of a tile compute the association; the first writes it
+    pixels_ptr += b * pixels_stride_b
+    association_ptr += b * association_stride_b
     total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     weight = tl.zeros((SLOTS,), tl.float32)
     for start in range(0, TILE * h * TILE * w, BLOCK_P):
         y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE, BLOCK_P)
         is_inside = is_tile & (y < H) & (x < W)
-        weights_at, is_near = _find_weights(
+        entry, is_near = _find_neighbors(
             y, x, first, association_stride_k, association_stride_y, association_stride_x, TILE, SLOTS, INDEX
         )
         at = y.to(INDEX) * pixels_stride_y + x.to(INDEX) * pixels_stride_x
-        is_weight = is_near & is_inside[:, None]
-        if SUMS or IS_ONE_BLOCK:
+        is_entry = is_near & is_inside[:, None]
+        if AGGREGATES or IS_ONE_BLOCK:
             block = tl.load(
-                pixels + (at[:, None] + (c.to(INDEX) * pixels_stride_c)[None, :]),
+                pixels_ptr + (at[:, None] + (c.to(INDEX) * pixels_stride_c)[None, :]),
                 mask=is_inside[:, None] & (c < C)[None, :],
                 other=0.0,
             ).to(COMPUTE)
-        if READS_ASSOCIATION:
-            weights = tl.load(association + weights_at, mask=is_weight, other=0.0).to(COMPUTE)
-        else:
+        if ASSOCIATES:
             logits = tl.zeros((BLOCK_P, SLOTS), tl.float32)
             if IS_ONE_BLOCK:
                 near = tl.load(
-                    tokens + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0
+                    tokens_ptr + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0
                 ).to(COMPUTE)
                 logits = _dot(block, tl.trans(near), logits, PRECISION)
             else:
                 for offset in range(0, C, BLOCK_C):
                     d = offset + tl.arange(0, BLOCK_C)
                     some = tl.load(
-                        pixels + (at[:, None] + (d.to(INDEX) * pixels_stride_c)[None, :]),
+                        pixels_ptr + (at[:, None] + (d.to(INDEX) * pixels_stride_c)[None, :]),
                         mask=is_inside[:, None] & (d < C)[None, :],
                         other=0.0,
                     ).to(COMPUTE)
                     near = tl.load(
-                        tokens + (token * C)[:, None] + d[None, :], mask=is_token[:, None] & (d < C)[None, :], other=0.0
+                        tokens_ptr + (token * C)[:, None] + d[None, :],
+                        mask=is_token[:, None] & (d < C)[None, :],
+                        other=0.0,
                     ).to(COMPUTE)
                     logits = _dot(some, tl.trans(near), logits, PRECISION)
             if IS_SOFTMAX:
-                # Neighbors outside the grid and padding pixels are zeros, and they count in the softmax.
+                # Neighbors outside the grid and padding pixels are zeros. They count in the softmax.
                 logits = tl.where(is_near, logits, -1e38)
                 powers = tl.exp2(logits * scale - (tl.max(logits, axis=1) * scale)[:, None])
                 is_cell = is_tile & (y < Hs * h) & (x < Ws * w)
@@ -227,25 +244,27 @@ def group_kernel(
             else:
                 weights = logits
             if WRITES_ASSOCIATION:
-                tl.store(association + weights_at, weights, mask=is_weight & is_first[:, None])
-        if SUMS:
+                tl.store(association_ptr + entry, weights, mask=is_entry & is_first[:, None])
+        else:
+            weights = tl.load(association_ptr + entry, mask=is_entry, other=0.0).to(COMPUTE)
+        if AGGREGATES:
             total = _dot(tl.trans(weights), block, total, PRECISION)
             if IS_SOFTMAX:
                 weight += tl.sum(weights.to(tl.float32), axis=0)
-    if SUMS:
+    if AGGREGATES:
         slots: tl.constexpr = (TILE + 2) * (TILE + 2)
         part = tile.to(tl.int64) * slots + tl.arange(0, SLOTS)
-        tl.store(parts + (part * C)[:, None] + c[None, :], total, mask=is_token[:, None] & (c < C)[None, :])
+        tl.store(sums_ptr + (part * C)[:, None] + c[None, :], total, mask=is_token[:, None] & (c < C)[None, :])
         if IS_SOFTMAX:
-            tl.store(part_weights + part, weight, mask=is_token & is_first)
+            tl.store(weights_ptr + part, weight, mask=is_token & is_first)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count"])
-def finish_kernel(
-    parts,
-    part_weights,
-    weights,  # (B, Hs, Ws) float32, contiguous
-    tokens,  # (B, Hs, Ws, C), contiguous
+def sum_tiles_kernel(
+    tile_sums_ptr,  # (tiles, slots, C) float32, contiguous: weighted pixel sums of each tile
+    tile_weights_ptr,  # (tiles, slots) float32, contiguous: sums of the weights; read if SUMS_WEIGHTS
+    weights_ptr,  # (B, Hs, Ws) float32, contiguous; written if SUMS_WEIGHTS, read if READS_WEIGHTS
+    tokens_ptr,  # (B, Hs, Ws, C), contiguous, output
     count,  # number of tokens, B * Hs * Ws
     Hs,
     Ws,
@@ -256,9 +275,9 @@ def finish_kernel(
     SUMS_WEIGHTS: tl.constexpr,
     READS_WEIGHTS: tl.constexpr,
 ):
-    """Sums the tiles' shares of each token.
+    """Finishes an aggregation: sums the partial sums of all tiles for each token.
 
-    SUMS_WEIGHTS sums the weights too, writes them and divides by them. READS_WEIGHTS divides by the given weights.
+    SUMS_WEIGHTS also sums the weights, writes them, and divides by them. READS_WEIGHTS divides by the given weights.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -269,7 +288,7 @@ def finish_kernel(
     tiles_x = tl.cdiv(Ws, TILE)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     weight = tl.zeros((BLOCK_T,), tl.float32)
-    # A token gets shares from its own tile and, at the edge of a tile, from the next tile of each axis.
+    # A token gets sums from its own tile and, at the edge of a tile, from the adjacent tile along each axis.
     next_y = tl.where(row % TILE == TILE - 1, 1, -1)
     next_x = tl.where(col % TILE == TILE - 1, 1, -1)
     for dy in tl.static_range(2):
@@ -282,28 +301,30 @@ def finish_kernel(
             has_share = (token < count) & is_tile & (i >= 0) & (i < TILE + 2) & (j >= 0) & (j < TILE + 2)
             part = ((b * tiles_y + tile_y) * tiles_x + tile_x) * ((TILE + 2) * (TILE + 2)) + i * (TILE + 2) + j
             total += tl.load(
-                parts + (part * C)[:, None] + c[None, :], mask=has_share[:, None] & (c < C)[None, :], other=0.0
+                tile_sums_ptr + (part * C)[:, None] + c[None, :], mask=has_share[:, None] & (c < C)[None, :], other=0.0
             )
             if SUMS_WEIGHTS:
-                weight += tl.load(part_weights + part, mask=has_share, other=0.0)
+                weight += tl.load(tile_weights_ptr + part, mask=has_share, other=0.0)
     if SUMS_WEIGHTS:
         weight += 1e-12
-        tl.store(weights + token, weight, mask=(token < count) & _is_first_program(1))
+        tl.store(weights_ptr + token, weight, mask=(token < count) & _is_first_program(1))
     if READS_WEIGHTS:
-        weight = tl.load(weights + token, mask=token < count, other=1.0)
+        weight = tl.load(weights_ptr + token, mask=token < count, other=1.0)
     if SUMS_WEIGHTS or READS_WEIGHTS:
         total = total / weight[:, None]
     tl.store(
-        tokens + (token.to(tl.int64) * C)[:, None] + c[None, :], total, mask=(token < count)[:, None] & (c < C)[None, :]
+        tokens_ptr + (token.to(tl.int64) * C)[:, None] + c[None, :],
+        total,
+        mask=(token < count)[:, None] & (c < C)[None, :],
     )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def upsample_kernel(
-    tokens,  # (B, Hs, Ws, C), contiguous
-    association,
-    weights,  # (B, Hs, Ws) float32, contiguous
-    pixels,  # (B, H, W, C), contiguous
+    tokens_ptr,  # (B, Hs, Ws, C), contiguous
+    association_ptr,  # (B, 9, H, W), any strides
+    weights_ptr,  # (B, Hs, Ws) float32, contiguous; read if READS_WEIGHTS
+    pixels_ptr,  # (B, H, W, C), contiguous, output
     H,
     W,
     Hs,
@@ -324,32 +345,35 @@ def upsample_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The association-weighted sums of the tokens, each of them divided by its weight if there is one."""
+    """Computes the weighted sum of the nine neighbor tokens for each pixel.
+
+    READS_WEIGHTS divides each token by its weight.
+    """
     b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE)
     token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    association += b * association_stride_b
-    pixels += b * H * W * C
-    near = tl.load(tokens + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0).to(
-        COMPUTE
-    )
+    association_ptr += b * association_stride_b
+    pixels_ptr += b * H * W * C
+    near = tl.load(
+        tokens_ptr + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0
+    ).to(COMPUTE)
     if READS_WEIGHTS:
-        # A cell's pixels over the weight is near 1, where float16 is good; they are taken out of the product.
-        share = h * w / tl.load(weights + token, mask=is_token, other=1.0)
+        # Cell size over weight is near 1, where float16 is precise. The cell size is divided out after the product.
+        share = h * w / tl.load(weights_ptr + token, mask=is_token, other=1.0)
     for start in range(0, TILE * h * TILE * w, BLOCK_P):
         y, x, first, is_tile = _find_pixels(start, tile_y, tile_x, h, w, TILE, BLOCK_P)
         is_inside = is_tile & (y < H) & (x < W)
-        mix_at, is_near = _find_weights(
+        entry, is_near = _find_neighbors(
             y, x, first, association_stride_k, association_stride_y, association_stride_x, TILE, SLOTS, INDEX
         )
-        mix = tl.load(association + mix_at, mask=is_near & is_inside[:, None], other=0.0)
+        mix = tl.load(association_ptr + entry, mask=is_near & is_inside[:, None], other=0.0)
         if READS_WEIGHTS:
             mix = mix.to(tl.float32) * share[None, :]
         block = _dot(mix.to(COMPUTE), near, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION)
         if READS_WEIGHTS:
             block = block * (1.0 / (h * w))
         tl.store(
-            pixels + (((y.to(INDEX) * W + x) * C)[:, None] + c[None, :]),
+            pixels_ptr + (((y.to(INDEX) * W + x) * C)[:, None] + c[None, :]),
             block,
             mask=is_inside[:, None] & (c < C)[None, :],
         )
@@ -358,16 +382,22 @@ def upsample_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
-IS_INTERPRETED = not isinstance(mean_kernel, triton.JITFunction)  # by TRITON_INTERPRET=1, on a CPU
+IS_INTERPRETED = not isinstance(mean_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on a CPU
 
 
 def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
-    """The shapes of a tile and of the blocks that it is worked through in, for numbers of the widest of these dtypes.
+    """Returns the constexprs of a tile and its blocks, and the number of warps.
 
-    Fixed, not searched for: another block would be another order of sums.
+    The values are not tuned at run time, because other blocks would change the order of the sums.
+
+    Args:
+        h: Height of a cell.
+        w: Width of a cell.
+        C: Number of channels.
+        dtypes: Dtypes of the numbers in a block. The widest counts.
     """
-    cells = 2 if h * w >= 16 else 4  # tiny cells would leave most of a block empty
-    # Blocks of pixels and tokens, several at a time, in what a program of the smallest GPUs has: 99 KiB.
+    cells = 2 if h * w >= 16 else 4  # with 2x2 tiny cells, most of a block would be empty
+    # Several blocks of pixels and tokens must fit into the shared memory of the smallest GPUs, 99 KiB per program.
     is_narrow = max(dtype.itemsize for dtype in dtypes) == 2
     if is_narrow:
         numbers, widest = 8192, 128
@@ -383,7 +413,7 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
         "SLOTS": slots,
         "BLOCK_P": max(16, pixels),
         "BLOCK_C": block_c,
-        "num_warps": 4 if is_narrow else 8,  # four would spill registers: three products stand for one
+        "num_warps": 4 if is_narrow else 8,  # four would spill registers, as one float32 product is three in TF32
     }
 
 
@@ -392,7 +422,7 @@ def _block_of_channels(C: int, widest: int) -> int:
 
 
 def _index(*tensors: torch.Tensor | None) -> tl.dtype:
-    """The integers that count the numbers of one image; 64 bits cost time."""
+    """Returns the dtype of offsets in one image: int32, or int64 if necessary."""
     spans = (
         sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
         for x in tensors
@@ -402,12 +432,12 @@ def _index(*tensors: torch.Tensor | None) -> tl.dtype:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How matrices of a dtype are multiplied: float32 with all bits, unless PyTorch is allowed fewer for its own."""
+    """Returns the precision of matrix products, for float32 from PyTorch's settings."""
     if IS_INTERPRETED:
         return "interpreted"
     if dtype != torch.float32:
         return "ieee"
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # which also knows what the older function has set
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # also reflects the older function below
         allowed = torch.backends.cuda.matmul.fp32_precision
         allowed = torch.backends.fp32_precision if allowed == "none" else allowed  # type: ignore[attr-defined]
     else:
@@ -416,7 +446,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whatever its arguments are on."""
+    """Decorator: launches on the device of the first argument.
+
+    Triton itself launches on the current device.
+    """
 
     @wraps(launch)
     def launch_there(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -428,7 +461,7 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 @_on_its_device
 def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """The means of the cells, (B, Hs, Ws, C)."""
+    """Returns the mean of each cell, (B, C, H, W) to (B, Hs, Ws, C)."""
     B, C, H, W = x.shape
     Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tokens = x.new_empty(B, Hs, Ws, C)
@@ -441,8 +474,68 @@ def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     return tokens
 
 
+def associate_and_aggregate(
+    pixels: torch.Tensor,
+    tokens: torch.Tensor,
+    association: torch.Tensor | None,
+    h: int,
+    w: int,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs one round of `reference.associate` and `reference.aggregate`.
+
+    Args:
+        pixels: Pixels (B, C, H, W).
+        tokens: Super tokens before the round, (B, Hs, Ws, C).
+        association: Output (B, 9, H, W); None if it is not needed.
+        h: Height of a cell.
+        w: Width of a cell.
+        compute: Dtype of the products.
+
+    Returns:
+        Super tokens after the round, (B, Hs, Ws, C), and the sum of weights of each token, (B, Hs, Ws) float32.
+    """
+    return _launch(pixels, tokens, association, h, w, compute, is_softmax=True)
+
+
+def associate(pixels: torch.Tensor, tokens: torch.Tensor, products: torch.Tensor, h: int, w: int) -> None:
+    """Computes the scalar products of each pixel with its nine neighbor tokens.
+
+    Unlike `reference.associate`, this function applies no scale and no softmax.
+
+    Args:
+        pixels: Pixels (B, C, H, W).
+        tokens: Super tokens (B, Hs, Ws, C).
+        products: Output (B, 9, H, W).
+        h: Height of a cell.
+        w: Width of a cell.
+    """
+    _launch(pixels, tokens, products, h, w, pixels.dtype, aggregates=False)
+
+
+def aggregate(
+    pixels: torch.Tensor,
+    association: torch.Tensor,
+    weights: torch.Tensor | None,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Returns the association-weighted sums of pixels for each token, (B, Hs, Ws, C).
+
+    Args:
+        pixels: Pixels (B, C, H, W).
+        association: Association (B, 9, H, W).
+        weights: Divisor of each token, (B, Hs, Ws) float32; None for plain sums.
+        h: Height of a cell.
+        w: Width of a cell.
+        dtype: Dtype of the result.
+    """
+    return _launch(pixels, None, association, h, w, pixels.dtype, weights=weights, dtype=dtype)[0]
+
+
 @_on_its_device
-def group(
+def _launch(
     pixels: torch.Tensor,
     tokens: torch.Tensor | None,
     association: torch.Tensor | None,
@@ -450,15 +543,26 @@ def group(
     w: int,
     compute: torch.dtype,
     is_softmax: bool = False,
-    sums: bool = True,
+    aggregates: bool = True,
     weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compares pixels (B, C, H, W) with tokens (B, Hs, Ws, C), or without tokens reads the association; and sums them.
+    """Launches `associate_and_aggregate_kernel` and, if needed, `sum_tiles_kernel`.
+
+    Args:
+        pixels: Pixels (B, C, H, W).
+        tokens: Super tokens (B, Hs, Ws, C) to associate the pixels with; None to read the association.
+        association: Association (B, 9, H, W), read without `tokens` and written with them; None to write nothing.
+        h: Height of a cell.
+        w: Width of a cell.
+        compute: Dtype of the products.
+        is_softmax: Whether to apply scale and softmax, and to divide the sums by the weights.
+        aggregates: Whether to sum the pixels.
+        weights: Divisor of each token, (B, Hs, Ws) float32; None for plain sums, or with `is_softmax`.
+        dtype: Dtype of the sums; None for that of the pixels.
 
     Returns:
-        The weighted sums (B, Hs, Ws, C) of that dtype: means with `is_softmax`, or divided by the weights given; and
-        the weights (B, Hs, Ws). Without `sums`, both are empty.
+        Sums or means (B, Hs, Ws, C) and weights (B, Hs, Ws). Both are empty without `aggregates`.
     """
     B, C, H, W = pixels.shape
     Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
@@ -466,15 +570,15 @@ def group(
     cells, block_c = tile["TILE"], tile["BLOCK_C"]
     tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
     slots = (cells + 2) ** 2
-    parts = pixels.new_empty(tiles if sums else 0, slots, C, dtype=torch.float32)
-    part_weights = pixels.new_empty(tiles if is_softmax else 0, slots, dtype=torch.float32)
+    tile_sums = pixels.new_empty(tiles if aggregates else 0, slots, C, dtype=torch.float32)
+    tile_weights = pixels.new_empty(tiles if is_softmax else 0, slots, dtype=torch.float32)
     blocks = triton.cdiv(C, block_c)
-    group_kernel[(tiles, blocks if sums else 1)](
+    associate_and_aggregate_kernel[(tiles, blocks if aggregates else 1)](
         pixels,
         pixels if tokens is None else tokens,
         pixels if association is None else association,
-        parts,
-        part_weights,
+        tile_sums,
+        tile_weights,
         H,
         W,
         Hs,
@@ -485,25 +589,25 @@ def group(
         C**-0.5 / math.log(2),
         **tile,
         IS_ONE_BLOCK=blocks == 1,
-        READS_ASSOCIATION=tokens is None,
+        ASSOCIATES=tokens is not None,
         IS_SOFTMAX=is_softmax,
         WRITES_ASSOCIATION=tokens is not None and association is not None,
-        SUMS=sums,
+        AGGREGATES=aggregates,
         INDEX=_index(pixels, association),
         COMPUTE=DTYPES[compute],
         PRECISION=_precision(compute),
     )
-    summed = pixels.new_empty(B, Hs, Ws, C, dtype=dtype) if sums else parts
+    sums = pixels.new_empty(B, Hs, Ws, C, dtype=dtype) if aggregates else tile_sums
     reads_weights = weights is not None
     if weights is None:
         weights = pixels.new_empty((B, Hs, Ws) if is_softmax else 0, dtype=torch.float32)
-    if sums:
+    if aggregates:
         block_t = max(1, 2048 // block_c)
-        finish_kernel[(triton.cdiv(B * Hs * Ws, block_t), blocks)](
-            parts,
-            part_weights,
+        sum_tiles_kernel[(triton.cdiv(B * Hs * Ws, block_t), blocks)](
+            tile_sums,
+            tile_weights,
             weights,
-            summed,
+            sums,
             B * Hs * Ws,
             Hs,
             Ws,
@@ -514,14 +618,23 @@ def group(
             SUMS_WEIGHTS=is_softmax,
             READS_WEIGHTS=reads_weights,
         )
-    return summed, weights
+    return sums, weights
 
 
 @_on_its_device
 def upsample(
     tokens: torch.Tensor, association: torch.Tensor, weights: torch.Tensor | None, pixels: torch.Tensor, h: int, w: int
 ) -> None:
-    """Mixes tokens (B, Hs, Ws, C), over their weights (B, Hs, Ws) if given, into pixels (B, C, H, W)."""
+    """Computes the weighted sum of the nine neighbor tokens for each pixel.
+
+    Args:
+        tokens: Super tokens (B, Hs, Ws, C).
+        association: Association (B, 9, H, W).
+        weights: Divisor of each token, (B, Hs, Ws) float32; None for no division.
+        pixels: Output (B, C, H, W), channels_last.
+        h: Height of a cell.
+        w: Width of a cell.
+    """
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[1:3]
     tile = _tile(h, w, C, tokens.dtype, pixels.dtype)
@@ -546,5 +659,8 @@ def upsample(
 
 
 def check_driver() -> None:
-    """Asks Triton for the GPU that it compiles for; raises what Triton does without a driver or a C compiler."""
+    """Checks that Triton finds a GPU.
+
+    Without a driver or a C compiler, Triton raises exceptions of any type.
+    """
     triton.runtime.driver.active.get_current_target()

@@ -1,32 +1,32 @@
-"""Super token sampling and upsampling in graphs that are exported.
+"""Super token sampling and upsampling for exported graphs.
 
-Computes what `stvit.ops.reference` computes, to rounding, from operators that converters for phones and boards know.
-The reference cuts the image into cells with a tensor of rank 6. Core ML accepts rank 5, ncnn rank 4 and a batch of one.
-Here the columns of a cell and the channels share an axis: cutting needs rank 5, everything else rank 4 or less. The
-batch stays the first axis everywhere, because ncnn removes it.
-
-Shapes: as in stvit/ops/reference.py, and
-    S        super tokens, Hs * Ws
+The results are those of `stvit.ops.reference` up to rounding. The operators are supported by converters for phones and
+embedded devices: Core ML accepts tensors of rank 5, ncnn of rank 4 with a batch of one. The reference cuts an image
+into cells with a tensor of rank 6. Here, the columns of a cell and the channels share an axis, so cutting needs rank 5
+and everything else rank 4 or less. The batch is always the first axis, because ncnn removes it.
 
 No function branches on the value of a size, so that one graph serves all sizes.
+
+Shapes: as in stvit/ops/reference.py, and
+    S        number of super tokens, Hs * Ws
 """
 
 import torch
 import torch.nn.functional as F
 
-# torch 2.6 cannot tell export from compilation: its torch.export gets the reference.
+# torch 2.6 cannot tell torch.export from torch.compile, so its exported programs use the reference.
 _is_torch_export = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def is_exporting() -> bool:
-    """Returns whether torch.jit.trace, torch.onnx or torch.export records a graph now."""
+    """Returns whether torch.jit.trace, torch.onnx or torch.export records a graph."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _is_torch_export()
 
 
 def sample_super_tokens(
     x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `stvit.ops.sample_super_tokens`, which checks the arguments."""
+    """Implements `stvit.ops.sample_super_tokens`, which checks the arguments."""
     B, C, H, W = x.shape
     Hs, Ws = _grid(H, W, stoken_size)
     cells = _to_cells(x, stoken_size)  # (B, S, P, C)
@@ -42,9 +42,9 @@ def sample_super_tokens(
 def upsample_super_tokens(
     tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]
 ) -> torch.Tensor:
-    """See `stvit.ops.upsample_super_tokens`, which checks the arguments."""
+    """Implements `stvit.ops.upsample_super_tokens`, which checks the arguments."""
     H, W = association.shape[2], association.shape[3]
-    if association.dtype != tokens.dtype:  # a recorded conversion would keep a traced model from being cast
+    if association.dtype != tokens.dtype:  # without this condition, a traced model could not be cast to another dtype
         association = association.to(tokens.dtype)
     weights = _to_cells(association, stoken_size)  # (B, S, P, 9)
     neighbors = _gather_neighbors(tokens).transpose(2, 3)  # (B, S, 9, C)
@@ -57,18 +57,36 @@ def _grid(H: int, W: int, stoken_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _associate(cells: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Pixels (B, S, P, C) and super tokens (B, C, Hs, Ws) to the association (B, S, P, 9) (equation 3)."""
+    """Returns the association of pixels with their neighbor tokens (equation 3).
+
+    Args:
+        cells: Pixels (B, S, P, C).
+        tokens: Super tokens (B, C, Hs, Ws).
+
+    Returns:
+        Association (B, S, P, 9).
+    """
     # Scaling the tokens before the product keeps float16 from overflowing, as in the reference.
     neighbors = _gather_neighbors(tokens * tokens.shape[1] ** -0.5)  # (B, S, C, 9)
     return torch.matmul(cells, neighbors).softmax(dim=3)
 
 
 def _aggregate(cells: torch.Tensor, association: torch.Tensor, Hs: int, Ws: int) -> torch.Tensor:
-    """Pixels (B, S, P, C) and the association (B, S, P, 9) to super tokens (B, C, Hs, Ws) (equation 4)."""
+    """Returns super tokens, the weighted means of pixels (equation 4).
+
+    Args:
+        cells: Pixels (B, S, P, C).
+        association: Association (B, S, P, 9).
+        Hs: Rows of super tokens.
+        Ws: Columns of super tokens.
+
+    Returns:
+        Super tokens (B, C, Hs, Ws).
+    """
     B, _, _, C = cells.shape
     dtype = cells.dtype
     is_reduced = dtype in (torch.float16, torch.bfloat16)
-    if is_reduced:  # the sums would overflow or lose precision
+    if is_reduced:  # sums in reduced precision would overflow or lose precision
         cells, association = cells.float(), association.float()
     weighted = torch.matmul(association.transpose(2, 3), cells)  # (B, S, 9, C)
     weight = association.sum(dim=2).unsqueeze(3)  # (B, S, 9, 1)
@@ -79,7 +97,7 @@ def _aggregate(cells: torch.Tensor, association: torch.Tensor, Hs: int, Ws: int)
 
 
 def _to_cells(x: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
-    """(B, C, H, W) to (B, S, P, C), with zeros at the right and at the bottom."""
+    """Cuts pixels into zero-padded cells, (B, C, H, W) to (B, S, P, C)."""
     h, w = stoken_size
     B, C, H, W = x.shape
     Hs, Ws = _grid(H, W, stoken_size)
@@ -93,7 +111,7 @@ def _to_cells(x: torch.Tensor, stoken_size: tuple[int, int]) -> torch.Tensor:
 
 
 def _from_cells(cells: torch.Tensor, stoken_size: tuple[int, int], H: int, W: int) -> torch.Tensor:
-    """(B, S, P, C) to (B, C, H, W), the inverse of `_to_cells`."""
+    """Inverts `_to_cells`, (B, S, P, C) to (B, C, H, W)."""
     h, w = stoken_size
     B, _, _, C = cells.shape
     Hs, Ws = _grid(H, W, stoken_size)
@@ -109,17 +127,20 @@ def _from_cells(cells: torch.Tensor, stoken_size: tuple[int, int], H: int, W: in
 def _has_symbolic_sizes(x: torch.Tensor) -> bool:
     """Returns whether torch.export records a graph for a range of sizes.
 
-    torch.export proves, for all sizes, each relation that an operation needs. It finds no proof that Hs * h rows can be
-    reshaped to (Hs, h), nor that a slice of H rows ends inside them.
+    torch.export must prove the conditions of each operation for all sizes. It cannot prove that Hs * h rows can be
+    reshaped to (Hs, h), or that a slice of H rows ends inside them.
     """
-    # Sizes look like integers in strict mode, which is dynamo's.
+    # In strict mode, which uses dynamo, symbolic sizes look like integers.
     return _is_torch_export() and (torch.compiler.is_dynamo_compiling() or not all(isinstance(n, int) for n in x.shape))
 
 
 def _gather_neighbors(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, C, Hs, Ws) to (B, S, C, 9), with zeros outside the grid."""
+    """Gathers the nine neighbors of each token, (B, C, Hs, Ws) to (B, S, C, 9).
+
+    Neighbors outside the grid are zeros.
+    """
     B, C, Hs, Ws = tokens.shape
-    # One axis after the other: six slices instead of nine in both axes.
+    # One axis after the other needs six slices. Both axes at once would need nine.
     padded = F.pad(tokens, (1, 1, 1, 1))
     rows = torch.cat([padded[:, :, :, j : j + Ws] for j in range(3)], dim=1)  # (B, 3 * C, Hs + 2, Ws)
     neighbors = torch.cat([rows[:, :, i : i + Hs] for i in range(3)], dim=1)  # (B, 9 * C, Hs, Ws)
@@ -127,7 +148,15 @@ def _gather_neighbors(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_neighbors(parts: torch.Tensor, C: int) -> torch.Tensor:
-    """Sums what each cell gives to its nine neighbors, (B, 9 * C, Hs, Ws) to (B, C, Hs, Ws)."""
+    """Sums the parts that each cell contributes to its nine neighbors.
+
+    Args:
+        parts: Parts (B, 9 * C, Hs, Ws).
+        C: Number of channels.
+
+    Returns:
+        Sums (B, C, Hs, Ws).
+    """
     Hs, Ws = parts.shape[2], parts.shape[3]
     padded = F.pad(parts, (1, 1, 1, 1))
     up, middle, down = padded[:, : 3 * C], padded[:, 3 * C : 6 * C], padded[:, 6 * C :]

@@ -1,17 +1,18 @@
-"""Super token sampling and upsampling in Triton: what the reference computes, with fewer bytes moved.
+"""Super token sampling and upsampling in Triton, with little memory traffic.
 
-Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/2211.11167, sections 3.2 and 3.3. Here
-are the operators that PyTorch sees; stvit/ops/kernels.py, and with it Triton, is imported when the first of them runs.
+Source: "Vision Transformer with Super Token Sampling", https://arxiv.org/abs/2211.11167, sections 3.2 and 3.3.
 
-Bytes: sampling reads x for the means of the cells and again for the association, last tile first, so that what the
-first reading has left in the cache is met again. The association is kept, in the dtype that is computed in: nine
-numbers a pixel, where computing it again, for upsampling and for each backward, would read all C of its channels. So x
-is read for sampling alone. What tiles owe to tokens goes through memory too: four float32 numbers for each cell and
-channel.
+This module defines the custom operators that PyTorch sees. The first call of an operator imports stvit/ops/kernels.py
+and Triton.
 
-Autograd: upsample, aggregate and compare are the partial derivatives of one form, the sum over pixels p and their
-neighbors k of association[p, k] * <tokens[k], pixels[p]>, and therefore each other's backward, however often one
-differentiates.
+Memory traffic: sampling reads x twice, for the means of the cells and for the association. The second pass starts with
+the last tile, which is still in the cache. The association is stored in the dtype of the products. It has nine numbers
+per pixel; computing it again for upsampling and in each backward pass would read all channels of x. The partial sums of
+the tiles take four float32 numbers per cell and channel.
+
+Autograd: `upsample`, `aggregate` and `associate` are the partial derivatives of one trilinear form, the sum over pixels
+p and neighbors k of association[p, k] * <tokens[k], pixels[p]>. Each is computed by the other two in its backward pass,
+so derivatives of any order exist.
 
 Shapes: as in stvit/ops/reference.py
 """
@@ -26,18 +27,18 @@ from stvit.ops.backends import why_no_kernels
 __all__ = ["sample_super_tokens", "upsample_super_tokens"]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators, as torch.compile, export and autocast see them
+# Operators, which torch.compile, export and autocast see as a whole
 
 
 def _kernels(x: torch.Tensor) -> ModuleType:
-    """The module of the kernels.
+    """Imports and returns the module of the kernels.
 
     Raises:
-        ValueError: If they cannot run on x: the operators may come out of a program that was exported elsewhere.
+        ValueError: If the kernels cannot run on x. A program that was exported on another machine can cause this.
     """
     reason = why_no_kernels(x.device.type, x.device.index, x.dtype)
     if reason:
-        raise ValueError(f"the operators of Triton cannot run: {reason}")
+        raise ValueError(f"the Triton operators cannot run: {reason}")
     from stvit.ops import kernels
 
     return kernels
@@ -48,36 +49,48 @@ def _grid_size(H: int, W: int, h: int, w: int) -> tuple[int, int]:
 
 
 def _cells_last(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, C, Hs, Ws) to (B, Hs, Ws, C), contiguous; a copy of few, unless they are channels_last."""
+    """Permutes tokens (B, C, Hs, Ws) to contiguous (B, Hs, Ws, C).
+
+    Tokens in channels_last are not copied.
+    """
     return tokens.permute(0, 2, 3, 1).contiguous()
 
 
 def _new_map(like: torch.Tensor, B: int, C: int, H: int, W: int, dtype: torch.dtype) -> torch.Tensor:
-    """(B, C, H, W), channels_last."""
+    """Allocates a tensor (B, C, H, W) in channels_last on the device of `like`."""
     return like.new_empty(B, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("stvit::sample", mutates_args=())
-def sample(
+@torch.library.custom_op("stvit::associate_and_aggregate", mutates_args=())
+def associate_and_aggregate(
     x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Super tokens (B, C, Hs, Ws) of x's dtype, association (B, 9, H, W) of `dtype`, and each token's sum of weights.
+    """Samples super tokens: `n_iter` rounds of association and aggregation.
 
-    `dtype` is that of all products; the sums are (B, Hs, Ws).
+    Args:
+        x: Pixels (B, C, H, W).
+        h: Height of a cell.
+        w: Width of a cell.
+        n_iter: Number of rounds.
+        dtype: Dtype of the products and of the association.
+
+    Returns:
+        Super tokens (B, C, Hs, Ws) in the dtype of x, association (B, 9, H, W), and the sum of weights of each token,
+        (B, Hs, Ws) float32.
     """
     if x.numel() == 0:
-        return _sample_fake(x, h, w, n_iter, dtype)
+        return _associate_and_aggregate_fake(x, h, w, n_iter, dtype)
     association = _new_map(x, x.shape[0], 9, x.shape[2], x.shape[3], dtype)
     kernels = _kernels(x)
     cells = kernels.mean(x, h, w)
     for _ in range(n_iter - 1):
-        cells, _ = kernels.group(x, cells, None, h, w, dtype, is_softmax=True)
-    cells, weights = kernels.group(x, cells, association, h, w, dtype, is_softmax=True)
+        cells, _ = kernels.associate_and_aggregate(x, cells, None, h, w, dtype)
+    cells, weights = kernels.associate_and_aggregate(x, cells, association, h, w, dtype)
     return cells.permute(0, 3, 1, 2), association, weights
 
 
-@sample.register_fake
-def _sample_fake(
+@associate_and_aggregate.register_fake
+def _associate_and_aggregate_fake(
     x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C, H, W = x.shape
@@ -95,7 +108,16 @@ def upsample(
     w: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Pixels (B, C, H, W) of `dtype`, products in that of the tokens; each token divided by its weight if given."""
+    """Returns the association-weighted sum of tokens for each pixel, (B, C, H, W).
+
+    Args:
+        tokens: Super tokens (B, C, Hs, Ws). Their dtype is that of the products.
+        association: Association (B, 9, H, W).
+        weights: Divisor of each token, (B, Hs, Ws) float32; None for no division.
+        h: Height of a cell.
+        w: Width of a cell.
+        dtype: Dtype of the result.
+    """
     pixels = _upsample_fake(tokens, association, weights, h, w, dtype)
     if pixels.numel() == 0:
         return pixels
@@ -124,12 +146,20 @@ def aggregate(
     w: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Sums (B, C, Hs, Ws) of `dtype` of the pixels around, products in that of the pixels; over weights if given."""
+    """Returns the association-weighted sums of pixels for each token, (B, C, Hs, Ws).
+
+    Args:
+        pixels: Pixels (B, C, H, W). Their dtype is that of the products.
+        association: Association (B, 9, H, W).
+        weights: Divisor of each token, (B, Hs, Ws) float32; None for plain sums.
+        h: Height of a cell.
+        w: Width of a cell.
+        dtype: Dtype of the result.
+    """
     tokens = _aggregate_fake(pixels, association, weights, h, w, dtype)
     if pixels.numel() == 0:
         return tokens.zero_()
-    cells, _ = _kernels(pixels).group(pixels, None, association, h, w, pixels.dtype, weights=weights, dtype=dtype)
-    return cells.permute(0, 3, 1, 2)
+    return _kernels(pixels).aggregate(pixels, association, weights, h, w, dtype).permute(0, 3, 1, 2)
 
 
 @aggregate.register_fake
@@ -145,18 +175,28 @@ def _aggregate_fake(
     return _new_map(pixels, B, C, *_grid_size(H, W, h, w), dtype)
 
 
-@torch.library.custom_op("stvit::compare", mutates_args=())
-def compare(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scalar products (B, 9, H, W) of `dtype` of each pixel with the tokens around, in that of the pixels."""
-    products = _compare_fake(pixels, tokens, h, w, dtype)
+@torch.library.custom_op("stvit::associate", mutates_args=())
+def associate(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the scalar products of each pixel with its neighbors, (B, 9, H, W).
+
+    Unlike `reference.associate`, this operator applies no scale and no softmax.
+
+    Args:
+        pixels: Pixels (B, C, H, W). Their dtype is that of the products.
+        tokens: Super tokens (B, C, Hs, Ws).
+        h: Height of a cell.
+        w: Width of a cell.
+        dtype: Dtype of the result.
+    """
+    products = _associate_fake(pixels, tokens, h, w, dtype)
     if pixels.numel() == 0:
         return products.zero_()
-    _kernels(pixels).group(pixels, _cells_last(tokens), products, h, w, pixels.dtype, sums=False)
+    _kernels(pixels).associate(pixels, _cells_last(tokens), products, h, w)
     return products
 
 
-@compare.register_fake
-def _compare_fake(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
+@associate.register_fake
+def _associate_fake(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
     return _new_map(pixels, pixels.shape[0], 9, pixels.shape[2], pixels.shape[3], dtype)
 
 
@@ -164,19 +204,19 @@ def _compare_fake(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dt
 # Autograd
 
 
-def _keep_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_association(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, ctx.h, ctx.w, _, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(*output[1:])
 
 
-def _sample_backward(ctx: Any, grad_tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    association, weights = (kept.detach() for kept in ctx.saved_tensors)  # held constant (section 3.2)
+def _associate_and_aggregate_backward(ctx: Any, grad_tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    association, weights = (saved.detach() for saved in ctx.saved_tensors)  # constants (section 3.2)
     grad_x = upsample(grad_tokens.to(association.dtype), association, weights, ctx.h, ctx.w, ctx.dtype)
     return grad_x, None, None, None, None
 
 
-def _keep_weighted(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     values, association, weights, ctx.h, ctx.w, _ = inputs
     ctx.save_for_backward(values, association, weights)
 
@@ -187,7 +227,7 @@ def _upsample_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | Non
     if ctx.needs_input_grad[0]:
         grad_tokens = aggregate(grad, association, weights, ctx.h, ctx.w, tokens.dtype)
     if ctx.needs_input_grad[1]:
-        grad_association = compare(grad, tokens, ctx.h, ctx.w, association.dtype)
+        grad_association = associate(grad, tokens, ctx.h, ctx.w, association.dtype)
     return grad_tokens, grad_association, None, None, None, None
 
 
@@ -197,16 +237,16 @@ def _aggregate_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
     if ctx.needs_input_grad[0]:
         grad_pixels = upsample(grad, association, weights, ctx.h, ctx.w, pixels.dtype)
     if ctx.needs_input_grad[1]:
-        grad_association = compare(pixels, grad, ctx.h, ctx.w, association.dtype)
+        grad_association = associate(pixels, grad, ctx.h, ctx.w, association.dtype)
     return grad_pixels, grad_association, None, None, None, None
 
 
-def _keep_compared(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_products(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     pixels, tokens, ctx.h, ctx.w, _ = inputs
     ctx.save_for_backward(pixels, tokens)
 
 
-def _compare_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _associate_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     pixels, tokens = ctx.saved_tensors
     grad_pixels = grad_tokens = None
     if ctx.needs_input_grad[0]:
@@ -216,35 +256,36 @@ def _compare_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
     return grad_pixels, grad_tokens, None, None, None
 
 
-sample.register_autograd(_sample_backward, setup_context=_keep_sample)
-upsample.register_autograd(_upsample_backward, setup_context=_keep_weighted)
-aggregate.register_autograd(_aggregate_backward, setup_context=_keep_weighted)
-compare.register_autograd(_compare_backward, setup_context=_keep_compared)
+associate_and_aggregate.register_autograd(_associate_and_aggregate_backward, setup_context=_save_association)
+upsample.register_autograd(_upsample_backward, setup_context=_save_weighted_sum)
+aggregate.register_autograd(_aggregate_backward, setup_context=_save_weighted_sum)
+associate.register_autograd(_associate_backward, setup_context=_save_products)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The backend's functions
+# Functions of the backend
 
 
 def sample_super_tokens(
     x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `stvit.ops.sample_super_tokens`; the arguments have been checked there.
+    """Implements `stvit.ops.sample_super_tokens`, which checks the arguments.
 
-    Under autocast the products are of its dtype, and so is the association.
+    Under autocast, products and association have the dtype of autocast.
     """
-    tokens, association, _ = sample(x, *stoken_size, n_iter, _compute_dtype(x))
+    tokens, association, _ = associate_and_aggregate(x, *stoken_size, n_iter, _compute_dtype(x))
     return tokens, association.detach()
 
 
 def upsample_super_tokens(
     tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]
 ) -> torch.Tensor:
-    """See `stvit.ops.upsample_super_tokens`; the arguments have been checked there."""
+    """Implements `stvit.ops.upsample_super_tokens`, which checks the arguments."""
     tokens = tokens.to(_compute_dtype(tokens))
     return upsample(tokens, association, None, *stoken_size, tokens.dtype)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of products with x, which depends on autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
