@@ -1,4 +1,4 @@
-"""Opens image files. All commands use this module, so that they see the same pixels.
+"""Opens image files. All commands use it, so that they see the same pixels.
 
 Every image becomes RGB or gray (L) with 8 bits per channel. The rules:
 
@@ -75,7 +75,7 @@ FLOAT_PROBLEM = "floating point pixels, whose values of black and white are unkn
 
 
 class UnreadableImageError(ValueError):
-    """Raised when a file is not a readable image, or when an image cannot be converted.
+    """Raised when a file is not a readable image or an image cannot be converted.
 
     Attributes:
         problem: Message without the name of the file.
@@ -109,7 +109,9 @@ def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int
 
 
 def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Converts an image to RGB or gray, following the rules of this module but without rotating it.
+    """Converts an image to RGB or gray, following the rules of this module.
+
+    The image is not rotated.
 
     Args:
         image: Image of any mode.
@@ -191,7 +193,9 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
 
 
 def _check_scans(file: BinaryIO, name: str) -> None:
-    """Refuses a JPEG file with so many scans that a small file would take minutes to decode.
+    """Refuses a JPEG file with too many scans.
+
+    A small file with many scans takes minutes to decode.
 
     Raises:
         UnreadableImageError: If the file has more than `MAX_SCANS` scans.
@@ -207,7 +211,10 @@ def _check_scans(file: BinaryIO, name: str) -> None:
 
 
 def _count_scans(content: bytes) -> int:
-    """Returns the number of scans of a JPEG file, 1 if the first scan contains the whole image."""
+    """Returns the number of scans of a JPEG file.
+
+    The number is 1 if the first scan contains the whole image.
+    """
     position, scans, components, is_progressive = 2, 0, b"", False
     while (match := _JPEG_MARKER.search(content, position)) is not None:
         marker, position = match[0][1], match.end()
@@ -237,7 +244,7 @@ def _has_float_samples(file: BinaryIO) -> bool:
 
 
 def _scale_transparency(image: ImageFile) -> None:
-    """Scales the transparent color of a PNG file like its pixels, which Pillow scales when it loads them.
+    """Scales the transparent color of a PNG file as Pillow scales its pixels.
 
     Args:
         image: Image that is opened but not loaded.

@@ -1,6 +1,7 @@
-"""Optimizes a model for inference: folds constants, stores weights as channels_last, computes MLPs in tiles.
+"""Optimizes a model for inference.
 
-Batch normalizations are folded with torch.fx. This works for any timm model that torch.fx can trace.
+Constants are folded, weights become channels_last, and MLPs are computed in tiles. Batch normalizations are folded with
+torch.fx. This works for any timm model that torch.fx can trace.
 
 Shapes: as in stvit/stvit.py
 """
@@ -30,7 +31,7 @@ MIN_TILE_ROWS = 8
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model that is faster and smaller in inference but cannot be trained.
+    """Returns a copy that is faster and smaller in inference but cannot be trained.
 
     - Batch normalizations are folded into the convolution before them, or into a 1x1 convolution after them.
     - `x + depthwise(x)` becomes one depthwise convolution whose kernel has a 1 added at its center. This applies to
@@ -138,7 +139,10 @@ class _Tracer(fx.Tracer):
 
 
 class _CarefulTracer(_Tracer):
-    """Traces only modules that contain a batch normalization, because other modules may branch on sizes."""
+    """Traces only modules that contain a batch normalization.
+
+    Other modules may branch on sizes, which torch.fx cannot trace.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in m.modules())
@@ -147,7 +151,7 @@ class _CarefulTracer(_Tracer):
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> int:
-    """Folds batch normalizations into neighboring convolutions in place and returns their number.
+    """Folds batch normalizations into convolutions in place and returns their number.
 
     A batch normalization is folded into the convolution before it, or into a 1x1 convolution after it, if no other
     module uses the tensor between them. The running statistics are used, also in training mode. The convolutions keep
@@ -198,7 +202,7 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 
 def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> nn.Conv2d | None:
-    """Returns the plain convolution that a node calls, or None if other nodes call it too."""
+    """Returns the plain convolution that only this node calls, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or targets.count(node.target) > 1:
         return None
     module = modules.get(str(node.target))
@@ -258,7 +262,7 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _set_computed_weights(module: nn.Module) -> None:
-    """Replaces weights that are computed at each call by their current values, in place."""
+    """Replaces computed weights by their current values in place."""
     if parametrize.is_parametrized(module):
         # remove_parametrizations would edit the class, which a copy shares with its original.
         parametrizations: Any = module.parametrizations
@@ -380,14 +384,21 @@ def _may_tile(x: torch.Tensor) -> bool:
 
 
 def _parts(length: int, limit: int) -> Iterator[range]:
-    """Splits `range(length)` into as few parts of at most `limit` as possible; sizes differ by at most one."""
+    """Splits `range(length)` into as few parts of at most `limit` as possible.
+
+    The lengths differ by at most one.
+    """
     count = -(-length // limit)
     for i in range(count):
         yield range(length * i // count, length * (i + 1) // count)
 
 
 def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
-    """Folds a layer scale into the convolution before it and returns the module that replaces the scale."""
+    """Folds a layer scale into the convolution before it.
+
+    Returns:
+        The module that replaces the layer scale.
+    """
     if not isinstance(scale, LayerScale2d) or not _is_plain(conv):
         return scale
     gamma = scale.gamma.double()

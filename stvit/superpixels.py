@@ -18,7 +18,7 @@ __all__ = ["boundaries", "boundary_recall", "undersegmentation_error"]
 def boundary_recall(
     regions: np.ndarray, truth: np.ndarray, tolerance: int | None = None, void: int | None = None
 ) -> float:
-    """Returns the fraction of the true boundary that lies near a boundary of the regions.
+    """Returns the fraction of the true boundary that lies near a region boundary.
 
     1 is best. More regions never lower the value, so compare maps with the same number of regions.
 
@@ -43,10 +43,10 @@ def boundary_recall(
 
 
 def undersegmentation_error(regions: np.ndarray, truth: np.ndarray, void: int | None = None) -> float:
-    """Returns the fraction of pixels by which regions leak over true outlines, from 0 to 1.
+    """Returns the fraction of pixels by which regions leak over true outlines.
 
-    0 is best. A true segment divides each region that it overlaps into a part inside and a part outside the segment.
-    The smaller part counts as the leak.
+    The range is 0 to 1, and 0 is best. A true segment divides each region that it overlaps into a part inside and a
+    part outside the segment. The smaller part counts as the leak.
 
     Args:
         regions: Region of each pixel, (H, W).
@@ -68,7 +68,9 @@ def undersegmentation_error(regions: np.ndarray, truth: np.ndarray, void: int | 
 
 
 def boundaries(regions: np.ndarray, void: int | None = None) -> np.ndarray:
-    """Returns a mask (H, W) of the pixels that have a neighbor of another value above, below, left or right.
+    """Returns a mask (H, W) of the pixels at region boundaries.
+
+    These pixels have a neighbor of another value above, below, left or right.
 
     Args:
         regions: Region of each pixel, (H, W).

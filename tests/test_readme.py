@@ -54,7 +54,7 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
     assert (scope["published"].num_classes, scope["flowers"].num_classes) == (1000, 4)
     assert scope["scores"].shape == (8, 10)
-    assert scope["view"].labels.shape == (540, 405) and Image.open("association.png").size == (405, 540)
+    assert scope["view"].assignment.shape == (540, 405) and Image.open("association.png").size == (405, 540)
     assert torch.equal(scope["model"].head.fc.weight, weights["head.weight"])
 
 

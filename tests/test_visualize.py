@@ -30,7 +30,7 @@ from stvit.ops import upsample_super_tokens
 from stvit.tools import train_cls
 from stvit.tools import visualize as command
 from stvit.tools.common import viewing
-from stvit.visualize import super_tokens
+from stvit.visualize import draw, super_tokens
 
 BUS = ASSETS / "bus.jpg"
 
@@ -74,11 +74,11 @@ def test_arrays_are_what_the_layer_computes(model: Any, stage: int, size: tuple[
     attention = model.stages[stage].blocks[-1].attn
     inside, output = run_through(attention, lambda: model(x))
     height, width = inside.shape[2:]
-    assert view.soft.shape == (9, height, width)
+    assert view.association.shape == (9, height, width)
     assert view.stride == (4 * 2**stage if max(size) > 1 else 1)  # which cannot be seen of one pixel
     assert view.layer == f"stages.{stage}.blocks.0.attn" and view.stoken_size == (8 // 2**stage,) * 2
     upsampled = upsample_super_tokens(
-        torch.tensor(view.features)[None], torch.tensor(view.soft)[None], view.stoken_size
+        torch.tensor(view.features)[None], torch.tensor(view.association)[None], view.stoken_size
     )
     torch.testing.assert_close(upsampled, output)
 
@@ -96,14 +96,14 @@ def test_arrays_are_what_the_layer_computes(model: Any, stage: int, size: tuple[
                 scores.append(pixels[:, i, j] @ means[:, row, column] / len(pixels) ** 0.5 if is_there else 0.0)
                 numbers.append(row * columns + column if is_there else -1)
         weights = np.exp(scores) / np.exp(scores).sum()
-        np.testing.assert_allclose(view.soft[:, i, j], weights, atol=1e-5)
+        np.testing.assert_allclose(view.association[:, i, j], weights, atol=1e-5)
         assert view.candidates[:, i, j].tolist() == numbers
         best = max((weight, number) for weight, number in zip(weights, numbers, strict=True) if number >= 0)
-        assert view.hard[i, j] == best[1]
+        assert view.map_assignment[i, j] == best[1]
         for token in set(numbers) - {-1}:
             assert (
-                view.association(token)[min(i * view.stride, size[0] - 1), min(j * view.stride, size[1] - 1)]
-                == (view.soft[numbers.index(token), i, j])
+                view.association_map(token)[min(i * view.stride, size[0] - 1), min(j * view.stride, size[1] - 1)]
+                == (view.association[numbers.index(token), i, j])
             )
 
 
@@ -113,9 +113,9 @@ def test_attention_is_what_makes_the_features() -> None:
     attention = model.stages[1].blocks[-1].attn
     n, heads = view.grid[0] * view.grid[1], attention.num_heads
     assert n > 36 and heads == 2
-    weights = np.stack([[view.attention(token, head).ravel() for token in range(n)] for head in range(heads)])
+    weights = np.stack([[view.attention_map(token, head).ravel() for token in range(n)] for head in range(heads)])
     np.testing.assert_allclose(weights.sum(axis=2), 1, rtol=1e-5)
-    np.testing.assert_allclose(view.attention(3).ravel(), weights.mean(axis=0)[3], rtol=1e-5)
+    np.testing.assert_allclose(view.attention_map(3).ravel(), weights.mean(axis=0)[3], rtol=1e-5)
     with torch.no_grad():
         values = attention.project(torch.tensor(view.tokens)[None])[2][0]  # (heads, N, C / heads)
         mixed = torch.tensor(weights).float() @ values
@@ -144,11 +144,11 @@ def test_every_way_to_give_an_image(model: Any, tmp_path: Path) -> None:
         )
     ]
     for view in views:
-        np.testing.assert_allclose(view.soft, views[0].soft, atol=1e-6)
+        np.testing.assert_allclose(view.association, views[0].association, atol=1e-6)
         assert np.array_equal(np.array(view.image), np.array(image))
-    assert not np.allclose(super_tokens(model, tensor * std + mean).soft, views[0].soft, atol=1e-3)
+    assert not np.allclose(super_tokens(model, tensor * std + mean).association, views[0].association, atol=1e-3)
     other = super_tokens(model, image, data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3})
-    assert not np.allclose(other.soft, views[0].soft, atol=1e-3)
+    assert not np.allclose(other.association, views[0].association, atol=1e-3)
 
 
 def test_other_channels() -> None:
@@ -156,12 +156,12 @@ def test_other_channels() -> None:
     view = super_tokens(gray, photo())
     mean = sum(gray.pretrained_cfg["mean"]) / 3, sum(gray.pretrained_cfg["std"]) / 3
     pixels = (torch.from_numpy(np.array(photo().convert("L")))[None, None] / 255 - mean[0]) / mean[1]
-    np.testing.assert_allclose(super_tokens(gray, pixels).soft, view.soft, atol=1e-6)
+    np.testing.assert_allclose(super_tokens(gray, pixels).association, view.association, atol=1e-6)
     assert super_tokens(gray, pixels).image.mode == "RGB"
-    assert np.array_equal(super_tokens(gray, np.array(photo())).soft, view.soft)
+    assert np.array_equal(super_tokens(gray, np.array(photo())).association, view.association)
     four = timm.create_model("test_stvit", in_chans=4)
     assert super_tokens(four, torch.randn(4, 64, 64)).image.size == (64, 64)
-    with pytest.raises(ValueError, match="takes images of 4 channels: those can be given as a normalized tensor alone"):
+    with pytest.raises(ValueError, match=r"takes images of 4 channels; pass a normalized tensor \(4, H, W\)"):
         super_tokens(four, photo())
 
 
@@ -173,14 +173,14 @@ def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) 
         for stage in visualize.stages(net):
             view = super_tokens(net, image, stage)
             n = view.grid[0] * view.grid[1]
-            assert view.labels.shape == size[::-1] == view.association(0).shape
+            assert view.assignment.shape == size[::-1] == view.association_map(0).shape
             padded = tuple(side if net is model else -(-side // 32) * 32 for side in size[::-1])
-            assert view.soft.shape[1:] == tuple(-(-side // view.stride) for side in padded)
-            np.testing.assert_allclose(view.soft.sum(axis=0), 1, rtol=1e-5)
-            shares = np.stack([view.association(token) for token in range(n)])
+            assert view.association.shape[1:] == tuple(-(-side // view.stride) for side in padded)
+            np.testing.assert_allclose(view.association.sum(axis=0), 1, rtol=1e-5)
+            shares = np.stack([view.association_map(token) for token in range(n)])
             assert (shares.sum(axis=0) <= 1 + 1e-5).all()
-            assert np.array_equal(shares.argmax(axis=0), view.labels) or np.allclose(
-                shares.max(axis=0), np.take_along_axis(shares, view.labels[None], 0)[0]
+            assert np.array_equal(shares.argmax(axis=0), view.assignment) or np.allclose(
+                shares.max(axis=0), np.take_along_axis(shares, view.assignment[None], 0)[0]
             )
             assert max(view.draw().size) < 3000
 
@@ -236,7 +236,7 @@ def test_the_same_layer_in_every_dress(model: Any) -> None:
     for name, net in dressed.items():
         assert visualize.stages(net) == [0, 1], name
         view = super_tokens(net, x, 1)
-        np.testing.assert_allclose(view.soft, expected.soft, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(view.association, expected.association, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(view.features, expected.features, atol=1e-4, err_msg=name)
 
 
@@ -253,16 +253,16 @@ def test_detectors(size: tuple[int, int]) -> None:
         yolo.predict(photo(*size), imgsz=max(size), verbose=False)
         images.remove()
         inside, output = run_through(layer, lambda yolo=yolo, seen=seen: yolo.model.eval()(seen[-1]))
-        features, soft = (torch.tensor(a)[None] for a in (view.features, view.soft))
-        expected = upsample_super_tokens(features, soft, view.stoken_size)
+        features, association = (torch.tensor(a)[None] for a in (view.features, view.association))
+        expected = upsample_super_tokens(features, association, view.stoken_size)
         torch.testing.assert_close(expected, output, rtol=1e-4, atol=1e-5)
-        assert view.soft.shape[1:] == inside.shape[2:]
+        assert view.association.shape[1:] == inside.shape[2:]
         top, left = view.offset
         pixels = (seen[-1][0, :, top : top + size[1], left : left + size[0]] * 255).round().byte()
         assert np.array_equal(pixels.permute(1, 2, 0), np.array(photo(*size)))
         place = (100, 60)
         pixel = [(i + before + view.stride // 2) // view.stride for i, before in zip(place, view.offset, strict=True)]
-        assert view.labels[place] == view.hard[tuple(pixel)]
+        assert view.assignment[place] == view.map_assignment[tuple(pixel)]
 
 
 def test_wrappers_keep_the_normalization(model: Any) -> None:
@@ -274,15 +274,19 @@ def test_wrappers_keep_the_normalization(model: Any) -> None:
     for net in (model, other.eval()):
         expected = super_tokens(net, photo())
         for dressed in (nn.Sequential(net), AveragedModel(net), timm.utils.ModelEmaV3(net), nn.DataParallel(net)):
-            np.testing.assert_allclose(super_tokens(dressed, photo()).soft, expected.soft, atol=1e-6)
+            np.testing.assert_allclose(super_tokens(dressed, photo()).association, expected.association, atol=1e-6)
         cfg = net.pretrained_cfg
         inside = nn.Sequential(Normalize(cfg["mean"], cfg["std"]), net)
-        np.testing.assert_allclose(super_tokens(inside, photo()).soft, expected.soft, atol=1e-5)
-    assert not np.allclose(super_tokens(model, photo()).soft, super_tokens(other, photo()).soft, atol=1e-3)
+        np.testing.assert_allclose(super_tokens(inside, photo()).association, expected.association, atol=1e-5)
+    assert not np.allclose(
+        super_tokens(model, photo()).association, super_tokens(other, photo()).association, atol=1e-3
+    )
     bare = stvit.STViT(dims=(16, 32), depths=(1, 1), num_heads=(1, 1), stoken_size=(8, 4)).eval()
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = (torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 255 - mean) / std
-    np.testing.assert_allclose(super_tokens(bare, photo()).soft, super_tokens(bare, pixels).soft, atol=1e-6)
+    np.testing.assert_allclose(
+        super_tokens(bare, photo()).association, super_tokens(bare, pixels).association, atol=1e-6
+    )
 
 
 def test_a_predictor_is_not_yolo(model: Any) -> None:
@@ -294,7 +298,7 @@ def test_a_predictor_is_not_yolo(model: Any) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.backbone(x)
 
-    np.testing.assert_array_equal(super_tokens(Net(), photo()).soft, super_tokens(model, photo()).soft)
+    np.testing.assert_array_equal(super_tokens(Net(), photo()).association, super_tokens(model, photo()).association)
 
 
 def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
@@ -323,7 +327,7 @@ def test_blocks_of_a_stage() -> None:
     assert [len(names) for names in visualize.find_layers(model)] == [1, 2, 3, 1]
     last, first = super_tokens(model, photo(), 1), super_tokens(model, photo(), 1, block=0)
     assert (first.layer, last.layer) == ("stages.1.blocks.0.attn", "stages.1.blocks.1.attn")
-    assert not np.allclose(first.soft, last.soft, atol=1e-3)
+    assert not np.allclose(first.association, last.association, atol=1e-3)
     assert super_tokens(model, photo(), -3).layer == last.layer
 
 
@@ -334,8 +338,8 @@ def test_cells_of_two_sizes_and_more_rounds() -> None:
         x = torch.randn(1, 3, 100, 140)
         view = super_tokens(model, x, stage)
         _, output = run_through(model.stages[stage].blocks[-1].attn, lambda x=x: model(x))
-        features, soft = (torch.tensor(a)[None] for a in (view.features, view.soft))
-        torch.testing.assert_close(upsample_super_tokens(features, soft, view.stoken_size), output)
+        features, association = (torch.tensor(a)[None] for a in (view.features, view.association))
+        torch.testing.assert_close(upsample_super_tokens(features, association, view.stoken_size), output)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -397,7 +401,7 @@ def test_other_threads_use_the_model_meanwhile(dress: str) -> None:
         for viewer in viewers:
             viewer.join()
     for stage in (0, 1):
-        for name in ("soft", "tokens", "features", "queries", "keys"):
+        for name in ("association", "tokens", "features", "queries", "keys"):
             np.testing.assert_array_equal(getattr(views[stage], name), getattr(expected[stage], name))
 
 
@@ -423,7 +427,7 @@ def test_modules_that_hold_their_own_parts(model: Any) -> None:
     model.eval()
     for size in (64, 96):
         x = torch.randn(1, 3, size, size)
-        np.testing.assert_array_equal(super_tokens(net, x).soft, super_tokens(model, x).soft)
+        np.testing.assert_array_equal(super_tokens(net, x).association, super_tokens(model, x).association)
     # Modules compiled in place and scripted ones inside.
     x = torch.randn(1, 3, 64, 64)
     scripted = torch.jit.script(nn.Sequential(nn.Identity(), nn.Dropout(0.9)))
@@ -431,7 +435,7 @@ def test_modules_that_hold_their_own_parts(model: Any) -> None:
     inside = nn.Sequential(scripted, compiled).train()
     model.eval().compile()
     try:
-        np.testing.assert_array_equal(super_tokens(inside, x).soft, super_tokens(net, x).soft)
+        np.testing.assert_array_equal(super_tokens(inside, x).association, super_tokens(net, x).association)
         assert scripted.training
     finally:
         model._compiled_call_impl = None
@@ -469,7 +473,7 @@ def test_random_weights_are_the_same_in_every_thread() -> None:
 
 def test_low_precision(model: Any) -> None:
     view = super_tokens(timm.create_model("test_stvit").to(torch.bfloat16), photo())
-    assert view.soft.dtype == view.features.dtype == np.float32
+    assert view.association.dtype == view.features.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -477,21 +481,21 @@ def test_low_precision(model: Any) -> None:
     [
         (
             {"stage": 2},
-            "stage 2 has no super tokens, for each pixel of its map attends by itself; those that have: 0, 1",
+            "stage 2 has no super tokens, because every pixel is its own token; choose one of the stages 0, 1",
         ),
         ({"stage": 4}, "stage must be from -4 to 3, got 4"),
         ({"block": 1}, "block of stage 0 must be from -1 to 0, got 1"),
-        ({"image": torch.zeros(2, 3, 8, 8)}, r"one normalized image, .3, H, W. or .* got \[2, 3, 8, 8\]"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, r"one normalized image \(3, H, W\) or .* got a tensor \[2, 3, 8, 8\]"),
         ({"image": torch.zeros(1, 1, 8, 8)}, "one normalized image"),
         ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "of torch.uint8"),
-        ({"image": np.zeros((8, 8, 3))}, r"an array must be \(H, W, 3\) .* got \[8, 8, 3\] of float64"),
-        ({"image": np.zeros((0, 8, 3), np.uint8)}, "an array must be"),
-        ({"image": 5}, "image must be a path, PIL's image, an array or a tensor, got int"),
+        ({"image": np.zeros((8, 8, 3))}, r"expected an array \(H, W, 3\) .* got \[8, 8, 3\] of float64"),
+        ({"image": np.zeros((0, 8, 3), np.uint8)}, "expected an array"),
+        ({"image": 5}, "image: expected a path, PIL image, array or tensor, got int"),
         ({"stage": 0.5}, "stage must be from -4 to 3, got 0.5"),
-        ({"data_config": {"mean": (0,)}}, "data_config must have 'mean' and 'std', a number for each channel"),
-        ({"data_config": {"mean": 0.5, "std": 0.5}}, "a number for each channel"),
-        ({"data_config": {"mean": (), "std": ()}}, "of each of the 3 channels"),
-        ({"data_config": {"mean": (0, 0, 0), "std": (1, 1, 0)}}, "above 0, of each of the 3 channels"),
+        ({"data_config": {"mean": (0,)}}, "data_config must have 'mean' and 'std' with one number per channel"),
+        ({"data_config": {"mean": 0.5, "std": 0.5}}, "one number per channel"),
+        ({"data_config": {"mean": (), "std": ()}}, "for each of the 3 channels"),
+        ({"data_config": {"mean": (0, 0, 0), "std": (1, 1, 0)}}, "positive std for each of the 3 channels"),
     ],
 )
 def test_bad_arguments_are_named(model: Any, arguments: dict[str, Any], words: str) -> None:
@@ -502,16 +506,16 @@ def test_bad_arguments_are_named(model: Any, arguments: dict[str, Any], words: s
 def test_bad_models_are_named(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no super token attention"):
         super_tokens(timm.create_model("resnet18"), photo())
-    with pytest.raises(ValueError, match="no other has any"):
+    with pytest.raises(ValueError, match="every pixel is its own token; no stage of this model has any"):
         super_tokens(timm.create_model("test_stvit", stoken_size=1), photo())
-    with pytest.raises(TypeError, match="cannot look into a TopLevelTracedModule: give the model"):
+    with pytest.raises(TypeError, match="not scripted or traced, got TopLevelTracedModule"):
         super_tokens(torch.jit.trace(model, torch.zeros(1, 3, 64, 64), check_trace=False), photo())
-    with pytest.raises(TypeError, match="cannot look into a str"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module .* got str"):
         super_tokens("stvit_small", photo())
     idle = nn.Sequential(nn.Conv2d(3, 8, 1))
     idle.register_module("aside", stvit.SuperTokenAttention(8, num_heads=1))
     idle.forward = lambda x: x
-    with pytest.raises(ValueError, match="does not take part"):
+    with pytest.raises(ValueError, match="does not call the layer"):
         super_tokens(idle, photo())
     with pytest.raises(OSError, match="no such file"):
         super_tokens(model, tmp_path / "no such file.png")
@@ -522,10 +526,10 @@ def test_bad_tokens_are_named(model: Any) -> None:
     last = view.grid[0] * view.grid[1] - 1
     for token in (-1, last + 1, 1.5):
         with pytest.raises(ValueError, match=f"token must be from 0 to {last}, got"):
-            view.association(token)
+            view.association_map(token)
     with pytest.raises(ValueError, match="head must be from 0 to 0, got 1"):
-        view.attention(0, head=1)
-    with pytest.raises(ValueError, match=r"pixel \(120, 0\) lies outside the image of 120x160"):
+        view.attention_map(0, head=1)
+    with pytest.raises(ValueError, match=r"pixel \(120, 0\) is outside the image of 120x160 pixels"):
         view.token_at(120, 0)
 
 
@@ -540,36 +544,36 @@ def test_pictures_show_the_arrays(model: Any) -> None:
     original = np.array(image).astype(int)
 
     lines = np.array(view.draw_boundaries())
-    painted = (lines == visualize.LINE).all(axis=2)
+    painted = (lines == visualize.LINE_COLOR).all(axis=2)
     differs = np.zeros_like(painted)
-    differs[:, :-1] |= view.labels[:, :-1] != view.labels[:, 1:]
-    differs[:-1] |= view.labels[:-1] != view.labels[1:]
+    differs[:, :-1] |= view.assignment[:, :-1] != view.assignment[:, 1:]
+    differs[:-1] |= view.assignment[:-1] != view.assignment[1:]
     assert np.array_equal(painted, differs) and np.array_equal(lines[~painted], original[~painted])
 
     colors = np.array(view.draw_mean_colors()).astype(int)
-    for token in np.unique(view.labels):
-        where = view.labels == token
+    for token in np.unique(view.assignment):
+        where = view.assignment == token
         assert np.abs(colors[where] - original[where].mean(axis=0)).max() <= 0.5 + 1e-9
 
     marked = np.array(view.draw_boundaries(view.center)), np.array(view.draw_mean_colors(view.center))
     for pixels, plain in zip(marked, (lines, colors), strict=True):
         changed = (pixels != plain).any(axis=2)
-        assert changed.any() and (pixels[changed] == visualize.MARK).all()
+        assert changed.any() and (pixels[changed] == visualize.MARK_COLOR).all()
 
     token = view.token_at(250, 200)
-    assert token == view.center == view.labels[200, 250]
-    association, weights = view.association(token), view.attention(token)
+    assert token == view.center == view.assignment[200, 250]
+    association, weights = view.association_map(token), view.attention_map(token)
     attention = (weights - weights.min()) / (weights.max() - weights.min())
     gray = np.array(image.convert("L")) * 0.55
     for picture, heat in (
         (view.draw_association(token), association / association.max()),
-        (view.draw_attention(token), attention.ravel()[view.labels]),
+        (view.draw_attention(token), attention.ravel()[view.assignment]),
     ):
         pixels = np.array(picture).astype(int)
-        marked = (pixels == visualize.MARK).all(axis=2)
-        assert marked.any() and (view.labels == token)[1:, 1:][marked[1:, 1:]].any()
+        marked = (pixels == visualize.MARK_COLOR).all(axis=2)
+        assert marked.any() and (view.assignment == token)[1:, 1:][marked[1:, 1:]].any()
         for channel in range(3):
-            color = np.interp(heat, np.linspace(0, 1, len(visualize._HEAT)), visualize._HEAT[:, channel])
+            color = np.interp(heat, np.linspace(0, 1, len(draw.HEAT_COLORS)), draw.HEAT_COLORS[:, channel])
             expected = gray * (1 - heat) + color * heat
             assert np.abs(pixels[..., channel] - expected)[~marked].max() <= 0.51
 
@@ -603,9 +607,9 @@ def test_sheet(model: Any) -> None:
     assert len(repr(view)) < 400
     with pytest.raises(ValueError, match="panel_width must be at least 100"):
         visualize.contact_sheet([("a", photo())], columns=1, panel_width=5)
-    with pytest.raises(ValueError, match=r"labels must be \(160, 120\) as the image, got \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"regions: expected shape \(160, 120\) as the image, got \(3, 3\)"):
         visualize.draw_boundaries(photo(), np.zeros((3, 3), int))
-    with pytest.raises(ValueError, match="needs pictures and columns, got 0 and 2"):
+    with pytest.raises(ValueError, match="at least one picture and one column, got 0 and 2"):
         visualize.contact_sheet([], columns=2)
 
 
@@ -690,7 +694,7 @@ def test_nothing_but_an_image_says_that_weights_are_random(
     photo(64, 64).save("a.png")
     assert command.main(["a.png", "--stage", "1"]) == 0
     assert files(tmp_path / "super_tokens/a") == pictures(1)
-    assert "warning: stvit_small, random weights: nothing has trained it, give --checkpoint" in capsys.readouterr().err
+    assert "warning: stvit_small, random weights: the model is untrained; pass --checkpoint" in capsys.readouterr().err
     # They are the same each time.
     first = Path("super_tokens/a/stage1.png").read_bytes()
     assert command.main(["a.png", "--stage", "1"]) == 0
@@ -714,7 +718,7 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
         f"wrote the pictures of 3 images to {out}",
     ]
     error = said.err.splitlines()[-1]
-    assert error.startswith("error: 2 of 5 images were left out: broken.jpg: damaged, truncated, or a kind of JPEG")
+    assert error.startswith("error: 2 of 5 images were skipped: broken.jpg: damaged, truncated, or a kind of JPEG")
     assert error.endswith("; text.png: not an image of a supported format (BMP, GIF, JPEG, PNG, TIFF or WebP)")
     assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
 
@@ -754,11 +758,11 @@ def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path)
         picture = views[-1].draw_boundaries().resize((360, 360), Image.Resampling.LANCZOS)
         top = 12 + row * height
         assert np.array_equal(sheet[top : top + 360, 12 : 12 + 360], np.array(picture)), name
-    assert not np.array_equal(views[0].soft, views[-1].soft)
+    assert not np.array_equal(views[0].association, views[-1].association)
     assert [label for label, _ in command._find_checkpoints([str(digits_run)])] == [
         "epoch 1",
         "epoch 2",
-        "epoch 3, update 2",
+        "epoch 3, step 2",
         "epoch 3",
     ]
 
@@ -831,15 +835,15 @@ def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.C
         view = super_tokens(model, photo(), stage)
         ours, slic = rows[4 * stage : 4 * stage + 2]
         assert float(ours["boundary_recall"]) == pytest.approx(
-            stvit.superpixels.boundary_recall(view.labels, truth, 1, void=255), abs=1e-4
+            stvit.superpixels.boundary_recall(view.assignment, truth, 1, void=255), abs=1e-4
         )
         assert float(ours["undersegmentation_error"]) == pytest.approx(
-            stvit.superpixels.undersegmentation_error(view.labels, truth, void=255), abs=1e-4
+            stvit.superpixels.undersegmentation_error(view.assignment, truth, void=255), abs=1e-4
         )
-        assert int(ours["regions"]) == len(np.unique(view.labels))
+        assert int(ours["regions"]) == len(np.unique(view.assignment))
         assert abs(int(slic["regions"]) - int(ours["regions"])) <= 0.2 * int(ours["regions"])
         assert int(rows[4 * stage + 3]["regions"]) == view.grid[0] * view.grid[1]
-        coarse = command._slic(command.reduced(view), int(ours["regions"]))
+        coarse = command._slic(command.reduce_to_map(view), int(ours["regions"]))
         assert float(rows[4 * stage + 2]["boundary_recall"]) == pytest.approx(
             stvit.superpixels.boundary_recall(view.to_image(coarse), truth, 1, void=255), abs=1e-4
         )
@@ -863,8 +867,8 @@ def test_images_that_cannot_be_measured_are_left_out(
     flags = [f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--output={tmp_path}/out", "--stage=0"]
     assert command.main([str(tmp_path / "in"), *flags]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "error: 3 of 4 images were left out: b.png: the segmentation has no boundary" in line
-    assert "c.png must hold one number for each of the image's 120x160 pixels" in line
+    assert "error: 3 of 4 images were skipped: b.png: the segmentation has no boundary, so boundary recall" in line
+    assert "c.png: expected one value per pixel of the image, [160, 120], got shape [16, 12]" in line
     assert "d.png: not an image of a supported format" in line
     assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
 
@@ -873,9 +877,9 @@ def test_reduced_images_lie_on_the_map(model: Any) -> None:
     """Of a classifier, and of a detector with gray around the image: the mean of the pixels that a value goes to."""
     for net, stage in ((model, 1), (YOLO("yolo26n-stokenattention.yaml"), 0)):
         view = super_tokens(net, photo(130, 99), stage)
-        h, w = view.hard.shape
+        h, w = view.map_assignment.shape
         place = view.to_image(np.arange(h * w).reshape(h, w))
-        small = np.array(command.reduced(view)).astype(int)
+        small = np.array(command.reduce_to_map(view)).astype(int)
         inner = [number for number in np.unique(place) if (place == number).sum() == view.stride**2]
         assert len(inner) > 100
         for number in inner:
@@ -888,14 +892,14 @@ def test_reduced_images_lie_on_the_map(model: Any) -> None:
     [
         (["missing.png"], "there is no such file or folder"),
         (["empty"], "holds no images"),
-        (["a.png", "--stage=2"], "--stage 2 of RUN has no super tokens, choose of 0, 1"),
+        (["a.png", "--stage=2"], "--stage 2: RUN has no super tokens there; choose from 0, 1"),
         (["a.png", "--block=5"], "block of stage 0 must be from -1 to 0, got 5"),
         (["a.png", "--token=999"], "token must be from 0 to"),
-        (["a.png", "--pixel", "120", "0"], "--pixel 120 0 lies outside an image of 120x160"),
-        (["a.png", "--checkpoints=x"], "leave --checkpoint and --masks out"),
-        (["a.png", "--void=1"], "give --masks"),
-        (["a.png", "--masks=empty"], "holds no mask of a.png: neither a.png nor a_mask.png"),
-        (["a.png", "--masks=other"], "one number for each of the image's 120x160 pixels, it has shape [8, 8]"),
+        (["a.png", "--pixel", "120", "0"], "--pixel 120 0 is outside the image of 120x160 pixels"),
+        (["a.png", "--checkpoints=x"], "cannot be combined with --checkpoint or --masks"),
+        (["a.png", "--void=1"], "pass --masks"),
+        (["a.png", "--masks=empty"], "no mask for a.png; expected a.png or a_mask.png"),
+        (["a.png", "--masks=other"], "one value per pixel of the image, [160, 120], got shape [8, 8]"),
         (["a.png", "--output=a.png"], "cannot write"),
     ],
 )
@@ -926,8 +930,8 @@ def test_models_without_super_tokens_are_named(tmp_path: Path, capsys: pytest.Ca
         (["--model=stvit_smal"], "unknown model 'stvit_smal', did you mean stvit_small"),
         (["--model=yolo26n-resnet1.yaml"], "resnet1"),
         ([f"--checkpoint={tmp_path / 'no'}"], "there is no such file or folder"),
-        ([f"--checkpoints={tmp_path}"], "no checkpoints are in it"),
-        ([f"--checkpoints={tmp_path / 'no'}"], "there is no such file or folder"),
+        ([f"--checkpoints={tmp_path}"], "no checkpoint found there"),
+        ([f"--checkpoints={tmp_path / 'no'}"], "no such file or directory"),
     ):
         assert command.main([image, *flags]) == 1, flags
         line = capsys.readouterr().err.splitlines()[-1]

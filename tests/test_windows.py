@@ -306,7 +306,7 @@ def test_out_of_memory_on_every_device(error: Exception, capsys: pytest.CaptureF
 
 def test_pictures_of_names_that_differ_in_case_only(tmp_path: Path) -> None:
     images = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
-    folders = visualize._folders(tmp_path, images, tmp_path / "out")
+    folders = visualize._output_folders(tmp_path, images, tmp_path / "out")
     assert [folder.name for folder in folders] == ["a.jpg", "A.png", "b"]
     assert len({folder.name.casefold() for folder in folders}) == 3
 

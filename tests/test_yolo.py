@@ -40,7 +40,7 @@ def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Loaded 182/182 tensors of the backbone stvit_pico" in done.stdout
-    assert "learns at 0.1 to 0.1 times the learning rate of the rest" in done.stdout
+    assert "trains at 0.1 to 0.1 times the learning rate of the other layers" in done.stdout
     best = next(folder.rglob("best.pt"))
     assert ultralytics.YOLO(best).model.yaml["backbone_lr_scale"] == 0.1
 
@@ -81,7 +81,7 @@ def test_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
     resumed = command("train", "resume", f"model={last}", folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming training" in resumed.stdout
-    assert "learns at 0.1 to 0.1 times the learning rate of the rest" in resumed.stdout
+    assert "trains at 0.1 to 0.1 times the learning rate of the other layers" in resumed.stdout
     epochs = [int(row.split(",")[0]) for row in results.read_text().splitlines()[1:]]
     assert set(epochs) == set(range(1, 13))
 
@@ -95,7 +95,7 @@ def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "model=yolo26n-stvit_pica.yaml"], "unknown backbone 'stvit_pica', is it one of stvit_pico"),
+        (["train", "model=yolo26n-stvit_pica.yaml"], "unknown backbone 'stvit_pica'; did you mean stvit_pico"),
         (["train", "model=yolo26n-stvit_pico.yaml", "pretrained_backbone=no.pth"], "is no file and no timm model"),
         (["predict", "model=missing-model.yaml"], "missing-model.yaml"),
     ],
@@ -112,10 +112,10 @@ def test_a_wrong_argument_is_one_clear_error(arguments: list[str], message: str,
     ("arguments", "message"),
     [
         (["train", "backbone_lr_scale=high"], "backbone_lr_scale must be a number, got 'high'"),
-        (["train", "backbone_lr_scale"], "backbone_lr_scale needs a value: backbone_lr_scale=…"),
+        (["train", "backbone_lr_scale"], "backbone_lr_scale: expected backbone_lr_scale=VALUE, got no value"),
         (
             ["train", "resume", "model=last.pt", "backbone_lr_scale=0.1"],
-            "resume goes on with the run's own backbone_lr_scale",
+            "backbone_lr_scale cannot be changed when a run is resumed; remove it",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Model files: made from the installed Ultralytics' own, found by name, wrong ones refused."""
+"""Tests model files: made from those of the installed Ultralytics, found by name, refused if wrong."""
 
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,12 @@ def test_rows_in_a_file_of_the_user(scale: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("yolo26n-stvit_pica.yaml", "unknown backbone 'stvit_pica', is it one of stvit_"),
+        ("yolo26n-stvit_pica.yaml", "unknown backbone 'stvit_pica'; did you mean stvit_"),
         ("yolo26n-nothing_like_it.yaml", "unknown backbone 'nothing_like_it'"),
-        ("yolo26n-vit_tiny_patch16_224.yaml", "does not take images of any size"),
+        ("yolo26n-vit_tiny_patch16_224.yaml", "does not accept images of any size"),
         ("yolo26n-vgg11.yaml", None),
         ("yolo26n-xcit_nano_12_p8_224.yaml", r"feature maps at strides \[8.*needs \[8, 16, 32\]"),
-        ("yolo26n-stokenatention.yaml", "is it yolo26n-stokenattention.yaml"),
+        ("yolo26n-stokenatention.yaml", "did you mean yolo26n-stokenattention.yaml"),
     ],
 )
 def test_wrong_names_of_model_files(name: str, message: str | None) -> None:
@@ -204,10 +204,10 @@ def test_wrong_names_of_model_files(name: str, message: str | None) -> None:
         ({"backbone": "stvit_pico", "scale": "h"}, "scale must be one of n, s, m, l, x"),
         (
             {"backbone": "stvit_pico", "backbone_lr_scale": 0.0},
-            "backbone_lr_scale must be a number over 0, got 0.0; freeze=1",
+            "backbone_lr_scale must be a positive number, got 0.0; pass freeze=1",
         ),
         ({"backbone": "stvit_pico", "layer_decay": 1.5}, "layer_decay must be at most 1"),
-        ({"backbone": "stvit_pico", "drop_path": 0.1}, "stvit_pico cannot be made with"),
+        ({"backbone": "stvit_pico", "drop_path": 0.1}, "cannot create the backbone stvit_pico with"),
         ({"backbone": "stvit_pico", "dims": (1, 2)}, "."),
     ],
 )
@@ -221,17 +221,17 @@ def test_wrong_channels_in_a_file_of_the_user(tmp_path: Path) -> None:
     text = model_file("yolo26n-stvit_pico.yaml").read_text()
     path.write_text(text.replace("Index, [128, 1]", "Index, [100, 1]"))
     with pytest.raises(
-        ValueError, match="row 6 of the model file says that map 1 of stvit_pico has 100 channels, it has"
+        ValueError, match="row 6 of the model file: feature map 1 of stvit_pico has 128 channels, got 100"
     ):
         YOLO(path)
     path.write_text(text.replace("Index, [192, 2]", "Index, [192, 3]"))
-    with pytest.raises(ValueError, match="row 8 of the model file picks map 3, row 0 gives 3"):
+    with pytest.raises(ValueError, match="row 8 of the model file selects feature map 3, but row 0 returns 3"):
         YOLO(path)
     path.write_text(text.replace("stvit_pico, [1, 2, 3]", "stvit_pico, [3, 2, 1]").replace("[64, 0]", "[192, 0]"))
-    with pytest.raises(ValueError, match=r"must be named in rising order, got \[3, 2, 1\]|has 192 channels, it has"):
+    with pytest.raises(ValueError, match=r"must be in rising order, got \[3, 2, 1\]|channels, got 192"):
         YOLO(path)
     path.write_text(text.replace("stvit_pico, [1, 2, 3]", "stvit_pico, [1, 2, 7]"))
-    with pytest.raises(ValueError, match=r"has feature maps 0 to 3, not all of \[1, 2, 7\]"):
+    with pytest.raises(ValueError, match=r"out_indices \[1, 2, 7\]: .* has feature maps 0 to 3"):
         YOLO(path)
 
 
@@ -243,7 +243,7 @@ def test_an_index_without_its_number_is_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"nc": 3}, {"backbone": [], "head": None}])
 def test_a_configuration_without_rows(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs the rows of a backbone and of a head"):
+    with pytest.raises(ValueError, match="must have the lists 'backbone' and 'head'"):
         YOLO(config)
 
 
@@ -251,19 +251,21 @@ def test_a_configuration_without_rows(config: dict[str, Any]) -> None:
 def test_a_row_without_its_width(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     path.write_text(USERS_OWN.replace("[-1, 1, StokenAttention, [c2, 8, 2]]", f"[-1, 1, {kind}, []]"))
-    with pytest.raises(ValueError, match=f"a {kind} row needs its width, a number or c2"):
+    with pytest.raises(ValueError, match=f"first argument of a {kind} row must be a number of channels, or c2"):
         YOLO(path)
 
 
 def test_a_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     path.write_text(model_file("yolo26n-stvit_pico.yaml").read_text() + "backbone_lr_scale: 1e-1\n")
-    with pytest.raises(ValueError, match="backbone_lr_scale must be a number over 0, got '1e-1'; to YAML 1e-1 is text"):
+    with pytest.raises(
+        ValueError, match="backbone_lr_scale must be a positive number, got '1e-1'; YAML reads 1e-1 as text"
+    ):
         YOLO(path)
 
 
 def test_a_backbone_that_fails_on_a_size() -> None:
-    with pytest.raises(ValueError, match="the backbone mvitv2_tiny does not take images of 256x256: index"):
+    with pytest.raises(ValueError, match="the backbone mvitv2_tiny does not accept images of 256x256 pixels: index"):
         YOLO("yolo26n-mvitv2_tiny.yaml")
 
 
@@ -271,13 +273,13 @@ def test_a_width_that_is_not_the_rows_before(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     for kind, wrong in (("StokenAttention, [c2, 8, 2]", "StokenAttention, [128]"), ("C2STA, [c2]", "C2STA, [256]")):
         path.write_text(USERS_OWN.replace(kind, wrong, 1))
-        with pytest.raises(ValueError, match=r"write c2 for its width, \[-1, 1, \w+, \[c2\]\]"):
+        with pytest.raises(ValueError, match=r"write c2 as in \[-1, 1, \w+, \[c2\]\]"):
             YOLO(path)
 
 
 def test_images_of_a_size_that_does_not_fit() -> None:
     model = DetectionModel(yolo_config("stvit_pico", scale="n"), verbose=False)
-    with pytest.raises(ValueError, match="images must be multiples of 32 pixels high and wide, got 64x100"):
+    with pytest.raises(ValueError, match="must be multiples of 32, got 64x100"):
         model(torch.rand(1, 3, 64, 100))
-    with pytest.raises(ValueError, match="built for images of 3 channels, got 1"):
+    with pytest.raises(ValueError, match="expects images of 3 channels, got 1"):
         model(torch.rand(1, 1, 64, 64))

@@ -141,7 +141,7 @@ def test_ultralytics_own_trainer_does_not_lose_rates_in_silence(
     with pytest.raises(RuntimeError, match=r"resume it with stvit\.adapters\.yolo\.YOLO"):
         ultralytics.YOLO(run / "weights" / "epoch0.pt").train(resume=True)
     ultralytics.YOLO(run / "weights" / "best.pt").train(data=str(photos), epochs=1, project=str(tmp_path), **QUICK)
-    assert "needs the trainers of stvit.adapters.yolo.YOLO" in ultralytics_log.text
+    assert "Use stvit.adapters.yolo.YOLO to train with it" in ultralytics_log.text
 
 
 def test_freeze_1_freezes_all_of_the_backbone(photos: Path, tmp_path: Path) -> None:

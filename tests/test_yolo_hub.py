@@ -296,7 +296,7 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
     monkeypatch.chdir(photos.parent)
     with pytest.raises(FileNotFoundError, match=r"evil\.yaml"):
         detector.val(plots=False)
-    with pytest.raises(ValueError, match="holds nothing to resume from"):
+    with pytest.raises(ValueError, match="has no training state to resume"):
         detector.train(resume=True)
     detector.train(data=str(photos), epochs=1, project=str(tmp_path), name="again", **QUICK)  # and trains on one's own
     assert (tmp_path / "again/weights/best.pt").exists() and not harm.exists()

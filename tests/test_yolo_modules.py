@@ -101,12 +101,12 @@ def test_c2sta_is_c2psa_with_super_token_attention() -> None:
     whole.load_state_dict(ours.state_dict())
     x = torch.randn(1, 128, 6, 10)
     torch.testing.assert_close(ours.eval()(x), whole.eval()(x))
-    with pytest.raises(ValueError, match="as many channels as it gets, got c1=64 and c2=128"):
+    with pytest.raises(ValueError, match="cannot change the number of channels, got c1=64 and c2=128"):
         C2STA(64, 128)
 
 
 def test_backbone_refuses_unknown_feature_maps_and_arguments() -> None:
-    with pytest.raises(ValueError, match=r"has feature maps 0 to 3, not all of \[4\]"):
+    with pytest.raises(ValueError, match=r"out_indices \[4\]: the backbone stvit_pico has feature maps 0 to 3"):
         TimmBackbone(3, "stvit_pico", [4])
-    with pytest.raises(ValueError, match="stvit_pico cannot be made with"):
+    with pytest.raises(ValueError, match="cannot create the backbone stvit_pico with"):
         TimmBackbone(3, "stvit_pico", [3], {"depth": 3})

@@ -277,9 +277,9 @@ def test_published_weights_that_do_not_fit(name: str, message: str | None, stock
 def test_options_that_contradict_each_other(pico: Path, photos: Path, stock: Path) -> None:
     model = YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=pico)
     for pretrained in (False, str(stock)):
-        with pytest.raises(ValueError, match="throws away what pretrained_backbone or stock_weights loaded"):
+        with pytest.raises(ValueError, match="would discard the weights loaded by pretrained_backbone"):
             model.train(data=str(photos), pretrained=pretrained, **QUICK)
-    with pytest.raises(ValueError, match="resume goes on with the run's own pretrained_backbone: leave it out"):
+    with pytest.raises(ValueError, match="pretrained_backbone cannot be changed when a run is resumed; remove it"):
         model.train(resume=True, pretrained_backbone=pico)
-    with pytest.raises(ValueError, match="pretrained_backbone is for models on a timm backbone"):
+    with pytest.raises(ValueError, match="pretrained_backbone needs a model with a timm backbone"):
         YOLO("yolo26n.yaml", pretrained_backbone=pico)

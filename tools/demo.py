@@ -545,7 +545,7 @@ def look(viewed: LoadedModel, image: Image.Image, stage: int, img_size: int) -> 
     stages_of(viewed)
     with explain_errors():
         view = visualize.super_tokens(viewed.model, fitted(image, img_size), stage)
-    size = sum(array.nbytes for array in (view.soft, view.tokens, view.features, view.queries, view.keys))
+    size = sum(array.nbytes for array in (view.association, view.tokens, view.features, view.queries, view.keys))
     if size > MAX_VIEW:
         raise CommandError(
             f"the super tokens of stage {stage} take {size // 2**20} MB, more than the {MAX_VIEW // 2**20} MB that "
@@ -557,11 +557,11 @@ def look(viewed: LoadedModel, image: Image.Image, stage: int, img_size: int) -> 
 def describe(view: visualize.SuperTokens, token: int) -> str:
     """A token in words."""
     row, column = divmod(token, view.grid[1])
-    share = np.count_nonzero(view.labels == token) / view.labels.size
+    share = np.count_nonzero(view.assignment == token) / view.assignment.size
     return (
         f"**Token {token}**, row {row + 1}, column {column + 1} of {view.grid[0]}x{view.grid[1]}: {share:.1%} of the "
-        f"image belongs to it most. A pixel belongs to it up to {view.association(token).max():.0%}, and it attends to "
-        f"a token up to {view.attention(token).max():.1%}."
+        f"image belongs to it most. A pixel belongs to it up to {view.association_map(token).max():.0%}, and it "
+        f"attends to a token up to {view.attention_map(token).max():.1%}."
     )
 
 

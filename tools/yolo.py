@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The `yolo` command of Ultralytics, with STViT and other timm backbones.
+"""Runs Ultralytics' `yolo` command with STViT and other timm backbones.
 
     python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml epochs=10 optimizer=MuSGD
     python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml \
@@ -7,24 +7,30 @@
     python -m stvit.tools.yolo train resume model=runs/detect/train/weights/last.pt
     python -m stvit.tools.yolo predict model=runs/detect/train/weights/best.pt source=photos
 
-`python tools/yolo.py` is the same program. Arguments are those of `yolo`; `yolo help` of Ultralytics lists them. Names
-of model files are ours too: yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml, where BACKBONE is
-stvit_pico to stvit_large, any timm model with feature maps, `stvit` for the one that pairs with the scale, or
-`stokenattention`. Five arguments are added: pretrained_backbone (a timm tag, hf-hub:org/name, a file), stock_weights
-(yolo26s.pt, of the same scale), backbone_lr_scale and layer_decay (factors on the learning rate of the backbone), and
-trust=true, which opens local checkpoints that hold more than a detector, and runs the code in them.
+`python tools/yolo.py` is the same command. It takes the arguments of `yolo`; `yolo help` lists them.
+
+model can also be yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml. BACKBONE is one of
+    stvit_pico to stvit_large, or another timm model with feature maps
+    stvit: the STViT backbone whose size suits the scale
+    stokenattention: Ultralytics' own backbone with super token attention
+
+Additional arguments:
+    pretrained_backbone  weights of the backbone: a timm tag, hf-hub:org/name, a file, or true for timm's default
+    stock_weights        published YOLO26 weights for neck and head, such as yolo26s.pt, of the same scale
+    backbone_lr_scale    factor on the learning rate of the backbone
+    layer_decay          factor on the learning rate from each layer of the backbone to the layer before it
+    trust=true           opens local checkpoints that contain more than a detector; this runs their code
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C ends the command without a traceback
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from stvit.tools.common.cli import CommandError, reason, run
@@ -32,7 +38,7 @@ from stvit.weights.errors import PretrainedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
@@ -41,12 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> None:
-    """Hands everything but our own arguments to Ultralytics."""
+    """Runs the command of Ultralytics with our model class and options."""
     try:
         options, arguments = split_options(args.arguments)
         from ultralytics.cfg import entrypoint
 
-        with our_yolo(options), command_line(arguments):
+        from stvit.adapters.yolo.patches import replace_arguments, replace_classes
+
+        with replace_classes(configured_classes(options)), replace_arguments(arguments):
             entrypoint()
     except (ImportError, ValueError, SyntaxError, FileNotFoundError, PretrainedError) as error:
         if os.environ.get("STVIT_TRACEBACK"):
@@ -55,10 +63,13 @@ def command(args: argparse.Namespace) -> None:
 
 
 def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Our own arguments with their values, and the others.
+    """Separates our own arguments from those of Ultralytics.
+
+    Returns:
+        Our options by name, and the other arguments.
 
     Raises:
-        CommandError: If one of ours has no value, or one that is none, or cannot be given here.
+        CommandError: If one of our arguments has a wrong value or no value, or cannot be combined with resume.
     """
     from stvit.adapters.yolo.config import RATES
     from stvit.adapters.yolo.engine import OPTIONS
@@ -75,7 +86,7 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         elif key not in OPTIONS:
             others.append(argument)
         elif not equals or not value:
-            raise CommandError(f"{key} needs a value: {key}=…")
+            raise CommandError(f"{key}: expected {key}=VALUE, got no value")
         elif key in RATES:
             try:
                 options[key] = float(value)
@@ -84,15 +95,17 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             options[key] = True if key == "pretrained_backbone" and value.lower() == "true" else value
     if options and any(other == "resume" or other.startswith("resume=") for other in others):
-        raise CommandError(f"resume goes on with the run's own {', '.join(options)}: leave it out")
+        raise CommandError(
+            f"{', '.join(options)} cannot be changed when a run is resumed; remove it, the run keeps its own value"
+        )
     return options | ({"trust": True} if trust else {}), others
 
 
-@contextmanager
-def our_yolo(options: dict[str, Any]) -> Iterator[None]:
-    """Within, `ultralytics.YOLO` is ours: its command takes the class by that name, and there is no other way in.
+def configured_classes(options: dict[str, Any]) -> dict[str, type]:
+    """Returns model classes for Ultralytics' command, by the names they replace.
 
-    The command takes other classes for names such as rtdetr-l.pt. They open the same files as ours.
+    `YOLO` becomes ours, with the options. For some model names the command uses other classes, such as RTDETR. These
+    open the same files, so their replacements check the files first.
     """
     import ultralytics
 
@@ -106,33 +119,16 @@ def our_yolo(options: dict[str, Any]) -> Iterator[None]:
             except RuntimeError as error:  # weights that cannot be read or do not fit
                 raise ValueError(str(error)) from error
 
-    def checked(theirs: Any) -> Any:
-        class Checked(theirs):
+    def add_check(kind: Any) -> type:
+        class Checked(kind):
             def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
                 check_local(model, options.get("trust", False))
                 super().__init__(model, *args, **kwargs)
 
         return Checked
 
-    theirs = {name: getattr(ultralytics, name) for name in ("YOLO", "RTDETR", "SAM", "FastSAM", "NAS")}
-    for name, kind in theirs.items():
-        setattr(ultralytics, name, ConfiguredYOLO if name == "YOLO" else checked(kind))
-    try:
-        yield
-    finally:
-        for name, kind in theirs.items():
-            setattr(ultralytics, name, kind)
-
-
-@contextmanager
-def command_line(arguments: list[str]) -> Iterator[None]:
-    """Within, these are the arguments of the process: Ultralytics keeps the list that `sys.argv` was at its import."""
-    before = list(sys.argv)
-    sys.argv[:] = ["yolo", *arguments]
-    try:
-        yield
-    finally:
-        sys.argv[:] = before
+    others = {name: add_check(getattr(ultralytics, name)) for name in ("RTDETR", "SAM", "FastSAM", "NAS")}
+    return {"YOLO": ConfiguredYOLO, **others}
 
 
 if __name__ == "__main__":

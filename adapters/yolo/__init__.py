@@ -1,18 +1,23 @@
-"""YOLO26 of Ultralytics on STViT and other timm backbones, and super token attention inside YOLO26.
+"""YOLO26 of Ultralytics with timm backbones and super token attention.
 
     from stvit.adapters.yolo import YOLO
 
     model = YOLO("yolo26s-stvit_small.yaml")
     model.train(data="coco8.yaml", imgsz=640, epochs=10, optimizer="MuSGD")
 
-Importing this package registers its modules in Ultralytics, whose own `YOLO` then takes the paths of our model files
-(`model_file`) and any checkpoint of them; unpickling a checkpoint imports it.
+Importing this package registers its modules in Ultralytics. Ultralytics' own `YOLO` then also opens our checkpoints and
+the paths of our model files (`model_file`). Unpickling a checkpoint imports this package.
 """
 
 import re
 
-_NEEDED = "8.4.190"
-_HINT = f"pip install 'stvit[yolo]' brings it (ultralytics>={_NEEDED})"
+_MIN_VERSION = "8.4.190"
+_HINT = f"pip install 'stvit[yolo]' installs it (ultralytics>={_MIN_VERSION})"
+
+
+def _parse_version(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
 
 try:
     import ultralytics
@@ -20,11 +25,11 @@ except ModuleNotFoundError as error:
     if error.name != "ultralytics":
         raise
     raise ImportError(f"stvit.adapters.yolo needs Ultralytics: {_HINT}") from error
-if [int(part) for part in re.findall(r"\d+", ultralytics.__version__)[:3]] < [int(part) for part in _NEEDED.split(".")]:
-    raise ImportError(f"stvit.adapters.yolo needs Ultralytics {_NEEDED}, found {ultralytics.__version__}: {_HINT}")
+if _parse_version(ultralytics.__version__) < _parse_version(_MIN_VERSION):
+    raise ImportError(f"stvit.adapters.yolo needs Ultralytics {_MIN_VERSION}, found {ultralytics.__version__}: {_HINT}")
 
-from stvit.adapters.yolo.config import model_file, stoken_config, write_config, yolo_config  # noqa: E402
-from stvit.adapters.yolo.engine import (  # noqa: E402
+from .config import model_file, stoken_config, write_config, yolo_config  # noqa: E402
+from .engine import (  # noqa: E402
     YOLO,
     ClassificationTrainer,
     DepthTrainer,
@@ -34,8 +39,8 @@ from stvit.adapters.yolo.engine import (  # noqa: E402
     SegmentationTrainer,
     SemanticSegmentationTrainer,
 )
-from stvit.adapters.yolo.modules import C2STA, StokenAttention, TimmBackbone  # noqa: E402
-from stvit.adapters.yolo.registration import register  # noqa: E402
+from .modules import C2STA, StokenAttention, TimmBackbone  # noqa: E402
+from .registration import register  # noqa: E402
 
 __all__ = [
     "C2STA",

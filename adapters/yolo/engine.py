@@ -1,4 +1,4 @@
-"""Ultralytics' YOLO and its trainers, with our model files, weights for backbones and learning rates of their own."""
+"""Extends Ultralytics' `YOLO` and trainers by our model files and options."""
 
 import hashlib
 import json
@@ -16,12 +16,13 @@ from ultralytics.utils import LOGGER, ROOT, SAFE_LOAD, USER_CONFIG_DIR, YAML, ch
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import unwrap_model
 
-from stvit.adapters.yolo import modules
-from stvit.adapters.yolo.config import RATES, check_config, check_rates, model_file, write_config
-from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint, trusting
-from stvit.adapters.yolo.registration import allow_modules
-from stvit.adapters.yolo.weights import align, find_backbone, load_backbone, load_stock, transfer
 from stvit.weights.config import SPARE_PARAMETERS, limit_parameters
+
+from . import modules
+from .config import RATES, check_config, check_rates, model_file, write_config
+from .hub import PREFIXES, check_local, fetch_checkpoint, trusting
+from .registration import allow_modules
+from .weights import align, find_backbone, load_backbone, load_stock, transfer
 
 __all__ = [
     "OPTIONS",
@@ -40,13 +41,13 @@ OPTIONS = ("pretrained_backbone", "stock_weights", *RATES)
 
 
 class BackboneTrainer:
-    """What our trainers add to Ultralytics': weights that arrive whole, and the backbone's learning rates.
+    """Adds complete transfer of weights and backbone learning rates to a trainer.
 
-    The rates are keys of the model's configuration (`yolo_config`), and so stay with it in its checkpoints.
+    The learning rates are keys of the model's configuration (`yolo_config`), so its checkpoints contain them.
     """
 
     def check_resume(self, overrides: dict[str, Any]) -> None:
-        """Finds the checkpoint to resume, as Ultralytics does, and checks it and the teacher that it names.
+        """Finds and checks the checkpoint to resume and its teacher model.
 
         Raises:
             stvit.PretrainedError: If a file is not safe to open.
@@ -59,10 +60,10 @@ class BackboneTrainer:
         check_local(self.args.distill_model)  # type: ignore[attr-defined]
 
     def setup_model(self) -> Any:
-        """Builds the model, as Ultralytics does, from files that are safe to open.
+        """Builds the model, as Ultralytics does, after checking the files that it opens.
 
         Raises:
-            stvit.PretrainedError: If one is not.
+            stvit.PretrainedError: If a file is not safe to open.
         """
         for name in (self.model, self.args.pretrained):  # type: ignore[attr-defined]
             if not (isinstance(name, str | Path) and Path(name).suffix.lower() in (".yaml", ".yml")):
@@ -70,15 +71,15 @@ class BackboneTrainer:
         return super().setup_model()  # type: ignore[misc]
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """Builds the model for the data's classes and channels, and loads the weights into it.
+        """Builds the model for the data's classes and channels, and loads the weights.
 
         Raises:
-            ValueError: If the configuration is wrong about its backbone.
-            RuntimeError: If not all of the backbone arrives.
+            ValueError: If the configuration has wrong backbone rows or learning rates.
+            RuntimeError: If not all weights of the backbone are transferred.
         """
         if cfg is not None:
             check_config(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
-        # The configuration in somebody's checkpoint may be of another size than the weights beside it.
+        # A checkpoint from another person can contain a small model and the configuration of a huge one.
         limit = None if weights is None else 2 * sum(p.numel() for p in weights.parameters()) + SPARE_PARAMETERS
         with limit_parameters(limit):
             model = super().get_model(cfg=cfg, weights=None, verbose=verbose)  # type: ignore[misc]
@@ -87,14 +88,14 @@ class BackboneTrainer:
         return model
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
-        """Ultralytics' optimizer, with groups of their own for the backbone where it has its own rates."""
+        """Returns Ultralytics' optimizer, with parameter groups for backbone rates."""
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
         _set_backbone_rates(optimizer, model)
         return optimizer
 
 
 class DetectionTrainer(BackboneTrainer, yolo.detect.DetectionTrainer):
-    """Trains a detector."""
+    """Trains object detection."""
 
 
 class SegmentationTrainer(BackboneTrainer, yolo.segment.SegmentationTrainer):
@@ -110,7 +111,7 @@ class PoseTrainer(BackboneTrainer, yolo.pose.PoseTrainer):
 
 
 class OBBTrainer(BackboneTrainer, yolo.obb.OBBTrainer):
-    """Trains detection of oriented boxes."""
+    """Trains oriented object detection."""
 
 
 class DepthTrainer(BackboneTrainer, yolo.depth.DepthTrainer):
@@ -133,26 +134,27 @@ TRAINERS: dict[str, type[BackboneTrainer]] = {
 
 
 class YOLO(ultralytics.YOLO):
-    """Ultralytics' YOLO, which also finds our model files and trainers.
+    """Ultralytics' `YOLO` with our model files, trainers and options.
 
-    All that Ultralytics' does it does as it stands. In addition it takes the name of one of our model files
-    (`model_file`), a configuration (`yolo_config`) or a detector on the Hugging Face Hub ('hf-hub:org/name', with
-    '@revision' if need be; no code of its checkpoint is run), and four options, here or in `train`:
-        pretrained_backbone: Weights of the backbone: a timm tag, 'hf-hub:org/name', a file; True for timm's own of its
-            name.
-        stock_weights: Published YOLO26 weights for neck and head, 'yolo26s.pt', of the same scale.
-        backbone_lr_scale: Learning rate of the backbone, over that of the rest.
-        layer_decay: Learning rate of each layer of the backbone, over that of the next deeper one.
+    In addition to all that Ultralytics' class accepts, `model` can be the name of one of our model files
+    (`model_file`), a configuration (`yolo_config`), or a detector on the Hugging Face Hub ('hf-hub:org/name' or
+    'hf-hub:org/name@revision').
 
-    No code of a checkpoint is run, whether it is a local file, one that Ultralytics downloads, or on the Hub. A file
-    that holds more than a detector is refused; `trust=True` opens it all the same, in everything that this object does,
-    unless it is on the Hub.
+    There are four additional options, which can be passed here or to `train`:
+        pretrained_backbone: Weights of the backbone: a timm tag, 'hf-hub:org/name', or a file. True loads the default
+            weights of the timm model.
+        stock_weights: Published YOLO26 weights for neck and head, such as 'yolo26s.pt'. The scale must be the same.
+        backbone_lr_scale: Learning rate of the backbone, divided by that of the other layers.
+        layer_decay: Learning rate of each layer of the backbone, divided by that of the next deeper layer.
+
+    No checkpoint can run code. A file that contains more than a detector is refused. With `trust=True`, all methods of
+    this object also open such files, except from the Hub.
     """
 
-    # Of a model from a model file the tensors that were loaded: training draws the others again, under its seed. None
-    # where all count, as those of a checkpoint.
+    # Names of the tensors that were loaded into a model from a model file. Training initializes the others again, with
+    # its own seed. None if all tensors count as loaded, as those of a checkpoint do.
     loaded_keys: list[str] | None = None
-    # From the Hub, by somebody else's hand.
+    # Whether the model comes from the Hub.
     is_published = False
     trust = False
 
@@ -170,26 +172,27 @@ class YOLO(ultralytics.YOLO):
     ) -> None:
         """
         Args:
-            model: As for Ultralytics' YOLO; the name of one of our model files; a configuration; 'hf-hub:org/name'.
-            task: As for Ultralytics' YOLO.
-            verbose: As for Ultralytics' YOLO.
-            pretrained_backbone: See above.
-            stock_weights: See above.
-            backbone_lr_scale: See above.
-            layer_decay: See above.
-            trust: See above.
+            model: Anything that Ultralytics' `YOLO` accepts, name of one of our model files, configuration, or
+                'hf-hub:org/name'.
+            task: As in Ultralytics' `YOLO`.
+            verbose: As in Ultralytics' `YOLO`.
+            pretrained_backbone: Weights of the backbone, see the class.
+            stock_weights: Weights of neck and head, see the class.
+            backbone_lr_scale: Factor on the learning rate of the backbone, see the class.
+            layer_decay: Factor on the learning rate from layer to layer, see the class.
+            trust: Whether to open files that contain more than a detector, and run their code.
 
         Raises:
-            ValueError: If the model file, the backbone or an option is not as described.
-            RuntimeError: If weights cannot be read, are not safe to open or do not fit; mostly a
-                `stvit.PretrainedError`, which is one.
+            ValueError: If the model file, the backbone or an option is wrong.
+            RuntimeError: If weights cannot be read, are not safe to open or do not fit. Often a
+                `stvit.PretrainedError`, which is a subclass.
         """
         is_published = isinstance(model, (str, Path)) and str(model).strip().startswith(PREFIXES)
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
             model = _find_model_file(_local(str(model).strip()))
-            # Before Ultralytics makes an object of another class of it, as of a name with "-world" in it.
+            # Checked first, because Ultralytics turns this object into one of another class for some names ("-world").
             if not model.lower().endswith((".yaml", ".yml")):
                 check_local(model, trust)
         self.trust = trust
@@ -206,7 +209,10 @@ class YOLO(ultralytics.YOLO):
             self.loaded_keys = []
 
     def _forget_data(self) -> None:
-        """Leaves of the publisher's data the name: a data file of theirs may say what to download, and to run."""
+        """Keeps only the name of the publisher's data file.
+
+        Such a file could download and run code.
+        """
         self.ckpt.pop("train_args", None)
         if self.overrides.get("data"):
             self.overrides["data"] = Path(str(self.overrides["data"])).name
@@ -226,7 +232,16 @@ class YOLO(ultralytics.YOLO):
         }
 
     def load(self, weights: str | Path | dict[str, Any] | nn.Module = "yolo26n.pt") -> "YOLO":
-        """Loads what fits, as Ultralytics' YOLO does; rows that have moved find their weights where they were."""
+        """Loads all weights that fit, as Ultralytics' `YOLO` does.
+
+        Rows whose number has changed also find their weights.
+
+        Args:
+            weights: As in Ultralytics' `YOLO`, or 'hf-hub:org/name'.
+
+        Raises:
+            stvit.PretrainedError: If the file is not safe to open.
+        """
         if isinstance(weights, (str, Path)):
             weights = _local(str(weights))
             check_local(weights, self.trust)
@@ -239,7 +254,7 @@ class YOLO(ultralytics.YOLO):
         self.loaded_keys = None
         return self
 
-    def train(  # type: ignore[override]  # as Ultralytics', whose YOLO is a module by name
+    def train(  # type: ignore[override]  # nn.Module.train has other arguments, also in Ultralytics
         self,
         trainer: Any = None,
         *,
@@ -249,18 +264,18 @@ class YOLO(ultralytics.YOLO):
         layer_decay: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Trains as Ultralytics' YOLO does.
+        """Trains the model, as Ultralytics' `YOLO` does.
 
         Args:
-            trainer: As for Ultralytics' YOLO.
-            pretrained_backbone: See the class.
-            stock_weights: See the class.
-            backbone_lr_scale: See the class.
-            layer_decay: See the class.
-            kwargs: Arguments of training, as for Ultralytics' YOLO.
+            trainer: As in Ultralytics' `YOLO`.
+            pretrained_backbone: Weights of the backbone, see the class.
+            stock_weights: Weights of neck and head, see the class.
+            backbone_lr_scale: Factor on the learning rate of the backbone, see the class.
+            layer_decay: Factor on the learning rate from layer to layer, see the class.
+            kwargs: Training arguments of Ultralytics.
 
         Raises:
-            ValueError: If an option is not as described, or contradicts another argument.
+            ValueError: If an option is wrong or contradicts another argument.
             RuntimeError: If weights cannot be read, are not safe to open or do not fit.
         """
         given = {
@@ -271,21 +286,24 @@ class YOLO(ultralytics.YOLO):
             if value is not None
         }
         if given and kwargs.get("resume"):
-            raise ValueError(f"resume goes on with the run's own {', '.join(given)}: leave it out")
+            raise ValueError(
+                f"{', '.join(given)} cannot be changed when a run is resumed; remove it, the run keeps its own value"
+            )
         if self.is_published and kwargs.get("resume") is True:
-            raise ValueError("a detector on the Hub holds nothing to resume from: train without resume")
+            raise ValueError("a detector from the Hub has no training state to resume; remove resume=True")
         self._configure(pretrained_backbone, stock_weights, backbone_lr_scale, layer_decay)
         loaded_keys = self.loaded_keys
         pretrained = kwargs.get("pretrained", True)
         if loaded_keys and (pretrained is False or isinstance(pretrained, (str, Path))):
             raise ValueError(
-                f"pretrained={pretrained} throws away what pretrained_backbone or stock_weights loaded: give one or "
-                "the other"
+                f"pretrained={pretrained} would discard the weights loaded by pretrained_backbone or stock_weights; "
+                "remove one of them"
             )
-        if "model" in kwargs:  # from a command line: the name, where self.overrides has the path
+        if "model" in kwargs:  # the command passes the name; self.overrides has the path
             kwargs["model"] = self.overrides["model"]
         if trainer is None and isinstance(kwargs.get("data"), (list, tuple)):
-            trainer = self._smart_load("trainer")  # else each set is trained by Ultralytics' own, in another process
+            # Otherwise Ultralytics starts a process with its own trainer for each data set.
+            trainer = self._smart_load("trainer")
         model: Any = self.model
         if loaded_keys is not None:
             model.loaded_keys = loaded_keys
@@ -300,33 +318,33 @@ class YOLO(ultralytics.YOLO):
                 self.loaded_keys = None
 
     def tune(self, *args: Any, **kwargs: Any) -> Any:
-        """Tunes the training's arguments as Ultralytics' YOLO does.
+        """Tunes the training arguments, as Ultralytics' `YOLO` does.
 
         Args:
-            args: As for Ultralytics' YOLO.
-            kwargs: As for Ultralytics' YOLO.
+            args: As in Ultralytics' `YOLO`.
+            kwargs: As in Ultralytics' `YOLO`.
 
         Raises:
-            stvit.PretrainedError: If a file among the arguments is not safe to open.
+            stvit.PretrainedError: If a checkpoint in the arguments is not safe to open.
         """
         self._check_files(kwargs)
         with trusting(self.trust):
             return super().tune(*args, **kwargs)
 
     def _check_files(self, kwargs: dict[str, Any]) -> None:
-        """Checks the checkpoints among the arguments of a training, and those in its file of arguments (`cfg`)."""
+        """Checks the checkpoints in training arguments, also in those of a `cfg` file."""
         arguments = YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else self.overrides
         for key in ("pretrained", "distill_model"):
             check_local({**self.overrides, **arguments, **kwargs}.get(key), self.trust)
 
     def export(self, **kwargs: Any) -> str:
-        """Exports as Ultralytics' YOLO does.
+        """Exports the model, as Ultralytics' `YOLO` does, and returns the path.
 
         Args:
-            kwargs: Arguments of the export, as for Ultralytics' YOLO.
+            kwargs: Export arguments of Ultralytics.
 
         Raises:
-            ValueError: If the format cannot hold a model with our modules. Nothing is written or installed then.
+            ValueError: If the format does not support models with our modules. Nothing is written or installed.
         """
         check_format(self.model, kwargs.get("format") or self.overrides.get("format"))
         return super().export(**kwargs)
@@ -347,7 +365,7 @@ class YOLO(ultralytics.YOLO):
         model: Any = self.model
         backbone = find_backbone(model)
         if of_backbone and backbone is None:
-            raise ValueError(f"{of_backbone[0]} is for models on a timm backbone, such as yolo26n-stvit_pico.yaml")
+            raise ValueError(f"{of_backbone[0]} needs a model with a timm backbone, such as yolo26n-stvit_pico.yaml")
         keys = []
         if stock_weights is not None:
             keys += load_stock(model, stock_weights, trust=self.trust)
@@ -357,20 +375,20 @@ class YOLO(ultralytics.YOLO):
         model.yaml.update(rates)
         if self.loaded_keys is not None:
             self.loaded_keys = self.loaded_keys + keys
-        # Training then begins from this model and its configuration, and not from the model file once more.
+        # With a checkpoint, training starts from this model and its configuration instead of the model file.
         self.ckpt = self.ckpt or {"model": self.model}
         self.predictor = None
 
 
 def check_format(model: Any, format: Any) -> None:
-    """Refuses an export format that Ultralytics converts stock models to, and models with our modules never.
+    """Refuses export formats that do not support models with our modules.
 
     Args:
-        model: What would be exported.
-        format: The `format` argument of the export; None for Ultralytics' default.
+        model: Model to export.
+        format: `format` argument of the export; None for Ultralytics' default.
 
     Raises:
-        ValueError: If the format is refused.
+        ValueError: If the format is not supported.
     """
     if str(format).lower() != "imx" or not isinstance(model, nn.Module):
         return
@@ -378,13 +396,16 @@ def check_format(model: Any, format: Any) -> None:
     kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, ours)})
     if kinds:
         raise ValueError(
-            f"format='imx' is not supported for a model with {', '.join(kinds)}: Ultralytics converts only YOLOv8n and "
-            "YOLO11n to it; export to onnx, openvino, ncnn, coreml or torchscript"
+            f"format='imx' is not supported for a model with {', '.join(kinds)}, because Ultralytics converts only "
+            "YOLOv8n and YOLO11n to it; export to onnx, openvino, ncnn, coreml or torchscript"
         )
 
 
 def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
-    """Splits the backbone's parameters off the groups of an optimizer that has taken no step yet."""
+    """Moves the backbone's parameters to groups with their own learning rates.
+
+    The optimizer must not have taken a step.
+    """
     detector: Any = unwrap_model(model)
     detector = getattr(detector, "student_model", detector)
     backbone = find_backbone(detector)
@@ -403,24 +424,30 @@ def _set_backbone_rates(optimizer: Optimizer, model: nn.Module) -> None:
         group["params"] = [param for param in group["params"] if id(param) not in rates]
         options = {key: value for key, value in group.items() if key != "params"}
         if options.get("param_group") == "bias":
-            options["param_group"] = "backbone_bias"  # warm-up has a rate of its own for 'bias'
+            options["param_group"] = "backbone_bias"  # Ultralytics' warm-up sets another learning rate for 'bias'
         for rate in sorted(split):
             optimizer.add_param_group({**options, "params": split[rate], "lr": group["lr"] * rate})
     if not any(param.requires_grad for param in backbone.parameters()):
         return
     LOGGER.info(
-        f"The backbone {backbone.name} learns at {min(rates.values()):.3g} to {max(rates.values()):.3g} times the "
-        "learning rate of the rest"
+        f"The backbone {backbone.name} trains at {min(rates.values()):.3g} to {max(rates.values()):.3g} times the "
+        "learning rate of the other layers"
     )
 
 
 def _local(name: str) -> str:
-    """The path of a checkpoint on the Hub, downloaded and safe to open; other names as they are."""
+    """Downloads a checkpoint of the Hub and returns its path.
+
+    Other names are returned unchanged.
+    """
     return str(fetch_checkpoint(name)) if name.startswith(PREFIXES) else name
 
 
 def _find_model_file(name: str) -> str:
-    """The path of one of our model files; other names as they are, for Ultralytics to look up."""
+    """Returns the path of one of our model files.
+
+    Other names are returned unchanged, so that Ultralytics finds them.
+    """
     if not re.fullmatch(r"yolo26[nslmx]?-[^/\\]+\.ya?ml", name):
         return name
     unified = re.sub(r"^yolo26[nslmx]", "yolo26", name)
@@ -430,7 +457,10 @@ def _find_model_file(name: str) -> str:
 
 
 def _write_custom(config: dict[str, Any]) -> str:
-    """Writes a configuration as a file, for Ultralytics takes no other, under a name that says its scale."""
+    """Writes a configuration to a file whose name contains the scale.
+
+    Ultralytics accepts only files.
+    """
     check_config(config)
     text = json.dumps(config, sort_keys=True, default=str)
     scale = config.get("scale", "")

@@ -20,10 +20,11 @@ from ultralytics.nn.tasks import torch_safe_load
 from ultralytics.utils import ASSETS, SETTINGS, checks
 from ultralytics.utils.downloads import attempt_download_asset
 
-from stvit.adapters.yolo.registration import allow_modules
 from stvit.ops import SuperTokenAttention
 from stvit.weights.check import WeightsFileError, check_file, find_corruption
 from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error
+
+from .registration import allow_modules
 
 __all__ = [
     "PREFIXES",
@@ -293,7 +294,7 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
         PretrainedError: If the checkpoint cannot be opened safely.
         ValueError: If the image cannot be read.
     """
-    from stvit.adapters.yolo.engine import YOLO
+    from .engine import YOLO
 
     if not source.is_file():
         raise PretrainedError(f"{source}: there is no such file")

@@ -1,11 +1,11 @@
 """Modules for the rows of Ultralytics model files.
 
-A checkpoint of a detector holds these classes by their path: they stay in this module.
+Checkpoints of detectors refer to these classes by their module path, so the classes must stay in this module.
 
 Shapes:
     B        batch
-    C        channels of a map
-    H, W     pixels of the map
+    C        channels of a feature map
+    H, W     height and width of an image or feature map
 """
 
 import difflib
@@ -28,23 +28,23 @@ __all__ = ["C2STA", "BackboneBatchNorm2d", "StokenAttention", "TimmBackbone"]
 
 
 class BackboneBatchNorm2d(nn.BatchNorm2d):
-    """A backbone's own batch normalization.
+    """Batch normalization that keeps its eps and momentum in Ultralytics.
 
-    Ultralytics sets eps to 1e-3 and momentum to 0.03 in every module whose type is `nn.BatchNorm2d` itself, which
-    would change what a pretrained backbone computes; it leaves a subclass alone.
+    Ultralytics sets eps to 1e-3 and momentum to 0.03 in all modules of the exact type `nn.BatchNorm2d`. This would
+    change the outputs of a pretrained backbone. Subclasses are not affected.
     """
 
 
-# torch.export returns plain lists only. torch 2.6 does not distinguish it from torch.compile.
+# torch.export returns only plain lists. torch 2.6 cannot tell it from torch.compile.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class FeatureMaps(list[torch.Tensor]):
-    """Feature maps that a row of a model file gives, each (B, C, H, W).
+    """Feature maps that a row of a model file returns, each (B, C, H, W).
 
-    `YOLO.embed` pools the output of any row with `torch.nn.functional.adaptive_avg_pool2d`, which takes one map.
-    PyTorch hands the call to `__torch_function__`: each map is pooled, and their channels are concatenated, as
-    Ultralytics does with the maps of several rows.
+    `YOLO.embed` pools the output of a row with `torch.nn.functional.adaptive_avg_pool2d`, which expects one tensor.
+    PyTorch passes this call on to `__torch_function__`, which pools each map and concatenates the channels. Ultralytics
+    does the same with the maps of several rows.
     """
 
     @classmethod
@@ -56,19 +56,18 @@ class FeatureMaps(list[torch.Tensor]):
         return torch.cat([func(x, *args[1:], **(kwargs or {})) for x in args[0]], dim=1)
 
 
-# BaseModel.fuse() asks a RepVGGDW to fuse itself, and no other kind of module that may stand in a row: this is one by
-# name alone, with nothing of its layers.
+# BaseModel.fuse() calls `fuse` only of a few classes, among them RepVGGDW. Nothing else of the base class is used.
 class TimmBackbone(RepVGGDW):
-    """Feature maps of a timm model, STViT among them, from images as Ultralytics feeds them.
+    """Returns feature maps of a timm model, for images as Ultralytics passes them.
 
-    A model file has it as row 0, `[-1, 1, TimmBackbone, [c2, stvit_small, [1, 2, 3]]]`, where Ultralytics puts the
-    images' channels in the place of c2. Rows of Ultralytics' `Index`, such as `[0, 1, Index, [128, 0]]`, pick a map.
+    The module is row 0 of a model file: `[-1, 1, TimmBackbone, [c2, stvit_small, [1, 2, 3]]]`. Ultralytics replaces c2
+    by the number of image channels. Rows with Ultralytics' `Index`, such as `[0, 1, Index, [128, 0]]`, select a map.
 
     Attributes:
-        net: The timm model, without what comes after the last of the maps.
-        name: Its name in timm.
-        channels: Channels of each map.
-        reductions: Pixels of the image for a pixel of each map, along an axis.
+        net: timm model, without the layers after the last feature map.
+        name: Name of the model in timm.
+        channels: Channels of each feature map.
+        reductions: Stride of each feature map, in image pixels.
     """
 
     mean: torch.Tensor
@@ -84,24 +83,22 @@ class TimmBackbone(RepVGGDW):
         """
         Args:
             in_chans: Channels of the images.
-            name: A timm model with feature maps.
-            out_indices: Which of its maps, counted from 0 as in its `feature_info`.
-            model_args: Further arguments of the timm model, such as `drop_path_rate`.
+            name: Name of a timm model with feature maps.
+            out_indices: Indices of the feature maps in the model's `feature_info`, in rising order.
+            model_args: Other arguments of the timm model, such as `drop_path_rate`.
 
         Raises:
-            ValueError: If timm has no such model, or it has no such maps or arguments.
+            ValueError: If the model, a feature map or an argument does not exist.
         """
         nn.Module.__init__(self)
         self.net = create_net(name, in_chans=in_chans, **(model_args or {}))
         feature_info = feature_maps(self.net, name)
         if not out_indices or not all(0 <= index < len(feature_info) for index in out_indices):
             raise ValueError(
-                f"the backbone {name} has feature maps 0 to {len(feature_info) - 1}, not all of {out_indices}"
+                f"out_indices {out_indices}: the backbone {name} has feature maps 0 to {len(feature_info) - 1}"
             )
-        if out_indices != sorted(set(out_indices)):  # timm gives them in the order of depth, whatever is asked for
-            raise ValueError(
-                f"the feature maps of the backbone {name} must be named in rising order, got {out_indices}"
-            )
+        if out_indices != sorted(set(out_indices)):  # timm always returns them in the order of depth
+            raise ValueError(f"out_indices of the backbone {name} must be in rising order, got {out_indices}")
         self.name = name
         self.in_chans = in_chans
         self.out_indices = list(out_indices)
@@ -112,28 +109,28 @@ class TimmBackbone(RepVGGDW):
         for module in self.net.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BackboneBatchNorm2d
-        # Ultralytics turns every parameter's gradient on; constants that must not drift are buffers.
+        # Buffers, because Ultralytics turns on the gradient of every parameter.
         cfg = self.net.pretrained_cfg
         for stat, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-            values = torch.tensor(_for_channels(cfg.get(stat) or default, in_chans)).reshape(1, in_chans, 1, 1)
+            values = torch.tensor(_adapt_channels(cfg.get(stat) or default, in_chans)).reshape(1, in_chans, 1, 1)
             self.register_buffer(stat, values, persistent=False)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
         """
         Args:
-            x: Images (B, in_chans, H, W), from 0 to 1.
+            x: Images (B, in_chans, H, W) with values from 0 to 1.
 
         Returns:
-            The maps asked for, each (B, C, H / reduction, W / reduction).
+            Feature maps, each (B, C, H / reduction, W / reduction).
 
         Raises:
-            ValueError: If the images have other channels, or several maps are asked for and H or W is no multiple of
-                the greatest reduction, so that the maps would not fit over each other in a neck.
+            ValueError: If the number of channels is wrong, or there are several feature maps and H or W is not a
+                multiple of the largest reduction. A neck could not combine such feature maps.
         """
         return self._features(x)
 
     def forward_fuse(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
-        """What Ultralytics puts in the place of `forward` after `fuse`."""
+        """Computes the same as `forward`. Ultralytics calls this method after `fuse`."""
         return self._features(x)
 
     def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -144,44 +141,46 @@ class TimmBackbone(RepVGGDW):
             maps = self.net.forward_intermediates(
                 x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True
             )
-        except (AssertionError, IndexError) as error:  # how models of timm refuse a size
+        except (AssertionError, IndexError) as error:  # raised by timm's models for a wrong image size
             raise ValueError(
-                f"the backbone {self.name} does not take images of {x.shape[2]}x{x.shape[3]}: {error}"
+                f"the backbone {self.name} does not accept images of {x.shape[2]}x{x.shape[3]} pixels: {error}"
             ) from error
         return maps if _is_exporting() else FeatureMaps(maps)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.shape[1] != self.in_chans:
             raise ValueError(
-                f"the backbone {self.name} was built for images of {self.in_chans} channels, got {x.shape[1]}: set "
-                "`channels` in the data file, or build the model for them"
+                f"the backbone {self.name} expects images of {self.in_chans} channels, got {x.shape[1]}; set "
+                "`channels` in the data file, or build the model for this number of channels"
             )
         stride = max(self.reductions)
         if len(self.out_indices) > 1 and (x.shape[2] % stride or x.shape[3] % stride):
             raise ValueError(
-                f"images must be multiples of {stride} pixels high and wide, got {x.shape[2]}x{x.shape[3]}: predict, "
-                "val and train see to it, a tensor has to come so"
+                f"height and width of an image tensor must be multiples of {stride}, got {x.shape[2]}x{x.shape[3]}; "
+                "pad the tensor, or pass image files to predict, val or train"
             )
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Folds what is constant in inference, in place; `BaseModel.fuse()` calls it."""
+        """Folds constants in place. `BaseModel.fuse()` calls this method."""
         try:
             fold_constants(self.net)
         except ValueError as error:
-            LOGGER.warning(f"The backbone {self.name} stays unfused: {error}")
+            LOGGER.warning(f"The backbone {self.name} is not fused: {error}")
 
     def extra_repr(self) -> str:
         return f"{self.name}, in_chans={self.in_chans}, out_indices={self.out_indices}"
 
 
 class StokenAttention(nn.Module):
-    """Super token attention as a row of a model file, (B, C, H, W) to the same.
+    """Super token attention as a row of a model file, (B, C, H, W) to (B, C, H, W).
 
-    `[-1, 1, StokenAttention, [c2, 4]]`: Ultralytics puts the width of the row before in the place of c2, at every
-    scale, where `from` is -1. With `shortcut` it is x + attention(norm(x)) as in a block of STViT (figure 2), and
-    begins as the identity: put into a trained network it changes nothing until it has learned. Without, it is the
-    attention alone, as in the published class of this name.
+    Example: `[-1, 1, StokenAttention, [c2, 4]]`. If `from` is -1, Ultralytics replaces c2 by the width of the previous
+    row, at every scale.
+
+    With `shortcut`, the module computes x + attention(norm(x)), as a block of STViT does (figure 2). A new module is
+    the identity, so a trained network still gives the same outputs when the row is added. Without `shortcut`, the
+    module is only the attention, as in the published class of this name.
     """
 
     def __init__(
@@ -194,17 +193,17 @@ class StokenAttention(nn.Module):
     ) -> None:
         """
         Args:
-            dim: Channels of the input and of the output.
-            stoken_size: Pixels of a super token's cell, or its height and width; 1 is attention among all pixels.
-            n_iter: Rounds of association.
-            num_heads: Attention heads, which must divide `dim`; None for one for every 64 channels.
-            shortcut: Whether the input is normalized first and added at the end.
+            dim: Channels of the input and the output.
+            stoken_size: Height and width of a super token's cell in pixels. 1 is attention among all pixels.
+            n_iter: Rounds of association and averaging.
+            num_heads: Number of attention heads, which must divide `dim` (default: one per 64 channels).
+            shortcut: Whether the input is normalized before the attention and added to its output.
 
         Raises:
-            ValueError: If an argument is not as described.
+            ValueError: If an argument has a wrong type or value.
         """
         super().__init__()
-        dim = _width("StokenAttention", dim)
+        dim = _check_dim("StokenAttention", dim)
         self.attn = _attention(dim, stoken_size, n_iter, num_heads)
         self.shortcut = shortcut
         if shortcut:
@@ -215,17 +214,17 @@ class StokenAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Raises:
-            ValueError: If `x` has other channels than the row says.
+            ValueError: If the number of channels of `x` is not that of the row.
         """
-        _check_width("StokenAttention", x, self.attn.dim)
+        _check_channels("StokenAttention", x, self.attn.dim)
         return x + self.attn(self.norm(x)) if self.shortcut else self.attn(x)
 
 
 class C2STA(C2PSA):
-    """Ultralytics' C2PSA with super token attention for its attention, (B, C, H, W) to the same.
+    """Ultralytics' C2PSA with super token attention, (B, C, H, W) to (B, C, H, W).
 
-    `[-1, 1, C2STA, [c2]]`: Ultralytics puts the width of the row before in the place of c2, at every scale, where
-    `from` is -1. `n` of a row repeats the whole of it; that of the blocks inside is an argument.
+    Example: `[-1, 1, C2STA, [c2]]`. If `from` is -1, Ultralytics replaces c2 by the width of the previous row, at every
+    scale. The second entry of a row repeats the whole module; the argument `n` is the number of blocks inside it.
     """
 
     def __init__(
@@ -241,19 +240,21 @@ class C2STA(C2PSA):
         """
         Args:
             c1: Channels of the input.
-            c2: Channels of the output, which must be those of the input.
-            n: Blocks of attention and feed-forward.
-            e: Channels that the blocks see, over those of the input.
-            stoken_size: As for `StokenAttention`.
-            n_iter: Rounds of association.
-            num_heads: As for `StokenAttention`.
+            c2: Channels of the output (default: `c1`). Must equal `c1`.
+            n: Number of blocks of attention and feed-forward.
+            e: Channels of the blocks, divided by `c1`.
+            stoken_size: Height and width of a super token's cell in pixels. 1 is attention among all pixels.
+            n_iter: Rounds of association and averaging.
+            num_heads: Number of attention heads (default: one per 64 channels of the blocks).
 
         Raises:
-            ValueError: If an argument is not as described.
+            ValueError: If an argument has a wrong type or value.
         """
-        c1 = _width("C2STA", c1)
+        c1 = _check_dim("C2STA", c1)
         if c2 is not None and c2 != c1:
-            raise ValueError(f"C2STA gives as many channels as it gets, got c1={c1} and c2={c2}: change them before it")
+            raise ValueError(
+                f"C2STA cannot change the number of channels, got c1={c1} and c2={c2}; put a Conv row before it"
+            )
         super().__init__(c1, c1, n, e)
         self.dim = c1
         for block in self.m:
@@ -262,56 +263,64 @@ class C2STA(C2PSA):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Raises:
-            ValueError: If `x` has other channels than the row says.
+            ValueError: If the number of channels of `x` is not that of the row.
         """
-        _check_width("C2STA", x, self.dim)
+        _check_channels("C2STA", x, self.dim)
         return super().forward(x)
 
 
 def create_net(name: str, **kwargs: Any) -> Any:
-    """A timm model without its classifier, not pretrained.
+    """Creates a timm model without classifier and without pretrained weights.
 
     Raises:
-        ValueError: If timm has no such model or the model no such argument, or an argument has a wrong range.
+        ValueError: If the model or an argument does not exist, or an argument has a wrong value.
     """
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
-        hint = f", is it one of {', '.join(near)}?" if near else ": timm.list_models() lists them"
-        raise ValueError(f"unknown backbone {name!r}{hint}")
-    check_model_args(kwargs)  # a model file may be somebody else's
-    kwargs = as_timm_takes_them(kwargs)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
+        raise ValueError(f"unknown backbone {name!r}; {hint}")
+    check_model_args(kwargs)  # the model file may come from another person
+    kwargs = lists_to_tuples(kwargs)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"the backbone {name} cannot be made with {kwargs}: {error}") from error
+        raise ValueError(f"cannot create the backbone {name} with {kwargs}: {error}") from error
 
 
-def as_timm_takes_them(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a model out of a YAML file, which has lists for tuples."""
+def lists_to_tuples(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Replaces lists in model arguments by tuples.
+
+    YAML files have only lists, but timm expects tuples.
+    """
     return {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
 
 
 def feature_maps(net: Any, name: str) -> list[dict[str, Any]]:
-    """timm's `feature_info` of a model: 'num_chs' and 'reduction' of each map.
+    """Returns timm's `feature_info` of a model.
+
+    It has a dictionary with 'num_chs' and 'reduction' for each feature map.
 
     Raises:
-        ValueError: If the model has none.
+        ValueError: If the model has no feature maps.
     """
     feature_info = getattr(net, "feature_info", None)
     if not feature_info or not hasattr(net, "forward_intermediates"):
         raise ValueError(
-            f"the backbone {name} has no feature maps in timm: take one that works with features_only=True"
+            f"the backbone {name} has no feature maps in timm; choose a model that supports features_only=True"
         )
     return list(feature_info)
 
 
 def prune(net: Any, out_indices: list[int]) -> None:
-    """Removes what comes after the last of the maps asked for."""
+    """Removes the layers after the last feature map of `out_indices`, and the head."""
     net.prune_intermediate_layers(out_indices, prune_head=True)
 
 
-def _for_channels(values: tuple[float, ...], in_chans: int) -> list[float]:
-    """Mean or deviation of red, green and blue for another number of channels, as timm adapts a first convolution."""
+def _adapt_channels(values: tuple[float, ...], in_chans: int) -> list[float]:
+    """Adapts a mean or standard deviation to another number of channels.
+
+    timm adapts the weights of a first convolution in the same way.
+    """
     if in_chans == 1:
         return [sum(values) / len(values)]
     return [values[channel % len(values)] for channel in range(in_chans)]
@@ -324,18 +333,18 @@ def _attention(dim: int, stoken_size: int | list[int], n_iter: int, num_heads: i
     return stvit.SuperTokenAttention(dim, stoken_size=size, n_iter=n_iter, num_heads=num_heads, qkv_bias=True)
 
 
-def _width(kind: str, dim: int | None) -> int:
+def _check_dim(kind: str, dim: int | None) -> int:
     if not isinstance(dim, int):
         raise ValueError(
-            f"a {kind} row needs its width, a number or c2 for that of the row before, [-1, 1, {kind}, [c2]], got "
-            f"{dim!r}"
+            f"the first argument of a {kind} row must be a number of channels, or c2 for the width of the previous row "
+            f"as in [-1, 1, {kind}, [c2]], got {dim!r}"
         )
     return dim
 
 
-def _check_width(kind: str, x: torch.Tensor, dim: int) -> None:
+def _check_channels(kind: str, x: torch.Tensor, dim: int) -> None:
     if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and x.shape[1] != dim:
         raise ValueError(
-            f"a {kind} row of {dim} channels gets {x.shape[1]}: write c2 for its width, [-1, 1, {kind}, [c2]], and "
-            "Ultralytics puts that of the row before in its place, at every scale"
+            f"a {kind} row of {dim} channels got {x.shape[1]} channels; write c2 as in [-1, 1, {kind}, [c2]] for the "
+            "width of the previous row at every scale"
         )

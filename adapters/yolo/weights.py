@@ -13,10 +13,11 @@ from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
 import stvit
-from stvit.adapters.yolo.hub import PREFIXES, check_local, fetch_checkpoint
-from stvit.adapters.yolo.modules import TimmBackbone, as_timm_takes_them, prune
 from stvit.weights.check import check_file
 from stvit.weights.official import strip_prefix_of
+
+from .hub import PREFIXES, check_local, fetch_checkpoint
+from .modules import TimmBackbone, lists_to_tuples, prune
 
 # Ends of the names of files of weights.
 _FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
@@ -48,7 +49,7 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
     """
     name, kwargs = _pretrained_model(backbone, source)
     try:
-        net: Any = stvit.create_model(name, pretrained=True, in_chans=backbone.in_chans, **as_timm_takes_them(kwargs))
+        net: Any = stvit.create_model(name, pretrained=True, in_chans=backbone.in_chans, **lists_to_tuples(kwargs))
     except Exception as error:  # the network, a file, a Hub's answer
         raise RuntimeError(
             f"pretrained_backbone={str(source)!r} could not be loaded into {backbone.name}: {error}"
