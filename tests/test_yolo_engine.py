@@ -1,4 +1,4 @@
-"""The adapter in use: every mode of Ultralytics on real photographs, through its own code."""
+"""Runs every mode of Ultralytics with our models on real photographs."""
 
 import os
 import re
@@ -26,7 +26,7 @@ RATES = {"backbone_lr_scale": 0.1, "layer_decay": 0.8}
 
 
 def fresh(script: str, *arguments: Any, **env: str) -> str:
-    """What a new Python process prints."""
+    """Runs a script in a new Python process and returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | env,
@@ -40,7 +40,7 @@ def fresh(script: str, *arguments: Any, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector trained for two epochs, with rates of its own for the backbone. Not to be changed."""
+    """Run directory of a detector that trained for two epochs with backbone rates. Tests must not change it."""
     folder = tmp_path_factory.mktemp("runs")
     model = YOLO("yolo26n-stvit_pico.yaml", **RATES)
     model.train(
@@ -61,13 +61,13 @@ def detector(best: Path) -> YOLO:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """A real photograph, (1, 3, 64, 96), from 0 to 1."""
+    """Photograph (1, 3, 64, 96) with values from 0 to 1."""
     photo = cv2.resize(cv2.imread(str(ASSETS / "bus.jpg")), (96, 64))[..., ::-1]
     return torch.from_numpy(np.ascontiguousarray(photo)).permute(2, 0, 1)[None].float() / 255
 
 
 def raw(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What a model says of every place, before detections are picked: (B, 4 + classes, N)."""
+    """Returns the raw output of a model before detections are selected, (B, 4 + classes, N)."""
     with torch.no_grad():
         return model.eval()(images)[0]
 
@@ -76,7 +76,7 @@ def raw(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def groups(trainer: Any) -> dict[str, list[tuple[float, str]]]:
-    """For each parameter its rate over the learning rate, and the kind of its group."""
+    """Returns the relative learning rate and the kind of the parameter group, for each parameter."""
     names = {id(param): name for name, param in trainer.model.named_parameters()}
     base = trainer.args.lr0
     return {
@@ -104,7 +104,7 @@ def test_backbone_has_its_own_learning_rates(optimizer: str, photos: Path, tmp_p
     for name, (rate, kind) in plain.items():
         inside = name.startswith("model.0.")
         assert factor[name][0] == pytest.approx(rate * (0.1 if inside else 1.0)), name
-        # Warm-up begins at a high rate for what is called 'bias', the backbone's must not.
+        # Warm-up starts with a high rate for groups named 'bias', which the backbone must not have.
         assert factor[name][1] == ("backbone_bias" if inside and kind == "bias" else kind)
     assert decayed[last][0] == pytest.approx(plain[last][0] * 0.1)
     assert decayed[first][0] == pytest.approx(plain[first][0] * 0.1 * 0.8**7, rel=0.3)
@@ -277,7 +277,7 @@ def test_half(detector: YOLO, images: torch.Tensor) -> None:
     "name", ["yolo26n.yaml", "yolo26n-stvit_pico.yaml", "yolo26n-convnext_atto.yaml", "yolo26n-stvit_pico-cls.yaml"]
 )
 def test_each_row_gives_an_embedding(name: str, tmp_path: Path) -> None:
-    """Each but the head, whose outputs Ultralytics does not pool."""
+    """Tests all rows but the head, whose outputs Ultralytics does not pool."""
     model = YOLO(name)
     model.save(tmp_path / "model.pt")
     for detector in (model, ultralytics.YOLO(tmp_path / "model.pt")):
@@ -320,7 +320,7 @@ def test_val_predict_embed(detector: YOLO, photos: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Six frames that pan over a photograph."""
+    """Video of six frames that pans over a photograph."""
     photo = cv2.resize(cv2.imread(str(ASSETS / "bus.jpg")), (320, 426))
     path = tmp_path / "pan.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5, (256, 256))
@@ -531,7 +531,7 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     [
         (
             None,
-            r"stvit.adapters.yolo needs Ultralytics: pip install 'stvit\[yolo\]' brings it \(ultralytics>=8.4.190\)",
+            r"stvit.adapters.yolo needs Ultralytics: pip install 'stvit\[yolo\]' installs it \(ultralytics>=8.4.190\)",
         ),
         ("8.4.189", r"needs Ultralytics 8.4.190, found 8.4.189: pip install 'stvit\[yolo\]'"),
     ],
