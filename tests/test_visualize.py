@@ -1,4 +1,4 @@
-"""What a model sees: the arrays against the definition, the pictures, the model left as it was, and the command."""
+"""Tests stvit.visualize and its command: arrays against the definition, pictures, and the unchanged model."""
 
 import copy
 import csv
@@ -52,7 +52,7 @@ def detectors() -> dict[str, Any]:
 
 
 def run_through(layer: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input and output of a layer while something runs."""
+    """Returns the input and output of a layer during a call of `run`."""
     seen: list[Any] = []
     hook = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
     with torch.no_grad():
@@ -67,22 +67,22 @@ def run_through(layer: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("size", [(160, 120), (33, 61), (1, 1)])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_arrays_are_what_the_layer_computes(model: Any, stage: int, size: tuple[int, int]) -> None:
-    """From its own input, by the definition, and up to its own output."""
+def test_arrays_equal_the_computation_of_the_layer(model: Any, stage: int, size: tuple[int, int]) -> None:
+    """The arrays follow from the input by the definition, and give the output of the layer."""
     x = torch.randn(1, 3, *size)
     view = super_tokens(model, x, stage)
     attention = model.stages[stage].blocks[-1].attn
     inside, output = run_through(attention, lambda: model(x))
     height, width = inside.shape[2:]
     assert view.association.shape == (9, height, width)
-    assert view.stride == (4 * 2**stage if max(size) > 1 else 1)  # which cannot be seen of one pixel
+    assert view.stride == (4 * 2**stage if max(size) > 1 else 1)  # one pixel does not show the stride
     assert view.layer == f"stages.{stage}.blocks.0.attn" and view.stoken_size == (8 // 2**stage,) * 2
     upsampled = upsample_super_tokens(
         torch.tensor(view.features)[None], torch.tensor(view.association)[None], view.stoken_size
     )
     torch.testing.assert_close(upsampled, output)
 
-    # Each pixel's weights, from the cells' means (one round of association), one by one.
+    # Association of some pixels, computed from the means of the cells (one round).
     cell = view.stoken_size[0]
     pixels = torch.nn.functional.pad(inside[0], (0, -width % cell, 0, -height % cell)).double().numpy()
     rows, columns = view.grid
@@ -107,7 +107,7 @@ def test_arrays_are_what_the_layer_computes(model: Any, stage: int, size: tuple[
             )
 
 
-def test_attention_is_what_makes_the_features() -> None:
+def test_features_follow_from_the_attention() -> None:
     model: Any = timm.create_model("stvit_pico")
     view = super_tokens(model, photo(200, 200), 1)
     attention = model.stages[1].blocks[-1].attn
@@ -123,12 +123,12 @@ def test_attention_is_what_makes_the_features() -> None:
     np.testing.assert_allclose(features.numpy(), view.features, atol=1e-5)
 
 
-def test_every_way_to_give_an_image(model: Any, tmp_path: Path) -> None:
+def test_every_type_of_image(model: Any, tmp_path: Path) -> None:
     image = photo()
     image.save(tmp_path / "photo.png")
     turned = image.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees: to be shown upright
+    exif[0x0112] = 6  # rotated by 90 degrees, to be shown upright
     turned.save(tmp_path / "turned.png", exif=exif)
     mean, std = (torch.tensor(model.pretrained_cfg[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     tensor = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
@@ -167,7 +167,7 @@ def test_other_channels() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (37, 53), (64, 64), (129, 97)])
 def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) -> None:
-    """Every pixel belongs to one token, and to its candidates by parts that add up; detectors pad what they need."""
+    """Each pixel has one token, and associations that sum to 1. Detectors pad the image."""
     image = photo(*size)
     for net in (model, *detectors.values()):
         for stage in visualize.stages(net):
@@ -185,8 +185,8 @@ def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) 
             assert max(view.draw().size) < 3000
 
 
-def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
-    """The part of the image that the stem sees of a pixel is centered on it."""
+def test_map_pixels_are_placed_at_the_center_of_their_receptive_field(model: Any) -> None:
+    """The gradient of a map pixel is centered on the image pixel where `to_image` puts it."""
     image = torch.randn(1, 3, 96, 96, requires_grad=True)
     view = super_tokens(model, image)
     numbers = view.to_image(np.arange(24 * 24).reshape(24, 24))
@@ -199,8 +199,8 @@ def test_a_pixel_of_the_map_lies_where_it_looks(model: Any) -> None:
         assert (lines.min(), lines.max(), places.min(), places.max()) == (4 * i - 2, 4 * i + 1, 4 * j - 2, 4 * j + 1)
 
 
-def test_the_rest_of_the_model_does_not_run() -> None:
-    """Where a large image would cost most."""
+def test_later_layers_do_not_run() -> None:
+    """Later layers would cost most for a large image."""
     model: Any = timm.create_model("test_stvit")
     ran: list[Any] = []
     model.stages[1].register_forward_pre_hook(lambda *args: ran.append(args))
@@ -214,7 +214,7 @@ def test_the_rest_of_the_model_does_not_run() -> None:
 # Models
 
 
-def test_the_same_layer_in_every_dress(model: Any) -> None:
+def test_every_form_of_a_model_gives_the_same_arrays(model: Any) -> None:
     x = torch.randn(1, 3, 96, 128)
     expected = super_tokens(model, x, 1)
     features = timm.create_model("test_stvit", features_only=True, out_indices=(1, 2))
@@ -242,8 +242,8 @@ def test_the_same_layer_in_every_dress(model: Any) -> None:
 
 @pytest.mark.parametrize("size", [(480, 313), (313, 480), (160, 160)])
 def test_detectors(size: tuple[int, int]) -> None:
-    """Of YOLO, and of the module in it; both kinds; the pixels are those that Ultralytics gives its network."""
-    for name, stages in (("stvit_pico", [0, 1]), ("stokenattention", [0, 1, 2, 3])):  # the fifth attends among pixels
+    """Tests `YOLO` objects and their networks, of both kinds. The padded image is that of Ultralytics."""
+    for name, stages in (("stvit_pico", [0, 1]), ("stokenattention", [0, 1, 2, 3])):  # in the fifth, pixels are tokens
         yolo = YOLO(f"yolo26n-{name}.yaml")
         assert visualize.stages(yolo) == visualize.stages(yolo.model) == stages
         view = super_tokens(yolo, photo(*size), 1)
@@ -266,7 +266,7 @@ def test_detectors(size: tuple[int, int]) -> None:
 
 
 def test_wrappers_keep_the_normalization(model: Any) -> None:
-    """Of images that are not tensors: by what the model inside was made for, unless a layer does it."""
+    """Images are normalized for the model inside a wrapper, unless a layer does it."""
     from torch.optim.swa_utils import AveragedModel
     from torchvision.transforms import Normalize
 
@@ -289,7 +289,7 @@ def test_wrappers_keep_the_normalization(model: Any) -> None:
     )
 
 
-def test_a_predictor_is_not_yolo(model: Any) -> None:
+def test_attributes_of_yolo_do_not_make_a_yolo(model: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -343,8 +343,8 @@ def test_cells_of_two_sizes_and_more_rounds() -> None:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_the_model_is_left_as_it_was(error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modes of each module, statistics, hooks: after success, an error of the model's, and Ctrl-C."""
+def test_the_model_does_not_change(error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes, statistics and hooks stay the same after success, after an error of the model, and after Ctrl-C."""
     model: Any = timm.create_model("test_stvit").train()
     model.stages[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -367,8 +367,8 @@ def test_the_model_is_left_as_it_was(error: type[BaseException] | None, monkeypa
 
 
 @pytest.mark.parametrize("dress", ["plain", "compiled", "parallel"])
-def test_other_threads_use_the_model_meanwhile(dress: str) -> None:
-    """Two views of a model in training mode stop inside the model; meanwhile another thread evaluates the model."""
+def test_other_threads_can_use_the_model(dress: str) -> None:
+    """While two threads view a model in training mode, another thread evaluates it."""
     torch.manual_seed(0)
     net: Any = timm.create_model("test_stvit", num_classes=10)
     alone, x = copy.deepcopy(net).eval(), torch.randn(1, 3, 64, 96)
@@ -405,8 +405,8 @@ def test_other_threads_use_the_model_meanwhile(dress: str) -> None:
             np.testing.assert_array_equal(getattr(views[stage], name), getattr(expected[stage], name))
 
 
-def test_modules_that_hold_their_own_parts(model: Any) -> None:
-    """Attributes that lead to modules past `named_children` lead to the copies, which the view looks into."""
+def test_modules_that_refer_to_their_parts(model: Any) -> None:
+    """Attributes that refer to modules, such as lists and methods, refer to the copies."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -428,7 +428,7 @@ def test_modules_that_hold_their_own_parts(model: Any) -> None:
     for size in (64, 96):
         x = torch.randn(1, 3, size, size)
         np.testing.assert_array_equal(super_tokens(net, x).association, super_tokens(model, x).association)
-    # Modules compiled in place and scripted ones inside.
+    # Modules that are compiled in place or contain scripted modules.
     x = torch.randn(1, 3, 64, 64)
     scripted = torch.jit.script(nn.Sequential(nn.Identity(), nn.Dropout(0.9)))
     compiled: Any = torch.compile(model)
@@ -442,7 +442,7 @@ def test_modules_that_hold_their_own_parts(model: Any) -> None:
 
 
 def test_random_weights_are_the_same_in_every_thread() -> None:
-    """All threads share one generator, which another thread must not seed meanwhile."""
+    """All threads share one generator, so only one thread at a time may seed it."""
     results: dict[int, torch.Tensor] = {}
     is_second_inside = threading.Event()
 
@@ -450,7 +450,7 @@ def test_random_weights_are_the_same_in_every_thread() -> None:
         with viewing._seeded_rng():
             number = torch.rand(())
             second.start()
-            is_second_inside.wait(0.3)  # it draws meanwhile, if it can
+            is_second_inside.wait(0.3)  # gives the second thread time to draw, if it can
             results[0] = torch.stack([number, torch.rand(())])
 
     def draw_second() -> None:
@@ -590,7 +590,7 @@ def test_sheet(model: Any) -> None:
     sheet = Image.open(io.BytesIO(view._repr_png_()))
     assert sheet.format == "PNG" and np.array_equal(np.array(sheet), np.array(view.draw()))
     assert sheet.width == 2 * 480 + 3 * 16
-    # Captions as high as a 36th of the width are written below each picture, and above them all.
+    # Captions are below each picture and the title is above all. Their height is 1/36 of the width.
     titled = view.draw(token=3, title="a title")
     assert titled.height > sheet.height and np.array(titled)[:30].min() < 100 < np.array(sheet)[:16].min()
     for column in (0, 1):
@@ -601,7 +601,7 @@ def test_sheet(model: Any) -> None:
     assert long.width == 3 * 480 + 4 * 16
     gaps = np.concatenate([np.array(long)[:, i * 496 : i * 496 + 16] for i in range(4)], axis=1)
     assert gaps.min() == 255  # no caption leaves its column
-    # Of narrow and of flat pictures, too, it stays one that can be looked at.
+    # The sheet stays small for narrow and for flat pictures.
     for size in ((1, 1000), (1000, 1)):
         assert max(super_tokens(model, photo(*size)).draw().size) < 3000
     assert len(repr(view)) < 400
@@ -618,7 +618,7 @@ def test_sheet(model: Any) -> None:
 
 
 def trained(folder: Path, digits_folder: Path, *flags: str) -> Path:
-    """A run on digits: three epochs, which keeps the checkpoints of the first and the last two of them."""
+    """Trains on digits for three epochs and returns the run directory."""
     assert (
         train_cls.main(
             [
@@ -651,8 +651,8 @@ def pictures(*stages: int) -> set[str]:
     return {f"stage{stage}{name}.png" for stage in stages for name in ("", *(f"_{p}" for p in command.PICTURES))}
 
 
-def test_training_keeps_the_epochs_asked_for(digits_run: Path, digits_folder: Path, tmp_path: Path) -> None:
-    """Beside the last two checkpoints, one of them within an epoch."""
+def test_training_keeps_the_requested_epochs(digits_run: Path, digits_folder: Path, tmp_path: Path) -> None:
+    """Training keeps them in addition to the last two checkpoints."""
     kept = {path.name for path in (digits_run / "checkpoints").iterdir()}
     assert kept == {"00001-00000000.pt", "00002-00000000.pt", "00002-00000002.pt", "00003-00000000.pt"}
     none = trained(tmp_path, digits_folder, "--checkpoint-steps=1")
@@ -662,7 +662,7 @@ def test_training_keeps_the_epochs_asked_for(digits_run: Path, digits_folder: Pa
 
 
 def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
-    """As a process of its own: both stages, the sheet and each picture, of the token at a pixel."""
+    """Runs the command in a new process and compares the sheet and each picture."""
     shutil.copy(BUS, tmp_path / "photo.jpg")
     flags = ["photo.jpg", "--checkpoint", digits_run, "--img-size", "200", "--pixel", "400", "700", "--output", "out"]
     script = Path(command.__file__)
@@ -687,7 +687,7 @@ def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.array(Image.open(tmp_path / "out/photo/stage1.png")), np.array(sheet))
 
 
-def test_nothing_but_an_image_says_that_weights_are_random(
+def test_random_weights_are_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -695,14 +695,14 @@ def test_nothing_but_an_image_says_that_weights_are_random(
     assert command.main(["a.png", "--stage", "1"]) == 0
     assert files(tmp_path / "super_tokens/a") == pictures(1)
     assert "warning: stvit_small, random weights: the model is untrained; pass --checkpoint" in capsys.readouterr().err
-    # They are the same each time.
+    # The random weights are the same each time.
     first = Path("super_tokens/a/stage1.png").read_bytes()
     assert command.main(["a.png", "--stage", "1"]) == 0
     assert Path("super_tokens/a/stage1.png").read_bytes() == first
 
 
-def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Subfolders, two of one name, and files that are no images: those are named, and the others drawn."""
+def test_a_folder_with_unreadable_files(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images in subfolders and images with the same name are drawn. Files that are not images are named."""
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "sub").mkdir(parents=True)
     photo(40, 30).save(source / "a.png")
@@ -723,7 +723,7 @@ def test_a_folder_with_a_bar(digits_run: Path, tmp_path: Path, capsys: pytest.Ca
     assert files(out) == {f"{folder}/{name}" for folder in ("a.png", "a.jpg", "sub/b") for name in pictures(0)}
 
 
-def test_its_own_pictures_are_no_images(
+def test_earlier_results_are_not_drawn(
     digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -733,7 +733,7 @@ def test_its_own_pictures_are_no_images(
         assert capsys.readouterr().out.strip() == "wrote the pictures of 1 image to super_tokens"
 
 
-def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -> None:
+def test_a_sheet_of_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -> None:
     photo(60, 60).save(tmp_path / "a.png")
     flags = [str(tmp_path / "a.png"), f"--checkpoints={digits_run}", f"--output={tmp_path}"]
     assert command.main(flags) == 0
@@ -768,7 +768,7 @@ def test_a_sheet_over_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path)
 
 
 def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -> None:
-    """A run's folder with save_period's files, in the order of their epochs; and one checkpoint of it by itself."""
+    """Draws the checkpoints of save_period in the order of their epochs, and one checkpoint alone."""
     photo(60, 60).save(tmp_path / "a.png")
     weights = tmp_path / "train/weights"
     weights.mkdir(parents=True)
@@ -787,7 +787,7 @@ def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -
 def test_models_of_the_hub(
     model: Any, detectors: dict[str, Any], hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A classifier and a detector by their names; what is neither, or missing, is explained."""
+    """Draws a classifier and a detector of the Hub. Other and missing repositories are explained."""
     stvit_hub.save(model, tmp_path / "model")
     detectors["stokenattention"].save(tmp_path / "model.pt")
     contents = {
@@ -811,7 +811,7 @@ def test_models_of_the_hub(
 
 
 def masks_of(folder: Path) -> None:
-    """Boxes stand for the true outlines of a photograph."""
+    """Writes boxes as the true segments of a photograph."""
     folder.mkdir()
     mask = Image.new("L", (120, 160))
     mask.paste(1, (0, 40, 120, 110))
@@ -820,7 +820,7 @@ def masks_of(folder: Path) -> None:
     mask.save(folder / "a_mask.png")
 
 
-def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measures_compared_with_slic(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo().save(tmp_path / "a.png")
     masks_of(tmp_path / "masks")
     flags = [str(tmp_path / "a.png"), f"--checkpoint={digits_run}", f"--masks={tmp_path}/masks", f"--output={tmp_path}"]
@@ -852,10 +852,10 @@ def test_measures_beside_slic(digits_run: Path, tmp_path: Path, capsys: pytest.C
     assert [line.split()[0] for line in table[1:9]] == list("00001111")
 
 
-def test_images_that_cannot_be_measured_are_left_out(
+def test_images_that_cannot_be_measured_are_skipped(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A mask of another size, and one without an outline: the others are measured all the same."""
+    """A mask of another size, one without an outline and a damaged one do not stop the command."""
     masks_of(tmp_path / "masks")
     (tmp_path / "in").mkdir()
     for name in "abc":
@@ -873,8 +873,8 @@ def test_images_that_cannot_be_measured_are_left_out(
     assert {row["image"] for row in csv.DictReader((tmp_path / "out/measures.csv").open())} == {"a.png"}
 
 
-def test_reduced_images_lie_on_the_map(model: Any) -> None:
-    """Of a classifier, and of a detector with gray around the image: the mean of the pixels that a value goes to."""
+def test_reduced_images_match_the_map(model: Any) -> None:
+    """Each pixel is the mean of the pixels that `to_image` fills, also for a detector with padding."""
     for net, stage in ((model, 1), (YOLO("yolo26n-stokenattention.yaml"), 0)):
         view = super_tokens(net, photo(130, 99), stage)
         h, w = view.map_assignment.shape
@@ -939,7 +939,7 @@ def test_models_without_super_tokens_are_named(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_hostile_detector_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint that names Ultralytics' classes, and a function of another module beside them."""
+    """The checkpoint contains classes of Ultralytics and a function of another module."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:

@@ -1,4 +1,4 @@
-"""The command `python -m stvit.tools.yolo`, as a user types it."""
+"""Runs the command `python -m stvit.tools.yolo` in a new process."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str
 
 def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("stvit_pico", num_classes=10).state_dict(), tmp_path / "pico.pth")
-    # A folder of a user may have a space in its name, and the first argument of theirs may come anywhere.
+    # Directory names may contain spaces, and our arguments may be anywhere.
     folder = tmp_path / "my runs"
     folder.mkdir()
     done = command(
@@ -100,7 +100,7 @@ def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:
         (["predict", "model=missing-model.yaml"], "missing-model.yaml"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_error(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_give_one_error_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = command(*arguments, folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
@@ -119,6 +119,6 @@ def test_a_wrong_argument_is_one_clear_error(arguments: list[str], message: str,
         ),
     ],
 )
-def test_a_wrong_argument_of_ours(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_values_of_our_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert message in capsys.readouterr().err

@@ -31,7 +31,7 @@ def stock_rows(task: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("task", TASK_SUFFIXES)
-def test_neck_and_head_are_those_of_the_installed_ultralytics(task: str) -> None:
+def test_neck_and_head_are_unchanged(task: str) -> None:
     config = yolo_config("stvit_pico", task)
     rows = config["backbone"] + config["head"]
     stock = stock_rows(task)
@@ -61,7 +61,7 @@ def test_every_task_builds_and_runs(task: str, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("task", TASK_SUFFIXES)
-def test_every_backbone_has_its_model_file(backbone: str, task: str) -> None:
+def test_every_backbone_has_a_model_file(backbone: str, task: str) -> None:
     path = model_file(f"yolo26s-{backbone}{TASK_SUFFIXES[task]}.yaml")
     config = yaml_model_load(path)
     assert config["scale"] == "s"
@@ -87,14 +87,14 @@ def test_ultralytics_own_yolo_takes_the_path() -> None:
     assert model.model.yaml["scale"] == "n"
 
 
-def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_in_the_working_directory_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = model_file("yolo26n-stvit_pico.yaml").read_text().replace("nc: 80", "nc: 7")
     (tmp_path / "yolo26n-stvit_pico.yaml").write_text(own)
     assert YOLO("yolo26n-stvit_pico.yaml").model.yaml["nc"] == 7
 
 
-def test_names_of_ultralytics_stay_ultralytics() -> None:
+def test_model_files_of_ultralytics_are_unchanged() -> None:
     assert type(YOLO("yolo26n-seg.yaml").model.model[0]).__name__ == "Conv"
     assert type(YOLO("yolo26n.yaml").model.model[0]).__name__ == "Conv"
 
@@ -113,7 +113,7 @@ def test_any_timm_backbone_with_a_pyramid(backbone: str, channels: list[int]) ->
     assert YOLO(f"yolo26n-{backbone}.yaml").info() == model.info()
 
 
-def test_arguments_of_the_backbone_reach_it() -> None:
+def test_backbone_arguments() -> None:
     config = yolo_config("stvit_pico", scale="n", stoken_size=(8, 4, 2, 1), drop_path_rate=0.2)
     net = YOLO(config).model.model[0].net
     assert [stage.blocks[0].attn.stoken_size for stage in net.stages] == [(8, 8), (4, 4), (2, 2), (1, 1)]
@@ -164,7 +164,7 @@ head:
 
 
 @pytest.mark.parametrize("scale", ["n", "s"])
-def test_rows_in_a_file_of_the_user(scale: str, tmp_path: Path) -> None:
+def test_rows_in_a_model_file_of_a_user(scale: str, tmp_path: Path) -> None:
     path = tmp_path / f"yolo26{scale}-mine.yaml"
     path.write_text(USERS_OWN)
     model = ultralytics.YOLO(path).model
@@ -216,7 +216,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         yolo_config(**arguments)
 
 
-def test_wrong_channels_in_a_file_of_the_user(tmp_path: Path) -> None:
+def test_wrong_rows_in_a_model_file_of_a_user(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     text = model_file("yolo26n-stvit_pico.yaml").read_text()
     path.write_text(text.replace("Index, [128, 1]", "Index, [100, 1]"))
@@ -235,7 +235,7 @@ def test_wrong_channels_in_a_file_of_the_user(tmp_path: Path) -> None:
         YOLO(path)
 
 
-def test_an_index_without_its_number_is_the_first(tmp_path: Path) -> None:
+def test_an_index_row_without_number_selects_the_first_map(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     path.write_text(model_file(Path("yolo26n-stvit_pico.yaml")).read_text().replace("Index, [64, 0]", "Index, [64]"))
     assert YOLO(path).model.stride.tolist() == [8, 16, 32]
@@ -248,14 +248,14 @@ def test_a_configuration_without_rows(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["StokenAttention", "C2STA"])
-def test_a_row_without_its_width(kind: str, tmp_path: Path) -> None:
+def test_a_row_without_width(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     path.write_text(USERS_OWN.replace("[-1, 1, StokenAttention, [c2, 8, 2]]", f"[-1, 1, {kind}, []]"))
     with pytest.raises(ValueError, match=f"first argument of a {kind} row must be a number of channels, or c2"):
         YOLO(path)
 
 
-def test_a_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
+def test_a_rate_read_as_text(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     path.write_text(model_file("yolo26n-stvit_pico.yaml").read_text() + "backbone_lr_scale: 1e-1\n")
     with pytest.raises(
@@ -264,12 +264,12 @@ def test_a_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
         YOLO(path)
 
 
-def test_a_backbone_that_fails_on_a_size() -> None:
+def test_a_backbone_that_refuses_an_image_size() -> None:
     with pytest.raises(ValueError, match="the backbone mvitv2_tiny does not accept images of 256x256 pixels: index"):
         YOLO("yolo26n-mvitv2_tiny.yaml")
 
 
-def test_a_width_that_is_not_the_rows_before(tmp_path: Path) -> None:
+def test_a_row_with_the_wrong_width(tmp_path: Path) -> None:
     path = tmp_path / "yolo26n-mine.yaml"
     for kind, wrong in (("StokenAttention, [c2, 8, 2]", "StokenAttention, [128]"), ("C2STA, [c2]", "C2STA, [256]")):
         path.write_text(USERS_OWN.replace(kind, wrong, 1))
@@ -277,7 +277,7 @@ def test_a_width_that_is_not_the_rows_before(tmp_path: Path) -> None:
             YOLO(path)
 
 
-def test_images_of_a_size_that_does_not_fit() -> None:
+def test_images_of_a_wrong_size_or_number_of_channels() -> None:
     model = DetectionModel(yolo_config("stvit_pico", scale="n"), verbose=False)
     with pytest.raises(ValueError, match="must be multiples of 32, got 64x100"):
         model(torch.rand(1, 3, 64, 100))

@@ -112,7 +112,7 @@ def test_backbone_has_its_own_learning_rates(optimizer: str, photos: Path, tmp_p
 
 
 @pytest.mark.long
-def test_rates_stay_with_the_checkpoint_and_through_resume(run: Path, photos: Path, tmp_path: Path) -> None:
+def test_rates_are_kept_by_checkpoints_and_resume(run: Path, photos: Path, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
     first = YOLO("yolo26n-stvit_pico.yaml", **RATES)
 
@@ -135,7 +135,7 @@ def test_rates_stay_with_the_checkpoint_and_through_resume(run: Path, photos: Pa
     assert YOLO(tmp_path / "cut" / "weights" / "best.pt").model.yaml["layer_decay"] == 0.8
 
 
-def test_ultralytics_own_trainer_does_not_lose_rates_in_silence(
+def test_lost_rates_are_announced(
     run: Path, photos: Path, tmp_path: Path, ultralytics_log: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(RuntimeError, match=r"resume it with stvit\.adapters\.yolo\.YOLO"):
@@ -237,7 +237,7 @@ def test_restricted_loading(best: Path, tmp_path: Path) -> None:
     assert said.count("TimmBackbone") == 2
 
 
-def test_a_checkpoint_reloads_as_it_was_and_keeps_its_statistics(best: Path, detector: YOLO) -> None:
+def test_reloaded_checkpoints_keep_their_normalization(best: Path, detector: YOLO) -> None:
     net = detector.model.model[0].net
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
@@ -248,19 +248,19 @@ def test_a_checkpoint_reloads_as_it_was_and_keeps_its_statistics(best: Path, det
 # Inference
 
 
-def test_fuse_folds_the_backbone_and_keeps_the_output(detector: YOLO, images: torch.Tensor) -> None:
+def test_fuse_folds_the_backbone(detector: YOLO, images: torch.Tensor) -> None:
     before = raw(detector.model, images)
     layers = len(list(detector.model.modules()))
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in detector.model.model[0].modules())
     detector.fuse()
     left = sum(isinstance(module, nn.BatchNorm2d) for module in detector.model.model[0].modules())
-    assert (norms, left) == (14, 4)  # those of the stem follow an activation, and a padded convolution follows them
+    assert (norms, left) == (14, 4)  # those of the stem are between an activation and a padded convolution
     assert len(list(detector.model.modules())) < layers
     assert detector.model.is_fused()
     after = raw(detector.model, images)
     assert before.shape == (1, 6, 126)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    detector.fuse()  # once more changes nothing
+    detector.fuse()  # fusing again changes nothing
     torch.testing.assert_close(raw(detector.model, images), after, rtol=0, atol=0)
 
 
@@ -276,7 +276,7 @@ def test_half(detector: YOLO, images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "name", ["yolo26n.yaml", "yolo26n-stvit_pico.yaml", "yolo26n-convnext_atto.yaml", "yolo26n-stvit_pico-cls.yaml"]
 )
-def test_each_row_gives_an_embedding(name: str, tmp_path: Path) -> None:
+def test_every_row_can_be_embedded(name: str, tmp_path: Path) -> None:
     """Tests all rows but the head, whose outputs Ultralytics does not pool."""
     model = YOLO(name)
     model.save(tmp_path / "model.pt")
@@ -297,7 +297,7 @@ def test_each_row_gives_an_embedding(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(both, torch.cat([expected, maps[0].mean((2, 3))], dim=1))
 
 
-def test_maps_of_a_row_are_pooled_and_nothing_else() -> None:
+def test_feature_maps_support_only_pooling() -> None:
     maps = TimmBackbone(3, "test_resnet", [1, 2])(torch.rand(1, 3, 64, 64))
     with pytest.raises(TypeError, match="max_pool2d"):
         torch.nn.functional.max_pool2d(maps, 2)
@@ -333,7 +333,7 @@ def video(tmp_path: Path) -> Path:
 def test_video_and_tracking(detector: YOLO, video: Path) -> None:
     frames = list(detector.predict(video, imgsz=64, stream=True, verbose=False))
     assert len(frames) == 6
-    # An hour's training would be confident; this detector is not, and every box counts.
+    # The detector is hardly trained, so boxes of any confidence count.
     tracker = video.parent / "tracker.yaml"
     tracker.write_text(
         "tracker_type: bytetrack\ntrack_high_thresh: 0.0001\ntrack_low_thresh: 0.00001\nnew_track_thresh: 0.0001\n"
@@ -348,7 +348,7 @@ def test_video_and_tracking(detector: YOLO, video: Path) -> None:
 
 
 def same_detections(found: np.ndarray, expected: torch.Tensor) -> None:
-    """Boxes in pixels and scores between 0 and 1, (B, 4 + classes, N)."""
+    """Compares boxes in pixels and scores from 0 to 1, (B, 4 + classes, N)."""
     np.testing.assert_allclose(found[:, :4], expected[:, :4].numpy(), atol=2e-3)
     np.testing.assert_allclose(found[:, 4:], expected[:, 4:].numpy(), atol=1e-4)
 
@@ -385,7 +385,7 @@ head:
 
 
 def test_onnx_of_super_token_attention(tmp_path: Path) -> None:
-    """Rows in a file of the user, dynamic, with weights that do something."""
+    """Exports rows of a user's model file with dynamic sizes, and weights that change the output."""
     (tmp_path / "yolo26n-mine.yaml").write_text(WITH_ATTENTION)
     model = YOLO(tmp_path / "yolo26n-mine.yaml")
     attention = model.model.model[2].attn
@@ -400,7 +400,7 @@ def test_onnx_of_super_token_attention(tmp_path: Path) -> None:
         expected = raw(reloaded, pixels)
         same_detections(found, expected)
     nn.init.zeros_(reloaded.model[2].attn.proj.weight)
-    assert (raw(reloaded, pixels) - expected).abs().max() > 1e-2  # it does
+    assert (raw(reloaded, pixels) - expected).abs().max() > 1e-2  # the attention changes the output
 
 
 @pytest.mark.parametrize("format", ["torchscript", pytest.param("openvino", marks=pytest.mark.long)])
@@ -443,7 +443,7 @@ def test_tune(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("whose", ["ours", pytest.param("Ultralytics'", marks=pytest.mark.long)])
 def test_worker_of_a_distributed_run_needs_no_import_of_ours(whose: str, photos: Path, tmp_path: Path) -> None:
-    """Runs the file that Ultralytics writes for each process of a multi-GPU run, as that process does."""
+    """Runs the file that Ultralytics writes for each process of a multi-GPU run."""
     from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 
     name = model_file("yolo26n-stvit_pico.yaml")
@@ -468,7 +468,7 @@ import torch.distributed as dist
 from stvit.adapters.yolo import YOLO, DetectionTrainer
 
 class OnCpus(DetectionTrainer):
-    # Ultralytics distributes over GPUs alone; these three seams are what keeps it from CPUs.
+    # Ultralytics distributes runs only over GPUs. These three changes allow CPUs.
     def _setup_ddp(self):
         dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
 

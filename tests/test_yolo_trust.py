@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: opened without running code, unless the user trusts them. Every way by which one gets in."""
+"""Tests that no way of opening a checkpoint runs its code, unless the user trusts the file."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of Ultralytics' own, as it saves it. Not to be changed."""
+    """Checkpoint of Ultralytics' own model. Tests must not change it."""
     path = tmp_path_factory.mktemp("stock") / "stock.pt"
     ultralytics.YOLO("yolo26n.yaml").save(path)
     return path
@@ -46,13 +46,13 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def harm(tmp_path: Path) -> Path:
-    """A folder that exists once the code of the checkpoint has run."""
+    """Directory that the code of the checkpoint creates."""
     return tmp_path / "harm"
 
 
 @pytest.fixture
 def evil(stock: Path, harm: Path, tmp_path: Path) -> Path:
-    """A whole detector, with code beside it."""
+    """Checkpoint of a detector that also contains code."""
     checkpoint = torch.load(stock, weights_only=False)
     torch.save(checkpoint | {"more": Evil(harm), "epoch": 0, "optimizer": {}}, tmp_path / "evil.pt")
     return tmp_path / "evil.pt"
@@ -144,7 +144,7 @@ def test_trust_reaches_the_processes_of_a_training(evil: Path, harm: Path) -> No
 
 
 def test_training_from_a_trusted_file_and_resuming(stock: Path, photos: Path, tmp_path: Path) -> None:
-    """A run opens its own last.pt without trust, with the optimizer in it and without."""
+    """A run opens its own last.pt without trust, with and without the optimizer."""
     settings = {"data": str(photos), "project": str(tmp_path), "name": "run", **QUICK}
 
     class Stop(Exception):
@@ -165,7 +165,7 @@ def test_training_from_a_trusted_file_and_resuming(stock: Path, photos: Path, tm
 
 
 def test_checkpoints_of_older_versions_are_opened(stock: Path, tmp_path: Path) -> None:
-    """Ultralytics 8.0 kept its modules in other files, and losses, methods and namespaces with the model."""
+    """Ultralytics 8.0 had its modules in other files, and saved losses, methods and namespaces with the model."""
     checkpoint = torch.load(stock, weights_only=False)
     model = checkpoint["model"].float()
     model.args = IterableSimpleNamespace(**{"box": 7.5, "cls": 0.5, "dfl": 1.5, "overlap_mask": True})
