@@ -57,7 +57,7 @@ def test_ultralytics_pools_only_tensors() -> None:
             return [x, x]
 
     model = ultralytics.YOLO("yolo26n.yaml").model.eval()
-    maps = Maps()
+    maps: Any = Maps()
     maps.f, maps.i = -1, 0
     model.model[0] = maps
     with pytest.raises((AttributeError, TypeError)) as caught:

@@ -357,8 +357,8 @@ class YOLO(ultralytics.YOLO):
         layer_decay: float | None,
     ) -> None:
         rates = check_rates(backbone_lr_scale, layer_decay)
-        pretrained = pretrained_backbone is not None and pretrained_backbone is not False
-        of_backbone = [*(["pretrained_backbone"] if pretrained else []), *rates]
+        pretrained = None if pretrained_backbone is False else pretrained_backbone
+        of_backbone = [*([] if pretrained is None else ["pretrained_backbone"]), *rates]
         if not of_backbone and stock_weights is None:
             return
         self._check_is_pytorch_model()
@@ -369,8 +369,8 @@ class YOLO(ultralytics.YOLO):
         keys = []
         if stock_weights is not None:
             keys += load_stock(model, stock_weights, trust=self.trust)
-        if backbone is not None and pretrained:
-            load_backbone(backbone, pretrained_backbone)
+        if backbone is not None and pretrained is not None:
+            load_backbone(backbone, pretrained)
             keys += [f"model.0.net.{key}" for key in backbone.net.state_dict()]
         model.yaml.update(rates)
         if self.loaded_keys is not None:

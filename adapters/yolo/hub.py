@@ -320,7 +320,7 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
     if not shown.is_file():
         raise ValueError(f"{shown}: there is no such picture")
     detector = YOLO(folder / CHECKPOINT)
-    results = detector.predict(str(shown), verbose=False, save=False)
+    results: Any = detector.predict(str(shown), verbose=False, save=False)
     results[0].save(str(folder / "example.jpg"))
     metrics = {
         key.removeprefix("metrics/"): float(value)
