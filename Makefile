@@ -12,7 +12,7 @@ CONFIG ?= configs/cls/stvit_pico_digits.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-gpu test-oldest test-ultralytics lint format clean
+.PHONY: help setup train test test-long test-gpu test-oldest test-ultralytics lint format docs clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -65,6 +65,10 @@ lint: setup  ## Check style and types
 format: setup  ## Mend style where that can be done by a machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Strict: a broken link, a missing picture, or a file from another host fails the build. It needs no network.
+docs: setup  ## Build the documentation site in build/site (under a minute)
+	$(BIN)/python docs/build_site.py
 
 clean:  ## Remove what the commands above made, results in runs/ excepted
 	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -71,6 +71,7 @@ def test_metadata(wheel: Path) -> None:
         "visualize",
         "export",
         "demo",
+        "docs",
         "dev",
     }
 
