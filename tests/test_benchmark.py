@@ -103,14 +103,14 @@ def test_a_table_of_something_else_is_kept(
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     flags = ["data", f"--data-dir={digits_folder}", *SMALL, "--workers=0", f"--csv={tmp_path / 'other.csv'}"]
     assert benchmark.main(flags) == 1
-    assert "has other columns (a, b): choose another file" in capsys.readouterr().err.splitlines()[-1]
+    assert "has other columns (a, b); choose another file" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_trouble_is_one_clear_line(digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, said in (
         (["--data-dir=nowhere"], "cannot open the training images of --data-dir nowhere"),
-        ([f"--data-dir={digits_folder}", "--images=61"], "and at most the images there are (60)"),
+        ([f"--data-dir={digits_folder}", "--images=61"], "and at most all images (60)"),
         ([f"--data-dir={digits_folder}", "--images=5"], "must be at least a batch (64)"),
     ):
         assert benchmark.main(["data", *flags]) == 1
@@ -220,7 +220,7 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert int(row["steps"]) >= 2
     # ResNet-18 has 1.82 GMAC at 224 pixels (its paper: 1.8), of which all but the classifier go with the pixels.
     assert float(rows[-1]["gmac"]) == pytest.approx(1.814 * (64 / 224) ** 2, rel=0.01)
-    assert plot.read_bytes().startswith(b"\x89PNG") and "drawn as" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG") and "drawn to" in capsys.readouterr().out
 
 
 def test_op_and_train(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert {row["params_m"] for row in rows} == {"3.09"} and len({row["gmac"] for row in rows}) == 1
     assert benchmark.main(["model", *flags, *ways, "--models=yolo26n.yaml", "--ways=published"]) == 1
-    assert "none of --models can be run so" in capsys.readouterr().err
+    assert "none of --models supports --ways published" in capsys.readouterr().err
     case = models.Case("yolo26n-stvit_pico.yaml", "published", 2, 64, "float32", "cpu", is_training=True)
     kinds = [type(module) for module in models._module(case, "cpu").modules()]
     assert kinds.count(PublishedAttention) == 7 and stvit.SuperTokenAttention not in kinds
@@ -313,20 +313,20 @@ def test_compiled_and_onnxruntime(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["model", "--models=stvit_smal"], "unknown model 'stvit_smal', did you mean"),
-        (["model", "--models=stvit_small(8)"], "must be a name, or 'NAME(key=value)' with plain values"),
+        (["model", "--models=stvit_small(8)"], "must be a name, or 'NAME(key=value)' with Python literals"),
         (["model", "--models=test_stvit(stoken=8)"], "cannot create model test_stvit"),
-        (["train", "--models=test_stvit", "--dtype=float16"], "take bfloat16"),
-        (["model", "--models=resnet18", "--ways=published"], "none of --models can be run so: --ways published"),
+        (["train", "--models=test_stvit", "--dtype=float16"], "pass bfloat16"),
+        (["model", "--models=resnet18", "--ways=published"], "none of --models supports --ways published"),
         (["op", "--models=resnet18"], "resnet18 has no super token attention"),
-        (["model", "--plot=nowhere/plot.png"], "there is no such folder"),
+        (["model", "--plot=nowhere/plot.png"], "the folder does not exist"),
         (["model", "--plot=plot.bmp"], "must end in .png, .pdf or .svg"),
-        (["model", "--models=test_stvit", "--device=gpu"], "--device gpu is not at hand"),
-        (["model", "--models=test_stvit", "--device=cuda"], "--device cuda is not at hand"),
-        (["kernels", "--device=cuda"], "--device cuda is not at hand"),
+        (["model", "--models=test_stvit", "--device=gpu"], "--device gpu is not available"),
+        (["model", "--models=test_stvit", "--device=cuda"], "--device cuda is not available"),
+        (["kernels", "--device=cuda"], "--device cuda is not available"),
         (["model", "--models=yolo26n-stvit_pica.yaml"], "unknown backbone"),
         (["model", "--models=yolo26n-stvit_pico.yaml", "--img-size=100"], "must be a multiple of 32"),
-        (["kernels", "--device=cpu", "--csv=kernels.csv"], "--csv is for times, which there are not on a CPU"),
-        (["kernels", "--device=meta"], "the kernels are for cuda"),
+        (["kernels", "--device=cpu", "--csv=kernels.csv"], "--csv records times, but none can be measured here"),
+        (["kernels", "--device=meta"], "pass cuda to measure the kernels"),
     ],
 )
 def test_wrong_flags_of_models(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,11 @@ from hub_server import REPOSITORY, serve
 
 import stvit
 from stvit.tools import train_cls
+from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.data import BadImages, ResumableBatchSampler, TrainLoader, open_images
-from stvit.tools.common.processes import World
+from stvit.tools.common.data import open_images
+from stvit.tools.common.distributed import Distributed
+from stvit.tools.common.loaders import ResumableBatchSampler, TrainLoader
 
 # Two images of the training and one of the validation, by their numbers in `digits_folder`.
 BAD = (3, 17, 70)
@@ -120,7 +122,7 @@ def test_bad_images_are_skipped_counted_and_named(
     # One too many, in whichever epoch it turns up.
     assert train_cls.main([*flags, "--max-bad-images=2", "--experiment=two"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "2 others were skipped" in error and "more than --max-bad-images 2 allows" in error
+    assert "2 others were skipped" in error and "and --max-bad-images is 2" in error
 
     # The default of a run that is gone on with may be changed.
     assert train_cls.main([*flags, "--max-bad-images=3", "--experiment=two", "--resume=auto"]) == 0
@@ -181,7 +183,7 @@ def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
     """The log is part of a run on the Hub, so that anybody may have written it."""
     log = tmp_path / "bad_images.jsonl"
     log.write_text(text, encoding="latin-1")
-    with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images anew"):
+    with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images again"):
         BadImages(3, log).add("a", "empty")
 
 
@@ -201,7 +203,7 @@ def test_no_validation_image_can_be_read(
         path.write_bytes(b"")
     flags = [*SHORT, f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--max-bad-images=1000"]
     assert train_cls.main(flags) == 1
-    assert "none of the validation images could be counted" in capsys.readouterr().err.splitlines()[-1]
+    assert "no readable image in the validation set" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_shard_that_is_cut_short(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,13 +219,14 @@ def test_shard_that_is_cut_short(digits_folder: Path, tmp_path: Path, capsys: py
 
 def loader(folder: Path, *flags: str) -> TrainLoader:
     line = [*SHORT, f"--data-dir={folder}", "--batch-size=8", "--in-chans=1", "--color-jitter=0.4", *flags]
-    args = train_cls.parse_args(line)
-    world = World(torch.device("cpu"))
-    config = {
+    config = train_cls.parse_args(line)
+    distributed = Distributed(torch.device("cpu"))
+    data_config = {
         "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0,
         "crop_mode": "center",
     }  # fmt: skip
-    return TrainLoader(args, open_images(args, world).train, config, world, torch.float32)
+    images = open_images(config.data, distributed, in_chans=1, seed=config.run.seed).train
+    return TrainLoader(images, config.data, config.augment, data_config, distributed, seed=config.run.seed)
 
 
 def test_samples_depend_on_seed_epoch_and_place_alone(digits_folder: Path) -> None:
@@ -258,8 +261,8 @@ def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path)
 
 
 def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
-    plain = ResumableBatchSampler(60, 12, World(torch.device("cpu")))
-    repeated = ResumableBatchSampler(60, 12, World(torch.device("cpu")), repeats=3)
+    plain = ResumableBatchSampler(60, 12, Distributed(torch.device("cpu")))
+    repeated = ResumableBatchSampler(60, 12, Distributed(torch.device("cpu")), repeats=3)
     assert len(plain) == len(repeated) == 5
     assert sorted(index for batch in plain for _, _, index in batch) == list(range(60))
     indices = [index for batch in repeated for _, _, index in batch]
@@ -267,7 +270,9 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
     images = next(iter(loader(digits_folder, "--aug-repeats=3").epoch(0)))[0]
     assert not torch.equal(images[0], images[1])
     # Several processes get the views of one image each.
-    shares = [list(ResumableBatchSampler(60, 4, World(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)]
+    shares = [
+        list(ResumableBatchSampler(60, 4, Distributed(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)
+    ]
     assert [[index for _, _, index in batch] for batch in shares[0]] == [
         [index for _, _, index in batch] for batch in shares[1]
     ]
@@ -275,9 +280,9 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
 
 def test_processes_and_steps_share_an_update_alike() -> None:
     """What one process sees in an update is what several see together, and what several steps of it see."""
-    one = list(ResumableBatchSampler(100, 24, World(torch.device("cpu"))))
-    shares = [list(ResumableBatchSampler(100, 8, World(torch.device("cpu"), rank, 3))) for rank in range(3)]
-    steps = list(ResumableBatchSampler(100, 6, World(torch.device("cpu")), accum_steps=4))
+    one = list(ResumableBatchSampler(100, 24, Distributed(torch.device("cpu"))))
+    shares = [list(ResumableBatchSampler(100, 8, Distributed(torch.device("cpu"), rank, 3))) for rank in range(3)]
+    steps = list(ResumableBatchSampler(100, 6, Distributed(torch.device("cpu")), accum_steps=4))
     assert len(one) == len(shares[0]) == len(steps) // 4 == 4
     for update, batch in enumerate(one):
         assert sorted(key for share in shares for key in share[update]) == sorted(batch)

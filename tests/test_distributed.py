@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from stvit.tools import train_cls
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.processes import World
+from stvit.tools.common.distributed import Distributed
+from stvit.tools.common.engine import check_config
 
 # 203 and 101 images: no number of processes or images of a batch divides them.
 TRAIN, VAL = 203, 101
@@ -157,17 +158,17 @@ def test_signal_to_the_launcher_saves(digits_folder: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    said = [text for text in err.splitlines() if "to go on, give the same command with --resume auto" in text]
+    said = [text for text in err.splitlines() if "to continue, run the same command with --resume auto" in text]
     assert len(said) == 1, err
     epoch, update = re.search(r"saved after epoch (\d+), update (\d+) of 6", said[0]).groups()
     assert (tmp_path / f"it/checkpoints/{int(epoch):05d}-{int(update):08d}.pt").exists()
 
 
 def test_batch_norm_over_processes_needs_gpus() -> None:
-    args = train_cls.parse_args([*RUN, "--data-dir=data", "--sync-bn"])
+    config = train_cls.parse_args([*RUN, "--data-dir=data", "--sync-bn"])
     for size in (1, 2):
         with pytest.raises(CommandError, match=r"--sync-bn needs several processes \(torchrun\), each with a GPU"):
-            train_cls._check_args(args, World(torch.device("cpu"), size=size))
+            check_config(config, Distributed(torch.device("cpu"), size=size))
 
 
 @pytest.mark.long
@@ -178,7 +179,7 @@ def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: 
         path.unlink()
     other = train(1, whole, digits_folder, *flags, "--batch-size=16", "--grad-accum-steps=2")
     said = (other / "stdout").read_text()
-    assert "resuming on 1 processes what 2 began" in said
+    assert "resuming with 1 processes a run of 2 processes" in said
     assert len(read_summary(other)) == 2
 
 
@@ -203,6 +204,6 @@ def test_trouble_of_one_process_is_said_once(digits_folder: Path, tmp_path: Path
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     said = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
-    assert said == ["error: --data-dir nowhere is not a folder; it must hold train/<class>/* and val/<class>/*"], (
+    assert said == ["error: --data-dir nowhere is not a folder; it must contain train/<class>/* and val/<class>/*"], (
         result.stderr
     )

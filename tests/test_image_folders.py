@@ -7,7 +7,6 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +16,14 @@ from ultralytics.utils import ASSETS
 
 from stvit.images import SUFFIXES
 from stvit.tools import train_cls, validate_cls, visualize
+from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.data import BadImages, create_val_loader, open_images
+from stvit.tools.common.data import Images, open_images
+from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.image_folders import ImageFolder, ImageTar, find_image_files
-from stvit.tools.common.processes import World
+from stvit.tools.common.loaders import create_val_loader
 
-CPU = World(torch.device("cpu"))
+CPU = Distributed(torch.device("cpu"))
 CLASSES = ["class2", "class10"]  # in natural order
 # Folders and files of other programs, and those that are no images.
 FOREIGN = [
@@ -140,20 +141,24 @@ def test_visualize_leaves_other_programs_folders_out(tmp_path: Path, capsys: pyt
     )
 
 
-def args_of(*flags: str) -> Any:
-    return train_cls.parse_args(["--in-chans=3", "--workers=0", *flags])
+def config_of(*flags: str) -> train_cls.Config:
+    return train_cls.parse_args(["--workers=0", *flags])
+
+
+def open_of(*flags: str) -> Images:
+    return open_images(config_of(*flags).data, CPU)
 
 
 def read_all(flags: list[str]) -> list[bytes]:
     """The pixels of the validation images, in order, and no training image that is unreadable."""
-    args = args_of(*flags)
-    images = open_images(args, CPU)
-    config = {
+    data = config_of(*flags).data
+    images = open_images(data, CPU)
+    data_config = {
         "input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "nearest", "crop_pct": 1.0,
         "crop_mode": "center",
     }  # fmt: skip
     found = []
-    for x, target in create_val_loader(args, images.val, config, CPU, torch.float32):
+    for x, target in create_val_loader(images.val, data, data_config, CPU):
         assert (target >= 0).all()
         found += [(each * 255).round().byte().permute(1, 2, 0).numpy().tobytes() for each in x]
     return found
@@ -243,7 +248,7 @@ def test_float_and_damaged_images_follow_the_rule(kind: str, limit: int, tmp_pat
         data.mkdir()
         for split in ("train", "val"):
             pack(tmp_path / split, data / f"{split}.tar")
-    images = open_images(args_of(f"--data-dir={data}"), CPU)
+    images = open_of(f"--data-dir={data}")
     log = tmp_path / "bad_images.jsonl"
     images.val.bad_images = BadImages(limit, log)
     names = [images.val.name(i) for i in range(len(images.val))]
@@ -316,9 +321,9 @@ def test_archives_within_an_archive_and_second_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([], "train.tar: no images; it must hold"),
+        ([], "train.tar: no images; it must contain"),
         (["a/1.heic"], r"no images \(ignored in .*: 1 file that is hidden or not an image \(a/1\.heic\)\)"),
-        (["1.png"], "image 1.png is in no folder; it must hold <class>/*"),
+        (["1.png"], "image 1.png is in no folder; it must contain <class>/*"),
         (["a/1.png", "a/b/1.png"], "a/1.png and a/b/1.png are in folders of different depth"),
     ],
 )
@@ -349,10 +354,10 @@ def test_damaged_and_compressed_archives_are_refused(tmp_path: Path) -> None:
 def test_the_split_is_found_by_its_synonyms(tmp_path: Path) -> None:
     for split in ("training", "valid"):
         write_split(tmp_path / split)
-    images = open_images(args_of(f"--data-dir={tmp_path}", "--val-split=val"), CPU)
+    images = open_of(f"--data-dir={tmp_path}", "--val-split=val")
     assert (len(images.train), len(images.val)) == (32, 32) and images.class_names == CLASSES
-    with pytest.raises(CommandError, match="has no folder for --val-split test; it must hold"):
-        open_images(args_of(f"--data-dir={tmp_path}", "--val-split=test"), CPU)
+    with pytest.raises(CommandError, match="has no folder for --val-split test; it must contain"):
+        open_of(f"--data-dir={tmp_path}", "--val-split=test")
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
@@ -360,4 +365,4 @@ def test_compressed_archives_are_refused_by_name(suffix: str, tmp_path: Path) ->
     (tmp_path / f"train{suffix}").write_bytes(b"")
     said = f"train{suffix} is compressed.* unpack it .* or make it an uncompressed train.tar"
     with pytest.raises(CommandError, match=said):
-        open_images(args_of(f"--data-dir={tmp_path}", "--val-split=val"), CPU)
+        open_of(f"--data-dir={tmp_path}", "--val-split=val")

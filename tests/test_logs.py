@@ -100,7 +100,7 @@ def test_without_matplotlib_all_but_the_curve(tmp_path: Path, digits_folder: Pat
     program += f"sys.exit(train_cls.main({flags!r}))"
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "there is no curve.png, for which matplotlib is needed" in result.stdout
+    assert "no curve.png was drawn, because matplotlib is missing" in result.stdout
     assert (tmp_path / "it/summary.csv").exists() and not (tmp_path / "it/curve.png").exists()
 
 
@@ -109,16 +109,17 @@ def test_curve_shows_what_was_measured(tmp_path: Path) -> None:
         {"epoch": i, "train_loss": 2 / (i + 1), "train_top1": 30.0 * i, "eval_loss": 2.1, "eval_top1": 31.0, "lr": 1e-3}
         for i in range(3)
     ]
-    assert plot_history(history, tmp_path / "a.png")
+    titles = {"top1": "accuracy"}
+    assert plot_history(history, tmp_path / "a.png", titles)
     moved = [{**row, "eval_top1": row["eval_top1"] + 40} for row in history]
-    assert plot_history(moved, tmp_path / "b.png")
+    assert plot_history(moved, tmp_path / "b.png", titles)
     with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
         assert a.size == b.size == (1200, 480)
         left, right = (0, 0, 600, 480), (600, 0, 1200, 480)
         assert a.crop(left).tobytes() == b.crop(left).tobytes()  # the loss is the same
         assert a.crop(right).tobytes() != b.crop(right).tobytes()
     # What is not finite, or has no numbers yet, is no reason to fail.
-    assert plot_history([{**history[0], "eval_loss": math.inf}], tmp_path / "c.png")
+    assert plot_history([{**history[0], "eval_loss": math.inf}], tmp_path / "c.png", titles)
 
 
 def test_summary_is_the_log(digits_folder: Path, tmp_path: Path) -> None:

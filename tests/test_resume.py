@@ -20,6 +20,7 @@ import yaml
 from timm.utils import NativeScaler
 
 from stvit.tools import train_cls
+from stvit.tools.common import engine
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError
 
@@ -148,7 +149,7 @@ def test_signal_saves_and_says_how_to_go_on(
     (path,) = Checkpoints(tmp_path / "it/checkpoints").paths()[-1:]
     state = load_checkpoint(path)["progress"]
     said = f"{word}; saved after epoch {state['epoch']}, update {state['step']} of {UPDATES}"
-    assert out.splitlines()[-1] == f"{said}: to go on, give the same command with --resume auto"
+    assert out.splitlines()[-1] == f"{said}: to continue, run the same command with --resume auto"
     assert state["epoch"] * UPDATES + state["step"] > UPDATES
     finish(tmp_path)
     assert_same_run(tmp_path, reference)
@@ -164,7 +165,7 @@ def test_mixed_precision_goes_on_with_its_scale(
         scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**20})
         return scaler
 
-    monkeypatch.setattr(train_cls, "NativeScaler", scale_too_much)
+    monkeypatch.setattr(engine, "NativeScaler", scale_too_much)
     flags = ["--model=test_stvit", "--img-size=32", f"--data-dir={digits_folder}", "--workers=0", "--batch-size=4"]
     flags += ["--epochs=1", "--amp", "--amp-dtype=float16", "--checkpoint-steps=8", "--lr=1e-3", "--warmup-epochs=0"]
     flags += [f"--output={tmp_path}", "--experiment=it", "--resume=auto"]
@@ -274,9 +275,9 @@ def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> No
 
 def test_other_flags_are_refused(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, said in (
-        ("--lr=0.1", "begun with other flags (lr 0.003, now 0.1)"),
-        ("--grad-accum-steps=1", "with 64 images an update, this one has 32"),
-        ("--resume=", "holds the results of another run"),
+        ("--lr=0.1", "was started with other flags (lr 0.003, now 0.1)"),
+        ("--grad-accum-steps=1", "with 64 images per update, but this one has 32"),
+        ("--resume=", "contains the results of another run"),
         ("--resume=nowhere", "no checkpoint there"),
     ):
         assert train_cls.main([*RUN, f"--output={killed}", flag]) == 1
@@ -368,8 +369,8 @@ def test_a_finished_run_is_extended(digits_folder: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert train_cls.main([*flags, "--epochs=3"]) == 0
     out = capsys.readouterr().out
-    assert "extending the run from 1 to 3 epochs: the learning rate goes on at 0.0007525; " in out
-    assert "under the cosine schedule for 1 epochs it was 1e-05" in out
+    assert "extending the run from 1 to 3 epochs: the learning rate continues at 0.0007525 " in out
+    assert "with the cosine schedule for 1 epochs it was 1e-05" in out
     # One run, of which nothing shows that it was done in two parts.
     summary = rows(tmp_path / "it")
     assert summary[:1] == first and [row["epoch"] for row in summary] == ["0", "1", "2"]

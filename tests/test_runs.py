@@ -19,20 +19,29 @@ import yaml
 from test_data import KINDS
 
 from stvit.tools import push_to_hub, train_cls, validate_cls
-from stvit.tools.common import locks
+from stvit.tools.common import locks, runs
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.data import open_images
+from stvit.tools.common.data import Images, open_images
+from stvit.tools.common.distributed import Distributed
+from stvit.tools.common.engine import Engine, Session
 from stvit.tools.common.fingerprint import find_changes, fingerprint
+from stvit.tools.common.flags import to_recipe
 from stvit.tools.common.locks import InUseError, PathLock
-from stvit.tools.common.processes import StopRequest, World
+from stvit.tools.common.signals import StopRequest
 from stvit.tools.common.snapshots import fetch_run
 
-CPU = World(torch.device("cpu"))
+CPU = Distributed(torch.device("cpu"))
 SHORT = (
     "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --lr=1e-3 --warmup-epochs=0 "
     "--checkpoint-steps=2 --experiment=it --resume=auto"
 ).split()
+
+
+def open_of(*flags: str) -> Images:
+    """Opens the images that flags of train_cls.py name."""
+    config = train_cls.parse_args(list(flags))
+    return open_images(config.data, CPU, in_chans=config.model.in_chans, seed=config.run.seed)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -67,7 +76,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
         before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "it").rglob("*"))
         for resume in ("--resume=auto", f"--resume={tmp_path / 'it'}", "--resume="):
             line = fails(capsys, *flags, resume)
-            assert f"another process (process {process.pid} on " in line and f"uses {tmp_path / 'it'}: wait" in line
+            assert f"another process (process {process.pid} on " in line and f"uses {tmp_path / 'it'}; wait" in line
         # Reading is fine.
         evaluation = [f"--checkpoint={tmp_path / 'it'}", f"--data-dir={digits_folder}", "--workers=0"]
         assert validate_cls.main(evaluation) == 0
@@ -100,16 +109,20 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch
         def now(cls, tz: Any = None) -> "Frozen":
             return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
 
-    monkeypatch.setattr(train_cls, "datetime", Frozen)
-    args = train_cls.parse_args(["--model=test_stvit", f"--output={tmp_path}"])
+    monkeypatch.setattr(runs, "datetime", Frozen)
+    config = train_cls.parse_args(["--model=test_stvit", f"--output={tmp_path}"])
+
+    def find(lock: PathLock) -> str:
+        return runs.find_run(config.run, to_recipe(config), "test_stvit-32", lock)[0].name
+
     with PathLock() as one, PathLock() as two, PathLock() as three:
-        names = [train_cls.find_run(args, (3, 32, 32), lock)[0].name for lock in (one, two, three)]
+        names = [find(lock) for lock in (one, two, three)]
     name = "20260102-030405-test_stvit-32"
     assert names == [name, f"{name}-2", f"{name}-3"]
     # A run of this second that has ended keeps its results.
     (tmp_path / name / "summary.csv").write_text("")
     with PathLock() as lock:
-        assert train_cls.find_run(args, (3, 32, 32), lock)[0].name == f"{name}-2"
+        assert find(lock) == f"{name}-2"
     assert sorted(path.name for path in tmp_path.rglob("*")) == [name, f"{name}-2", f"{name}-3", "summary.csv"]
 
 
@@ -242,7 +255,7 @@ def remove_image(data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (rename_class, "names of classes: 'digit_1' is now 'digit_2', 'digit_2' is now 'digit_3', 'digit_3' is now"),
+        (rename_class, "class names: 'digit_1' is now 'digit_2', 'digit_2' is now 'digit_3', 'digit_3' is now"),
         (swap_classes, "training images: of class 'digit_1' 1"),
         (move_image, ", now"),
         (replace_image, "training images: of class 'digit_1' "),
@@ -261,7 +274,7 @@ def test_changed_images_are_named_and_refused(
     assert before == {path: path.read_bytes() for path in (own / "it").rglob("*.*") if path.is_file()}
     # With the flag the run goes on with the present images. The next resume does not need it.
     assert train_cls.main([*SHORT, *flags, "--allow-changed-data"]) == 0
-    assert "going on with changed data: " in capsys.readouterr().out
+    assert "continuing with changed data: " in capsys.readouterr().out
     names = json.loads((own / "it/last/config.json").read_text())["label_names"]
     assert names == sorted(path.name for path in (own / "data/train").iterdir())
     assert "allow_changed_data" not in yaml.safe_load((own / "it/config.yaml").read_text())
@@ -316,7 +329,7 @@ def test_every_kind_of_set_has_a_fingerprint(
         shutil.copytree(own_digits_folder, tmp_path / name / "data")
         make = KINDS.get(kind, as_torch_folder)
         flags = make(tmp_path / name / "data", tmp_path / name)
-        return fingerprint(open_images(train_cls.parse_args(["--in-chans=3", *flags]), CPU))
+        return fingerprint(open_of("--in-chans=3", *flags))
 
     one, moved = look("one"), look("moved")
     assert find_changes(one, moved) == []
@@ -329,9 +342,9 @@ def test_every_kind_of_set_has_a_fingerprint(
 
 
 def test_sets_without_paths_have_labels(tmp_path: Path) -> None:
-    digits = open_images(train_cls.parse_args(["--dataset=sklearn/digits", "--in-chans=1"]), CPU)
+    digits = open_of("--dataset=sklearn/digits", "--in-chans=1")
     one = fingerprint(digits)
-    other = open_images(train_cls.parse_args(["--dataset=sklearn/digits", "--in-chans=1", "--seed=1"]), CPU)
+    other = open_of("--dataset=sklearn/digits", "--in-chans=1", "--seed=1")
     assert one["train"]["labels"].keys() == {str(i) for i in range(10)}
     assert find_changes(one, fingerprint(digits)) == [] and find_changes(one, fingerprint(other))
 
@@ -471,14 +484,15 @@ def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.Ca
     right = path.read_bytes()
     flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2", f"--resume={path}"]
     with StopRequest() as stop, PathLock() as lock:
-        training = train_cls._Training(train_cls.parse_args([*SHORT, *flags]), CPU, stop, lock)
+        config = train_cls.parse_args([*SHORT, *flags])
+        engine = Engine(Session(CPU, stop, lock), config, train_cls.prepare(config, CPU))
         for name, change in list(WRONG_STATES.items())[::step]:
             path.write_bytes(right)
             state = torch.load(path, weights_only=True)
             change(state)
             torch.save(state, path)
             with pytest.raises(CommandError, match=r"does not fit this run|is damaged") as error:
-                training._resume(path)
+                engine.state.resume(path)
             assert str(path) in str(error.value), name
     for name in ("without progress.epoch", "without random.torch", "weights a text"):
         path.write_bytes(right)

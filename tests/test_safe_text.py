@@ -20,6 +20,7 @@ from stvit import hub as hub_module
 from stvit.safe_text import code_span, escape_markdown, one_line, printable, redact, redact_values
 from stvit.tools import convert_checkpoint, push_to_hub, train_cls, validate_cls
 from stvit.tools.common.cli import CommandError, OneProcessError
+from stvit.tools.common.flags import to_recipe
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3" * 11
@@ -200,8 +201,8 @@ def test_password_of_the_endpoint(
 
 
 def test_recipe_of_a_run_holds_no_password(digits_folder: Path, tmp_path: Path) -> None:
-    args = train_cls.parse_args(["--dataset=wds/x", "--data-dir=https://me:pass-word@host/x"])
-    assert train_cls._resolved(args)["data_dir"] == "https://***@host/x"
+    config = train_cls.parse_args(["--dataset=wds/x", "--data-dir=https://me:pass-word@host/x"])
+    assert to_recipe(config)["data_dir"] == "https://***@host/x"
     flags = "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --experiment=it"
     more = ["--model-kwargs", "stoken_size=(4, 2, 1, 1)"]
     assert train_cls.main([*flags.split(), *more, f"--data-dir={digits_folder}", f"--output={tmp_path}"]) == 0

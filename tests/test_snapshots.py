@@ -200,7 +200,7 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
     assert "no checkpoint there, as --repo-id uploads it; its branch is last" in refused(f"--resume=hf-hub:{REPO}")
     assert f"cannot download {REPO} (revision v9): it has no revision 'v9'" in refused(f"--resume=hf-hub:{REPO}@v9")
     assert "it does not exist, or is private" in refused("--resume=hf-hub:org/none@last")
-    assert "was begun with other flags (drop 0.1, now 0.5)" in refused(f"--resume=hf-hub:{REPO}@last", "--drop=0.5")
+    assert "was started with other flags (drop 0.1, now 0.5)" in refused(f"--resume=hf-hub:{REPO}@last", "--drop=0.5")
     assert "is there already: go on with it by --resume auto --experiment it" in refused(
         f"--resume=hf-hub:{REPO}@last", output=tmp_path
     )
@@ -227,7 +227,7 @@ def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> N
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
     before = hub.refs(REPO)
     said = train(tmp_path, "--epochs=2", "--experiment=b", f"--repo-id={REPO}", status=1)
-    assert f"{REPO} holds a run already: go on with it by --resume hf-hub:{REPO}@last, or choose another" in said
+    assert f"{REPO} already contains a run; resume it with --resume hf-hub:{REPO}@last, or choose another" in said
     train(tmp_path, "--epochs=2", "--experiment=c", "--seed=5", "--checkpoint-steps=1")
     (tmp_path / "c/summary.csv").unlink()
     [checkpoint] = (tmp_path / "c/checkpoints").glob("00002*")

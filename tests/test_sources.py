@@ -17,16 +17,16 @@ import pytest
 import torch
 from PIL import Image
 from test_data import KINDS, as_shards
-from test_runs import as_torch_folder, children, first
+from test_runs import as_torch_folder, children, first, open_of
 
 from stvit.tools import train_cls, validate_cls
 from stvit.tools.common import data
+from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError, OneProcessError
-from stvit.tools.common.data import BadImages, ImageDataset, open_images
+from stvit.tools.common.data import ImageDataset
 from stvit.tools.common.image_folders import ImageTar
-from stvit.tools.common.processes import StopNow, StopRequest, World
+from stvit.tools.common.signals import StopNow, StopRequest
 
-CPU = World(torch.device("cpu"))
 SHORT = "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --lr=1e-3 --experiment=it".split()
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -127,7 +127,7 @@ def test_a_description_of_shards_starts_no_program(
     info["splits"]["train"]["filenames"] = [f"pipe:touch {marker}", f"../{{a,pipe:touch {marker}}}.tar"]
     path.write_text(json.dumps(info))
     assert "does not exist" in fails(capsys, *flags)
-    assert "no data: give --data-dir" in fails(capsys, "--dataset=wds/x", "--data-dir=", "--num-classes=4")
+    assert "no data; pass --data-dir" in fails(capsys, "--dataset=wds/x", "--data-dir=", "--num-classes=4")
     line = fails(capsys, *flags, f"{split}=a-0.tar::pipe:touch {marker} .tar|60")
     assert "does not exist" in line and not marker.exists()
 
@@ -247,7 +247,7 @@ def test_a_pipe_that_a_table_names(tmp_path: Path) -> None:
         (tmp_path / "set").mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"set/{split}-00000-of-00001.parquet")
     flags = ["--in-chans=3", f"--dataset=hfds/{tmp_path / 'set'}", f"--data-dir={tmp_path / 'cache'}"]
-    images = open_images(train_cls.parse_args(flags), CPU)
+    images = open_of(*flags)
     for index, problem in enumerate(["pipe.png: not a regular file", "number 1: empty"]):
         with pytest.raises(OneProcessError, match=problem):
             images.val.read(index)
@@ -282,7 +282,7 @@ def test_a_signal_ends_what_waits_for_images(digits_folder: Path, tmp_path: Path
     finally:
         process.kill()
     assert process.returncode == 143
-    assert re.match(r"terminated; saved after epoch \d+, update 0 of 3: to go on", err.splitlines()[-1]), err
+    assert re.match(r"terminated; saved after epoch \d+, update 0 of 3: to continue", err.splitlines()[-1]), err
     assert "Traceback" not in err
 
 
@@ -337,7 +337,7 @@ def test_archives_cut_anywhere(archive: Path) -> None:
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # of the last image
     for size in range(0, end + 1, 512):
         archive.write_bytes(whole[:size])
-        with pytest.raises(CommandError, match=r"cannot read the archive .*: copy it again, or pack it anew"):
+        with pytest.raises(CommandError, match=r"cannot read the archive .*: copy it again, or recreate it"):
             ImageTar(archive)
 
 
@@ -378,7 +378,7 @@ def test_archives_within_archives_without_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["cut", "replaced", "removed", "a pipe", "written to"])
 def test_archives_that_change_during_the_run(change: str, archive: Path, tmp_path: Path) -> None:
-    images = open_images(train_cls.parse_args(["--in-chans=3", f"--data-dir={archive.parent}"]), CPU)
+    images = open_of("--in-chans=3", f"--data-dir={archive.parent}")
     images.val.bad_images = BadImages(1000, tmp_path / "bad_images.jsonl")
     assert images.val.read(0)[0] is not None
     content = archive.read_bytes()
@@ -416,7 +416,7 @@ def test_a_killed_loader_is_named(digits_folder: Path, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 1
     (line,) = [line for line in err.replace("\r", "\n").splitlines() if "error: " in line]
-    assert re.match(rf"error: the loading of images lost its process {pid}( \(Killed\))?: most likely the memory", line)
+    assert re.match(rf"error: image loading lost worker process {pid}( \(Killed\))?: most likely the system", line)
     assert "--workers" in line and "--resume auto" in line and "Traceback" not in err
 
 

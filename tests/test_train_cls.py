@@ -27,6 +27,7 @@ from timm.layers import DropPath
 from stvit.tools import train_cls
 from stvit.tools.common import data
 from stvit.tools.common.cli import CommandError
+from stvit.tools.common.optimization import create_optimizer, learning_rate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs/cls").glob("*.yaml"))
@@ -245,20 +246,20 @@ def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path
 def test_drop_path_follows_its_schedule(digits_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the large model's recipe has it: a rate for the first epochs, another for the last."""
     seen: list[float] = []
-    begin = train_cls._Training._begin_epoch
+    begin = train_cls.Classification.begin_epoch
 
-    def begin_and_look(self: train_cls._Training) -> None:
-        begin(self)
+    def begin_and_look(self: train_cls.Classification, epoch: int) -> None:
+        begin(self, epoch)
         rates = [module.drop_prob for module in self.model.modules() if isinstance(module, DropPath)]
         # Of the blocks the first has none, the last has it all, and those between them lie on a line.
         assert rates == sorted(rates) and min(rates) > 0
         seen.append(max(rates))
 
-    monkeypatch.setattr(train_cls._Training, "_begin_epoch", begin_and_look)
+    monkeypatch.setattr(train_cls.Classification, "begin_epoch", begin_and_look)
     run(f"--data-dir={digits_folder}", "--epochs=4", "--drop-path=0.2", "--drop-path-schedule", "2:0.5", "3:0.1")
     assert seen == pytest.approx([0.2, 0.2, 0.5, 0.1])
-    args = train_cls.parse_args([f"--config={ROOT / 'configs/cls/stvit_large_in1k.yaml'}"])
-    assert [train_cls._drop_path_at(args, epoch) for epoch in (0, 259, 260, 299)] == [0.4, 0.4, 0.6, 0.6]
+    config = train_cls.parse_args([f"--config={ROOT / 'configs/cls/stvit_large_in1k.yaml'}"])
+    assert [train_cls.drop_path_at(config.model, epoch) for epoch in (0, 259, 260, 299)] == [0.4, 0.4, 0.6, 0.6]
 
 
 def test_frozen_batch_norm_keeps_its_statistics(digits_folder: Path, run: Run, tmp_path: Path) -> None:
@@ -275,9 +276,9 @@ def test_frozen_batch_norm_keeps_its_statistics(digits_folder: Path, run: Run, t
 
 def test_weight_decay_spares_one_dimensional_parameters(digits_folder: Path, run: Run, tmp_path: Path) -> None:
     """With no gradient to speak of, decay is all that moves weights."""
-    args = train_cls.parse_args([*SHORT, "--weight-decay=0.1", "--lr=0.5"])
+    config = train_cls.parse_args([*SHORT, "--weight-decay=0.1", "--lr=0.5"])
     model = timm.create_model("test_stvit", num_classes=4)
-    optimizer, _ = train_cls.create_optimizer(args, model, 1)
+    optimizer, _ = create_optimizer(config.optim, model, 1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
@@ -291,11 +292,13 @@ def test_weight_decay_spares_one_dimensional_parameters(digits_folder: Path, run
 
 def test_published_recipes_are_the_papers(tmp_path: Path) -> None:
     for name, drop_path in (("small", 0.1), ("base", 0.4), ("large", 0.4)):
-        args = train_cls.parse_args([f"--config={ROOT / f'configs/cls/stvit_{name}_in1k.yaml'}"])
-        assert args.batch_size * args.grad_accum_steps * 8 == 1024 and args.drop_path == drop_path
+        config = train_cls.parse_args([f"--config={ROOT / f'configs/cls/stvit_{name}_in1k.yaml'}"])
+        optim, batch_size = config.optim, config.data.batch_size
+        assert batch_size * optim.grad_accum_steps * 8 == 1024 and config.model.drop_path == drop_path
         model = timm.create_model("test_stvit")
-        optimizer, scheduler = train_cls.create_optimizer(args, model, 1251, processes=8)
-        assert args.lr == pytest.approx(1e-3)
+        optim.lr = learning_rate(optim, batch_size, processes=8)
+        assert optim.lr == pytest.approx(1e-3)
+        optimizer, scheduler = create_optimizer(optim, model, 1251)
         assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.9, 0.999)}
         assert {(group["eps"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-8, 0.05), (1e-8, 0)}
         rates = []
@@ -305,8 +308,10 @@ def test_published_recipes_are_the_papers(tmp_path: Path) -> None:
         assert rates[0] == pytest.approx(1e-6) and rates[1] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 5)
         assert rates[2] == pytest.approx(1e-3, rel=1e-2) and rates[3] == pytest.approx(1e-5, rel=0.01)
         fine = train_cls.parse_args([f"--config={ROOT / f'configs/cls/stvit_{name}_in1k_384.yaml'}"])
-        assert (fine.epochs, fine.img_size, fine.weight_decay, fine.bn_eval) == (30, 384, 1e-8, True)
-        optimizer, scheduler = train_cls.create_optimizer(fine, model, 100, processes=8)
+        optim = fine.optim
+        assert (optim.epochs, fine.image.img_size, optim.weight_decay, optim.bn_eval) == (30, 384, 1e-8, True)
+        optim.lr = learning_rate(optim, fine.data.batch_size, processes=8)
+        optimizer, scheduler = create_optimizer(optim, model, 100)
         for epoch in (0, 29):
             if scheduler is not None:
                 scheduler.step(epoch)
@@ -342,8 +347,7 @@ def test_hugging_face_dataset(digits_folder: Path, run: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_opens_with_its_command(path: Path) -> None:
-    args = train_cls.parse_args([f"--config={path}"])
-    assert timm.is_model(args.model)
+    assert timm.is_model(train_cls.parse_args([f"--config={path}"]).model.model)
     text = path.read_text()
     assert f"--config configs/cls/{path.name}" in text.split("\n\n")[0].replace("\n#", "\n") or "make train" in text
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
@@ -358,9 +362,10 @@ def test_flag_wins_over_recipe(tmp_path: Path) -> None:
         "epochs: 3\nlr: 1e-3\nmean: [0.1, 0.2, 0.3]\nchannels_last: true\nno_aug: true\nexperiment: null\n"
         "model-kwargs: {n_iter: 2, stoken_size: [4, 2, 1, 1]}\n"
     )
-    args = train_cls.parse_args([f"--config={recipe}", "--epochs=5", "--no-channels-last"])
-    assert (args.epochs, args.lr, args.mean, args.channels_last, args.no_aug) == (5, 1e-3, [0.1, 0.2, 0.3], False, True)
-    assert args.model_kwargs == {"n_iter": 2, "stoken_size": [4, 2, 1, 1]} and args.experiment is None
+    config = train_cls.parse_args([f"--config={recipe}", "--epochs=5", "--no-channels-last"])
+    assert (config.optim.epochs, config.optim.lr, config.image.mean) == (5, 1e-3, [0.1, 0.2, 0.3])
+    assert (config.device.channels_last, config.augment.no_aug) == (False, True)
+    assert config.model.model_kwargs == {"n_iter": 2, "stoken_size": [4, 2, 1, 1]} and config.run.experiment is None
 
 
 @pytest.mark.parametrize(
@@ -368,19 +373,19 @@ def test_flag_wins_over_recipe(tmp_path: Path) -> None:
     [
         ("epoch: 3", "unknown key 'epoch', did you mean 'epochs'?"),
         ("config: other.yaml", "unknown key 'config'"),
-        ("epochs: ten", "--epochs: must be a whole number, at least 1, got 'ten'"),
-        ("epochs: 1.5", "--epochs: must be a whole number"),
+        ("epochs: ten", "--epochs: expected a whole number of at least 1, got 'ten'"),
+        ("epochs: 1.5", "--epochs: expected a whole number"),
         ("epochs: true", "epochs must be a number, got True"),
-        ("epochs: 0", "--epochs: must be a whole number, at least 1"),
+        ("epochs: 0", "--epochs: expected a whole number of at least 1"),
         ("lr: fast", "--lr: invalid float value: 'fast'"),
         ("lr: [1, 2]", "lr must be a number"),
         ("model: 7", "model must be text, got 7"),
-        ("drop_path: 1.5", "--drop-path: must be a number from 0 to 1"),
+        ("drop_path: 1.5", "--drop-path: expected a number from 0 to 1"),
         ("channels_last: 1", "channels_last must be true or false"),
         ("scale: [0.5]", "--scale: expected 2 arguments"),
         ("clip_mode: hard", "--clip-mode: invalid choice"),
         ("model_kwargs: 3", "model_kwargs must be a mapping"),
-        ("- epochs", "a recipe is a mapping"),
+        ("- epochs", "a recipe must be a mapping"),
         ("epochs: [", "cannot read --config"),
     ],
 )
@@ -403,7 +408,7 @@ def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "a value of 100000 characters": f"epochs: {'9' * 100_000}",
         "special characters are not allowed": "\0\1\2",
         "month must be in 1..12": "model: 2020-13-99",
-        "stands twice": "epochs: 1\nepochs: 2",
+        "appears twice": "epochs: 1\nepochs: 2",
         "unhashable key": "{[1]: 2}",
     }
     for said, text in recipes.items():
@@ -418,14 +423,14 @@ def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(refused(capsys, f"--config={path}")) < 400
     # An alias is no crime.
     path.write_text("mean: &x [0.5]\nstd: *x\n")
-    assert train_cls.parse_args([f"--config={path}"]).std == [0.5]
+    assert train_cls.parse_args([f"--config={path}"]).image.std == [0.5]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--epoch=3"], "--epoch"),
-        (["--epochs=ten"], "--epochs: must be a whole number"),
+        (["--epochs=ten"], "--epochs: expected a whole number"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -445,7 +450,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--dataset=hdfs/digits"], "unknown dataset 'hdfs/digits'"),
         (["--dataset=torch/cifar10"], "--dataset-download"),
         (["--device=meta"], "--device meta cannot be used"),
-        (["--model-kwargs", "depths"], "--model-kwargs: must be key=value, got 'depths'"),
+        (["--model-kwargs", "depths"], "--model-kwargs: expected key=value, got 'depths'"),
         (
             ["--model-kwargs", "act_layer=none"],
             "cannot create model test_stvit: act_layer must be a layer or the name of",
@@ -453,7 +458,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--opt-betas", "0.9"], "cannot create optimizer adamw"),
         (["--interpolation=cubic"], "--interpolation: invalid choice"),
         (["--lr=1e30", "--warmup-epochs=0", "--batch-size=60"], "in the validation after epoch 1: lower --lr"),
-        (["--num-classes=7"], "--num-classes is 7, but the images have 4 classes: leave it out"),
+        (["--num-classes=7"], "--num-classes is 7, but the images have 4 classes; remove it"),
         (["--in-chans=4"], "--in-chans must be 1 (gray) or 3 (color), got 4"),
         (["--device=warp"], "--device warp cannot be used"),
         (["--model-kwargs", "depth=3"], "cannot create model test_stvit"),
@@ -463,10 +468,10 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         ([f"--pretrained-path={__file__}"], f"cannot read weights from {__file__}"),
         (["--opt=adamx"], "cannot create optimizer adamx"),
         (["--sched=sine"], "with schedule sine"),
-        (["--batch-size=1000"], "takes 1000 images (--batch-size 1000), more than the 60 training images: lower"),
+        (["--batch-size=1000"], "takes 1000 images (--batch-size 1000), but there are only 60 training images; lower"),
         (["--mixup=1", "--batch-size=15"], "even --batch-size, got 15"),
-        (["--aa=nonsense"], "cannot set up the images"),
-        (["--std", "0"], "--std: must be a number above 0, got '0'"),
+        (["--aa=nonsense"], "cannot create the image transform"),
+        (["--std", "0"], "--std: expected a number above 0, got '0'"),
         (["--mean", "0.5", "0.5"], "--mean must be one number, or one for each of 3 channels"),
         (["--lr=1e30", "--warmup-epochs=0", "--log-interval=1", "--epochs=20"], "lower --lr (it is 1e+30)"),
     ],
@@ -479,7 +484,7 @@ def test_trouble_is_one_clear_line(
 
 
 def test_no_data(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "give --data-dir" in refused(capsys)
+    assert "no data; pass --data-dir" in refused(capsys)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -496,7 +501,7 @@ def test_unreadable_image(
     # With two workers, two batches of thirty: every image is read.
     flags = [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", f"--workers={workers}", "--batch-size=30"]
     line = refused(capsys, *flags)
-    assert f"cannot read image {bad}" in line and "repair it or remove it" in line
+    assert f"cannot read image {bad}" in line and "repair or remove it" in line
 
 
 def test_empty_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,14 +523,14 @@ def test_images_too_deep(own_digits_folder: Path, capsys: pytest.CaptureFixture[
             (path.parent / "images").mkdir(exist_ok=True)
             path.rename(path.parent / "images" / path.name)
     line = refused(capsys, f"--data-dir={own_digits_folder}")
-    assert "is in a folder within its class folder: move it up" in line
+    assert "is in a subfolder of its class folder; move it up" in line
 
 
 def test_one_class_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         for name in ("digit_1", "digit_2", "digit_3"):
             shutil.rmtree(own_digits_folder / split / name)
-    assert "one class alone, 'digit_0'" in refused(capsys, f"--data-dir={own_digits_folder}")
+    assert "only one class, 'digit_0'" in refused(capsys, f"--data-dir={own_digits_folder}")
 
 
 def test_unforeseen_error_is_one_line_too(
@@ -562,7 +567,7 @@ def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_class_number_beyond_the_model() -> None:
-    with pytest.raises(CommandError, match="class number 5, the model has 4: set --num-classes"):
+    with pytest.raises(CommandError, match="class number 5, but the model has 4 classes; pass --num-classes"):
         data.check_targets(torch.tensor([0, 5]), 4, "training")
 
 
@@ -577,7 +582,7 @@ def test_results_are_never_overwritten(digits_folder: Path, run: Run, capsys: py
 def test_output_that_cannot_be_made(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     line = refused(capsys, f"--data-dir={digits_folder}", f"--output={tmp_path / 'file'}")
-    assert "cannot make the folder" in line
+    assert "cannot create the folder" in line
 
 
 def test_exit_status_and_silence_of_a_real_process(tmp_path: Path) -> None:
@@ -585,7 +590,7 @@ def test_exit_status_and_silence_of_a_real_process(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == (
-        f"error: --data-dir {tmp_path / 'nowhere'} is not a folder; it must hold train/<class>/* and val/<class>/*\n"
+        f"error: --data-dir {tmp_path / 'nowhere'} is not a folder; it must contain train/<class>/* and val/<class>/*\n"
     )
 
 
@@ -600,7 +605,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert re.fullmatch(
-        r"interrupted; saved after epoch \d+, update \d+ of 89: to go on, give the same command with --resume auto",
+        r"interrupted; saved after epoch \d+, update \d+ of 89: to continue, run the same command with --resume auto",
         err.splitlines()[-1],
     ), err
     (last,) = tmp_path.glob("runs/*/last")

@@ -36,7 +36,6 @@ from stvit.ops import (
     upsample_super_tokens,
 )
 from stvit.ops import triton as backend
-from stvit.tools import benchmark
 from stvit.tools.benchmarks import kernels as benchmark_of_kernels
 
 pytest.importorskip("triton")
@@ -595,9 +594,8 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
     if not HAS_GPU:
         monkeypatch.setattr(benchmark_of_kernels, "_capture", lambda step, both: lambda: step(both))
         monkeypatch.setattr(benchmark_of_kernels, "_time", lambda step: 1e-6 * len(step()))
-    parser = benchmark.create_parser()
-    args = parser.parse_args(["kernels", "--dtype=float32", "--ways", "reference", "triton", "--repeats=2"])
-    rows = benchmark_of_kernels._measure({"stage": 1}, (2, 64, 12, 9), 4, args, torch.device(DEVICE), bandwidth=1e12)
+    config = benchmark_of_kernels.KernelConfig(dtype="float32", ways=["reference", "triton"], repeats=2)
+    rows = benchmark_of_kernels._measure({"stage": 1}, (2, 64, 12, 9), 4, config, torch.device(DEVICE), bandwidth=1e12)
     assert [(row["part"], row["way"]) for row in rows] == [
         (part, way) for part in ("functions", "operator") for way in ("reference", "triton")
     ]

@@ -418,7 +418,7 @@ def test_names_that_are_not_utf8(
     ):
         assert command(flags) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: class 'caf\\udce9' of {data}: its name is not valid UTF-8")
+        assert line.startswith(f"error: class 'caf\\udce9' of {data}: the name is not valid UTF-8")
     assert not (tmp_path / "other").exists()
 
 

@@ -21,8 +21,10 @@ from stvit.tools import train_cls, visualize
 from stvit.tools.benchmarks import measure
 from stvit.tools.common import cli
 from stvit.tools.common.cli import CommandError
+from stvit.tools.common.distributed import check_dtype, join_processes
+from stvit.tools.common.flags import to_recipe
 from stvit.tools.common.locks import PathLock
-from stvit.tools.common.processes import check_dtype, join_world
+from stvit.tools.common.runs import find_run, run_label
 
 ROOT = Path(__file__).parents[1]
 # A name that cp1252 cannot write.
@@ -156,7 +158,7 @@ def test_a_killed_run_leaves_no_lock(folder: Path, tmp_path: Path) -> None:
         while not (tmp_path / "it/summary.csv").exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        assert f"error: another process uses {tmp_path / 'it'}: wait for it" in run(*flags, status=1)
+        assert f"error: another process uses {tmp_path / 'it'}; wait until it ends" in run(*flags, status=1)
     finally:
         process.kill()
         process.communicate()
@@ -218,7 +220,7 @@ def _opens_text(call: ast.Call) -> bool:
     ("text", "said"),
     [
         (r'data_dir: "C:\data"', "write Windows paths without quotes, or in single quotes"),
-        (r'data_dir: "C:\new\table"', "data_dir holds control characters"),
+        (r'data_dir: "C:\new\table"', "data_dir contains control characters"),
         (r"data_dir: C:\new\images", None),
         (r"data_dir: 'C:\new\images'", None),
         ("\ufeffdata_dir: C:\\new\\images", None),  # as the editor of Windows writes UTF-8
@@ -230,12 +232,12 @@ def test_windows_paths_in_recipes(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")
     if said is None:
-        args = train_cls.parse_args([f"--config={recipe}"])
-        assert args.data_dir == r"C:\new\images"
+        data_dir = train_cls.parse_args([f"--config={recipe}"]).data.data_dir
+        assert data_dir == r"C:\new\images"
         # And in the recipe that a run writes.
         again = tmp_path / "again.yaml"
-        again.write_text(yaml.safe_dump({"data_dir": args.data_dir}, allow_unicode=True), encoding="utf-8")
-        assert train_cls.parse_args([f"--config={again}"]).data_dir == args.data_dir
+        again.write_text(yaml.safe_dump({"data_dir": data_dir}, allow_unicode=True), encoding="utf-8")
+        assert train_cls.parse_args([f"--config={again}"]).data.data_dir == data_dir
     else:
         with pytest.raises(SystemExit):
             train_cls.parse_args([f"--config={recipe}"])
@@ -253,9 +255,9 @@ def test_windows_paths_in_recipes(
 )
 def test_names_of_runs(model: str, name: str, tmp_path: Path) -> None:
     """They hold no characters that Windows refuses or that begin another folder."""
-    args = train_cls.parse_args([f"--model={model}", f"--output={tmp_path}"])
+    config = train_cls.parse_args([f"--model={model}", f"--output={tmp_path}"])
     with PathLock() as lock:
-        folder, _ = train_cls.find_run(args, (3, 32, 32), lock)
+        folder, _ = find_run(config.run, to_recipe(config), run_label(model, 32), lock)
     assert folder.parent == tmp_path and folder.name.split("-", 2)[2] == f"{name}-32"
 
 
@@ -325,7 +327,7 @@ def test_mps_is_refused_where_it_cannot_work(
         assert train_cls.main(["--dataset=sklearn/digits", "--device=mps"]) == 1
         assert "--device mps cannot be used" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CommandError, match="--device mps is for one process"), join_world("mps"):
+    with pytest.raises(CommandError, match="--device mps is for one process"), join_processes("mps"):
         pass
 
 

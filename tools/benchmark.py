@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures speed and memory, beside what else does the same on the same machine at the same time.
+"""Measures speed and memory, together with alternatives on the same machine at the same time.
 
     python tools/benchmark.py op --img-size 224 640
     python tools/benchmark.py model --ways published eager optimized compiled onnxruntime
@@ -10,25 +10,27 @@
     python tools/benchmark.py yolo --img-size 640
     python tools/benchmark.py kernels --dtype bfloat16 --csv kernels.csv
 
-`python -m stvit.tools.benchmark` is the same program. What is compared takes turns, so that whatever else the machine
-does meets all alike: compare numbers of one run alone. Each is the median of the repeats, with the smallest and the
-largest. With --csv rows are appended to a table, with what produced them; with --plot they are drawn.
+`python -m stvit.tools.benchmark` is the same program. All candidates of a table run in turns, so that other load on the
+machine affects them equally: compare only numbers of the same run. Each number is the median of the repeats, with the
+minimum and the maximum. --csv appends the rows to a table, with the versions and hardware that produced them. --plot
+draws them.
 
-op, model, train, resolution: the baseline is the published formulation (tools/benchmarks/published.py). Ours stands
-beside it as it is (eager), after stvit.optimize_for_inference (optimized), compiled on top of that with its weights
-frozen (compiled), and in onnxruntime; any other model of timm likewise. GMAC are those of convolutions and matrix
-products; `matrix` is the part of the device's own rate for products of large matrices, measured in turn with the rest.
+op, model, train, resolution: The baseline is the published formulation (tools/benchmarks/published.py). Our models are
+measured as they are (eager), after stvit.optimize_for_inference (optimized), also compiled with frozen weights
+(compiled), and in onnxruntime. Other timm models are measured in the same ways. GMAC counts convolutions and matrix
+products. `matrix` is the achieved share of the rate of large matrix products on the same device.
 
-data: images/s of a worker of tools/train_cls.py's loader, beside torchvision's plain one (ImageFolder in a DataLoader:
-random crop and flip, normalization), and with --config under that recipe's augmentation.
+data: images/s per worker of the training loader of tools/train_cls.py, with the augmentation of a recipe if --config is
+passed. The baseline is a plain torchvision loader: ImageFolder with random crop, flip and normalization.
 
-yolo: parameters, GFLOPs (two for a multiplication and an addition; convolutions, matrices, attention) and latency of
-YOLO26 detectors, fused, one image at a time, and the part of each that is the backbone's: the rows that stand under
-`backbone` in a model file. Each scale on the STViT that pairs with it beside the stock model.
+yolo: parameters, GFLOPs (two per multiply-add, in convolutions, matrix products and attention) and latency of fused
+YOLO26 detectors at batch size 1, and the share of the backbone. Each scale is measured with the stock backbone and with
+an STViT.
 
-kernels: super token sampling and upsampling on a GPU, Triton's kernels beside the reference and the compiled reference,
-alone (functions) and with attention in between (operator), forward alone and with backward (both). Beside the times is
-the floor: the fewest bytes over the bandwidth of a large copy in the same run. Without a GPU the bytes stand alone.
+kernels: super token sampling and upsampling on a GPU, with Triton kernels, the reference and the compiled reference.
+They are measured without attention (functions) and with it (operator), forward only and with backward (both). The
+floor is the time to copy the minimum number of bytes, at the bandwidth of a large copy in the same run. Without a GPU
+only the bytes are counted.
 """
 
 import signal
@@ -39,7 +41,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +51,53 @@ import torch
 from stvit.tools.benchmarks import data, kernels, models, plots, yolo
 from stvit.tools.benchmarks.measure import append, circumstances, print_table
 from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.flags import add_flags, from_flags
+
+
+@dataclass
+class Subject:
+    """Something to measure.
+
+    Attributes:
+        description: Help text.
+        config: Dataclass of its flags.
+        measure: Yields tables of rows.
+        defaults: Defaults that differ from those of the dataclass.
+    """
+
+    description: str
+    config: type
+    measure: Callable[[Any], Iterator[list[dict[str, Any]]]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
 
 SUBJECTS = {
-    "op": ("time of super token attention, forward and backward", models.add_op_flags, models.benchmark_op),
-    "model": ("images/s and latency of models", models.add_model_flags, models.benchmark_model),
-    "train": ("images/s and memory of training steps", models.add_train_flags, models.benchmark_train),
-    "resolution": ("time and memory over image sizes", models.add_resolution_flags, models.benchmark_resolution),
-    "data": ("images/s of the loader of training images", data.add_flags, data.benchmark),
-    "kernels": ("time of the operator's kernels on a GPU, and the floor", kernels.add_flags, kernels.benchmark),
-    "yolo": ("latency of YOLO26 detectors", yolo.add_flags, yolo.benchmark),
+    "op": Subject(
+        "time of super token attention, forward and backward",
+        models.SpeedConfig,
+        models.benchmark_op,
+        {"ways": ["published", "eager", "compiled"]},
+    ),
+    "model": Subject("images/s and latency of models", models.SpeedConfig, models.benchmark_model),
+    "train": Subject(
+        "images/s and memory of training steps",
+        models.SpeedConfig,
+        models.benchmark_train,
+        {"ways": ["published", "eager", "compiled"], "batch_size": 16},
+    ),
+    "resolution": Subject(
+        "time and memory over image sizes",
+        models.ResolutionConfig,
+        models.benchmark_resolution,
+        {
+            "ways": ["published", "eager", "optimized"],
+            "img_size": [224, 320, 448, 640, 896, 1024, 1536, 2048],
+            "batch_size": 1,
+        },
+    ),
+    "data": Subject("images/s of the training loader", data.LoaderConfig, data.benchmark),
+    "kernels": Subject("time of the operator's GPU kernels", kernels.KernelConfig, kernels.benchmark),
+    "yolo": Subject("latency of YOLO26 detectors", yolo.DetectorConfig, yolo.benchmark),
 }
 
 
@@ -67,38 +108,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def create_parser() -> Parser:
-    """The subjects and their flags."""
-    parser = Parser(prog="benchmark.py", description="Measures speed, beside what else does the same.")
+    """Returns the parser, with a subcommand for each subject."""
+    parser = Parser(prog="benchmark.py", description="Measures speed and memory, together with alternatives.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    for name, (description, add_flags, _) in SUBJECTS.items():
-        subject = subjects.add_parser(name, help=description, add_help=True)
-        add_flags(subject)
-        subject.add_argument("--csv", metavar="FILE", help="table to append the results to")
-        if name in plots.PLOTS:
-            subject.add_argument("--plot", metavar="FILE", help="picture of the results, .png, .pdf or .svg")
+    for name, subject in SUBJECTS.items():
+        command = subjects.add_parser(name, help=subject.description, add_help=True)
+        add_flags(command, subject.config, defaults=subject.defaults)
     return parser
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures, prints a table, appends it to --csv and draws it as --plot.
+    """Measures, prints tables, appends them to --csv and draws --plot.
 
     Raises:
-        CommandError: If what is to be measured cannot be.
+        CommandError: If something cannot be measured.
     """
-    plot = getattr(args, "plot", None)
+    subject = SUBJECTS[args.subject]
+    config = from_flags(subject.config, args)
+    plot, device = getattr(config, "plot", None), torch.device(getattr(config, "device", "cpu"))
     if plot:
-        plots.check(Path(plot))  # before anything has been measured in vain
+        plots.check(Path(plot))  # before minutes of measuring
     rows: list[dict[str, Any]] = []
-    for table in SUBJECTS[args.subject][2](args):  # each is kept, whatever becomes of the next
+    for table in subject.measure(config):  # each table is saved before the next one may fail
         print_table(table)
-        if args.csv:
-            device = torch.device(getattr(args, "device", "cpu"))
-            append(Path(args.csv), [{**circumstances(device), **row} for row in table])
-            print(f"appended to {args.csv}", flush=True)
+        if config.csv:
+            append(Path(config.csv), [{**circumstances(device), **row} for row in table])
+            print(f"appended to {config.csv}", flush=True)
         rows += table
     if plot:
         plots.PLOTS[args.subject](rows, Path(plot))
-        print(f"drawn as {plot}")
+        print(f"drawn to {plot}")
 
 
 if __name__ == "__main__":

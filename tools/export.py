@@ -49,21 +49,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import stvit
-from stvit.tools.common.checkpoint import atomic_write
+from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason, run
-from stvit.tools.common.data import (
-    BadImages,
-    Images,
-    add_data_arguments,
-    add_image_arguments,
-    check_targets,
-    create_val_loader,
-    open_images,
-    resolve_data_config,
-)
+from stvit.tools.common.config import DataConfig, ImageConfig
+from stvit.tools.common.data import Images, check_targets, open_images, resolve_data_config
+from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
+from stvit.tools.common.files import atomic_write
+from stvit.tools.common.flags import add_flags, from_flags
+from stvit.tools.common.loaders import create_val_loader
 from stvit.tools.common.model import add_model_arguments, check_img_size, choose_weights, create_model, read_weights
-from stvit.tools.common.processes import World
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".torchscript"}
 # Largest difference from the float32 model that is let pass, in standard deviations of its output. Sums in another
@@ -110,12 +105,11 @@ def create_parser() -> Parser:
     )
 
     group = parser.add_argument_group("data, to calibrate int8 and to compare the accuracy")
-    add_data_arguments(group)
+    add_flags(group, DataConfig, defaults={"batch_size": 16}, omit={"train_split", "validation_batch_size"})
     group.add_argument("--train-split", default="train", metavar="NAME", help="split to calibrate on")
     group.add_argument("--calibration-images", type=positive, default=128, metavar="N", help="how many of it")
     group.add_argument("--seed", "-s", type=int, default=42, metavar="N", help="of the run that held out the digits")
-    group.add_argument("--batch-size", "-b", type=positive, default=16, metavar="N", help="images of a step")
-    add_image_arguments(group)
+    add_flags(group, ImageConfig)
     add_class_map_argument(group)
     return parser
 
@@ -137,14 +131,16 @@ def export(args: argparse.Namespace) -> None:
         images = _open_images(args, data_config, bad_images)
         class_map = None
         if images is not None and not args.features:
-            class_map = map_classes(class_names(args, model), images.class_names, model.num_classes, _WORLD)
+            class_map = map_classes(
+                class_names(args.class_map, model), images.class_names, model.num_classes, _THIS_PROCESS
+            )
         shape = "x".join(map(str, data_config["input_size"]))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.checkpoint or args.model}: {name}, {parameters:.1f} M parameters, images of {shape}", flush=True)
         source = _Source(model, args.features, args.dtype, data_config["input_size"])
         files = _write(args, source, images, data_config, _metadata(args, model, name, data_config))
         if images is not None:
-            loader = create_val_loader(args, images.val, data_config, _WORLD, torch.float32)
+            loader = create_val_loader(images.val, from_flags(DataConfig, args), data_config, _THIS_PROCESS)
             with progress_bar(len(loader), "batch", True) as bar:
                 batches = _readable(mapped(loader, class_map), bar)
                 lines = (
@@ -255,7 +251,7 @@ def _metadata(args: argparse.Namespace, model: Any, name: str, data_config: dict
         metadata |= {"strides": model.feature_info.reduction(), "channels": model.feature_info.channels()}
     else:
         metadata["num_classes"] = model.num_classes
-        names = class_names(args, model)
+        names = class_names(args.class_map, model)
         if names is not None:
             metadata["class_names"] = names
     for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
@@ -627,13 +623,13 @@ def _calibration_loader(args: argparse.Namespace, images: Images, data_config: d
     if not hasattr(samples, "source"):
         raise CommandError("--dtype int8 takes calibration images from all over a set, which wds/ shards do not give")
     samples.source = _Spread(samples.source, args.calibration_images)
-    return create_val_loader(args, samples, data_config, _WORLD, torch.float32)
+    return create_val_loader(samples, from_flags(DataConfig, args), data_config, _THIS_PROCESS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whether it is right
 
-_WORLD = World(torch.device("cpu"))
+_THIS_PROCESS = Distributed(torch.device("cpu"))
 
 
 def _open(kind: str, path: Path) -> Runtime:
@@ -740,10 +736,12 @@ def _difference(got: Outputs, wanted: Outputs) -> float:
 def _open_images(args: argparse.Namespace, data_config: dict[str, Any], bad_images: BadImages) -> Images | None:
     if not args.data_dir and not args.dataset:
         return None
-    args.in_chans = data_config["input_size"][0]
-    if args.in_chans not in (1, 3):
-        raise CommandError(f"images have 1 (gray) or 3 (color) channels, the model wants {args.in_chans}")
-    images = open_images(args, _WORLD, is_training=args.dtype == "int8")
+    in_chans = data_config["input_size"][0]
+    if in_chans not in (1, 3):
+        raise CommandError(f"images have 1 (gray) or 3 (color) channels, but the model takes {in_chans}")
+    is_training = args.dtype == "int8"
+    data = from_flags(DataConfig, args)
+    images = open_images(data, _THIS_PROCESS, in_chans=in_chans, seed=args.seed, is_training=is_training)
     for samples in (images.train, images.val):
         if samples is not None:
             samples.bad_images = bad_images
@@ -752,7 +750,7 @@ def _open_images(args: argparse.Namespace, data_config: dict[str, Any], bad_imag
 
 def _samples(args: argparse.Namespace, images: Images, data_config: dict[str, Any]) -> torch.Tensor:
     """The first validation images (B, C, H, W)."""
-    batch = next(iter(create_val_loader(args, images.val, data_config, _WORLD, torch.float32)), None)
+    batch = next(iter(create_val_loader(images.val, from_flags(DataConfig, args), data_config, _THIS_PROCESS)), None)
     if batch is None:
         raise CommandError("there is no validation image to compare the file and the model on")
     return batch[0]
@@ -785,7 +783,7 @@ def _compare_accuracy(
             right[name] += int((other == target).sum())
             different[name] += int((other != predicted).sum())
     if seen == 0:
-        raise CommandError("none of the validation images could be counted: there is none, or none can be read")
+        raise CommandError("no readable image in the validation set; check --data-dir and --val-split")
     lines = [f"top-1 of PyTorch in float32: {100 * right[''] / seen:.2f} % of {seen} images"]
     for name in files:
         lines.append(
@@ -806,7 +804,7 @@ def _compare_features(source: _Source, files: Mapping[str, Runtime], batches: Ba
             pairs = zip(file(image), wanted, strict=True)
             sums[name] += torch.stack([(got - y).double().square().mean() * len(target) for got, y in pairs])
     if seen == 0:
-        raise CommandError("none of the validation images could be counted: there is none, or none can be read")
+        raise CommandError("no readable image in the validation set; check --data-dir and --val-split")
     lines = []
     for name in files:
         shares = (sums[name] / sums[""]).sqrt().tolist()

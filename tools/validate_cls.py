@@ -40,25 +40,12 @@ from timm.data import RealLabelsImagenet
 from torch.utils.data import IterableDataset
 
 import stvit
-from stvit.safe_text import redact_values
-from stvit.tools.common.checkpoint import atomic_write
-from stvit.tools.common.cli import (
-    CommandError,
-    Parser,
-    parse_with_recipe,
-    positive,
-    progress_bar,
-    reason,
-    run,
-)
-from stvit.tools.common.data import (
-    BadImages,
-    add_data_arguments,
-    add_image_arguments,
-    create_val_loader,
-    open_images,
-    resolve_data_config,
-)
+from stvit.safe_text import printable, redact_values
+from stvit.tools.common.bad_images import BadImages
+from stvit.tools.common.cli import CommandError, Parser, progress_bar, reason, run
+from stvit.tools.common.config import DataConfig, DeviceConfig, ImageConfig
+from stvit.tools.common.data import open_images, resolve_data_config
+from stvit.tools.common.distributed import DTYPES, Distributed, autocast, check_dtype, join_processes
 from stvit.tools.common.evaluation import (
     add_class_map_argument,
     class_names,
@@ -67,6 +54,9 @@ from stvit.tools.common.evaluation import (
     map_classes,
     mapped,
 )
+from stvit.tools.common.files import atomic_write
+from stvit.tools.common.flags import add_flags, from_flags
+from stvit.tools.common.loaders import create_val_loader
 from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.logs import has_matplotlib, save_plot
 from stvit.tools.common.model import (
@@ -77,7 +67,7 @@ from stvit.tools.common.model import (
     create_model,
     read_weights,
 )
-from stvit.tools.common.processes import DTYPES, World, add_device_arguments, autocast, check_dtype, join_world
+from stvit.tools.common.recipes import parse_with_recipe
 
 MOST_CLASSES_OF_A_PICTURE = 100
 
@@ -106,10 +96,9 @@ def create_parser() -> Parser:
     add_model_arguments(group)
 
     group = parser.add_argument_group("data")
-    add_data_arguments(group)
+    add_flags(group, DataConfig, defaults={"batch_size": 64}, omit={"train_split", "validation_batch_size"})
     group.add_argument("--seed", "-s", type=int, default=42, metavar="N", help="of the run that held out the digits")
-    group.add_argument("--batch-size", "-b", type=positive, default=64, metavar="N", help="images of a step")
-    add_image_arguments(group)
+    add_flags(group, ImageConfig)
     group.add_argument(
         "--official-crop",
         action="store_true",
@@ -125,7 +114,7 @@ def create_parser() -> Parser:
     )
 
     group = parser.add_argument_group("device and speed")
-    add_device_arguments(group)
+    add_flags(group, DeviceConfig)
 
     group = parser.add_argument_group("results")
     group.add_argument("--output", metavar="DIR", help="folder for results.json, per_class.csv and confusion.png")
@@ -144,48 +133,52 @@ def validate(args: argparse.Namespace) -> None:
         raise CommandError("no model: give --checkpoint, or --model for the published weights of one")
     output = Path(args.output).expanduser() if args.output else None
     with (
-        join_world(args.device, args.dist_backend) as world,
+        join_processes(args.device, args.dist_backend) as distributed,
         TemporaryDirectory() as temporary,
         PathLock() as lock,
     ):
         if output is not None:
-            world.by_first(partial(_take_output, output, lock))
-        check_dtype(world.device, args.model_dtype)
-        model, weights, is_ema = _create_model(args, world)
+            distributed.on_primary(partial(_take_output, output, lock))
+        check_dtype(distributed.device, args.model_dtype)
+        model, weights, is_ema = _create_model(args, distributed)
         data_config = _data_config(args, model)
         check_img_size(model, data_config)
-        args.in_chans = data_config["input_size"][0]
-        if args.in_chans not in (1, 3):
-            raise CommandError(f"images have 1 (gray) or 3 (color) channels, the model wants {args.in_chans}")
-        images = open_images(args, world, is_training=False)
-        loader = create_val_loader(args, images.val, data_config, world, DTYPES[args.model_dtype])
-        bad_images = BadImages(args.max_bad_images, Path(world.from_first(temporary)) / "bad_images.jsonl")
+        in_chans = data_config["input_size"][0]
+        if in_chans not in (1, 3):
+            raise CommandError(f"images have 1 (gray) or 3 (color) channels, but the model takes {in_chans}")
+        data, device = from_flags(DataConfig, args), from_flags(DeviceConfig, args)
+        images = open_images(data, distributed, in_chans=in_chans, seed=args.seed, is_training=False)
+        loader = create_val_loader(images.val, data, data_config, distributed, DTYPES[args.model_dtype])
+        bad_images = BadImages(args.max_bad_images, Path(distributed.from_primary(temporary)) / "bad_images.jsonl")
         images.val.bad_images = bad_images
         num_classes = model.num_classes
-        names = class_names(args, model)
-        class_map = map_classes(names, images.class_names, num_classes, world)
+        names = class_names(args.class_map, model)
+        class_map = map_classes(names, images.class_names, num_classes, distributed)
         real_labels = None if args.real_labels is None else _open_real_labels(images.val, args.real_labels)
         source = f"{args.checkpoint or args.model}{' (EMA)' if is_ema else ''}"
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        world.say(
+        distributed.print_primary(
             f"{source}, {parameters:.1f} M parameters, {num_classes} classes, {len(images.val)} images at "
             f"{data_config['input_size'][-1]} pixels (crop {data_config['crop_pct']:g}, "
-            f"{data_config['interpolation']}), on {f'{world.size} x ' if world.size > 1 else ''}{world.device.type}"
+            f"{data_config['interpolation']}), on {f'{distributed.size} x ' if distributed.size > 1 else ''}"
+            f"{distributed.device.type}"
         )
         with_confusion = output is not None and num_classes <= MOST_CLASSES_OF_A_PICTURE
-        counts = _Counts(num_classes, world, real_labels, with_confusion)
-        with progress_bar(len(loader), "batch", world.is_first) as bar:
+        counts = _Counts(num_classes, distributed, real_labels, with_confusion)
+        with progress_bar(len(loader), "batch", distributed.is_primary) as bar:
 
             def on_batch(logits: torch.Tensor, target: torch.Tensor) -> None:
                 counts.update(logits, target)
                 bar.update()
 
             batches = mapped(loader, class_map)
-            metrics = evaluate(model, batches, world, autocast(args, world), args.channels_last, on_batch)
+            metrics = evaluate(
+                model, batches, distributed, autocast(device, distributed.device), args.channels_last, on_batch
+            )
         counts.sum_up()
         results = _results(counts, metrics["loss"])
-        _say(results, world)
-        if not world.is_first:
+        _say(results, distributed)
+        if not distributed.is_primary:
             return
         for name in sorted(bad_images.names()):
             print(f"warning: {name} could not be read and was skipped", file=sys.stderr)
@@ -199,10 +192,12 @@ def validate(args: argparse.Namespace) -> None:
                 "dataset": args.dataset or "folder",
                 "data_dir": args.data_dir,
                 "split": args.val_split,
-                "device": torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
+                "device": torch.cuda.get_device_name()
+                if distributed.device.type == "cuda"
+                else distributed.device.type,
                 "dtype": f"{args.amp_dtype} (amp)" if args.amp else args.model_dtype,
                 "batch_size": args.batch_size,
-                "processes": world.size,
+                "processes": distributed.size,
                 "versions": {"stvit": stvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
@@ -230,11 +225,11 @@ def _take_output(folder: Path, lock: PathLock) -> None:
 # What is evaluated
 
 
-def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights, bool]:
+def _create_model(args: argparse.Namespace, distributed: Distributed) -> tuple[Any, Weights, bool]:
     """The model on the device, where it is from, and whether its weights are a moving average."""
     weights = choose_weights(args)
     content, is_ema = read_weights(weights.file, weights.use_ema) if weights.file is not None else (None, False)
-    with world.first_goes_first():
+    with distributed.primary_first():
         model: Any = create_model(
             weights.model,
             pretrained=True,
@@ -249,7 +244,7 @@ def _create_model(args: argparse.Namespace, world: World) -> tuple[Any, Weights,
             f"--num-classes is {args.num_classes}, but the weights have {model.pretrained_cfg['num_classes']} classes: "
             "leave it out, for a classifier of another size would be random"
         )
-    model = model.to(device=world.device, dtype=DTYPES[args.model_dtype])
+    model = model.to(device=distributed.device, dtype=DTYPES[args.model_dtype])
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model, weights, is_ema
@@ -300,17 +295,17 @@ class _Counts:
     """
 
     def __init__(
-        self, num_classes: int, world: World, real_labels: list[list[int]] | None, with_confusion: bool
+        self, num_classes: int, distributed: Distributed, real_labels: list[list[int]] | None, with_confusion: bool
     ) -> None:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=world.device)
+            return torch.zeros(shape, dtype=torch.int64, device=distributed.device)
 
         self.classes = zeros(num_classes, 3)
         self.confusion = zeros(num_classes, num_classes) if with_confusion else None
         self.real = None if real_labels is None else zeros(3)
         self.images_per_second = 0.0
         self._real_labels = real_labels
-        self._world = world
+        self._distributed = distributed
         self._seen = 0
         self._first = 0, time.perf_counter()
 
@@ -334,7 +329,7 @@ class _Counts:
         hits = torch.zeros(3, dtype=torch.int64)
         for place, (predicted, number) in enumerate(zip(top, target, strict=True)):
             # This process's share is every size-th image.
-            labels = self._real_labels[self._world.rank + self._world.size * (self._seen + place)]
+            labels = self._real_labels[self._distributed.rank + self._distributed.size * (self._seen + place)]
             if number >= 0 and labels:
                 hits += torch.tensor([1, predicted[0] in labels, any(guess in labels for guess in predicted)])
         return hits
@@ -344,10 +339,10 @@ class _Counts:
         first, since = self._first
         images = self._seen - first
         own = images / (time.perf_counter() - since) if images else 0.0
-        self.images_per_second = sum(self._world.gather(own))
+        self.images_per_second = sum(self._distributed.gather(own))
         for values in (self.classes, self.confusion, self.real):
             if values is not None:
-                self._world.sum(values)
+                self._distributed.sum(values)
 
 
 def _results(counts: _Counts, loss: float) -> dict[str, Any]:
@@ -363,7 +358,7 @@ def _results(counts: _Counts, loss: float) -> dict[str, Any]:
     return results | {"images_per_second": counts.images_per_second}
 
 
-def _say(results: dict[str, Any], world: World) -> None:
+def _say(results: dict[str, Any], distributed: Distributed) -> None:
     for prefix, title in (("", ""), ("real_", "reassessed labels: ")):
         if f"{prefix}images" not in results:
             continue
@@ -372,9 +367,11 @@ def _say(results: dict[str, Any], world: World) -> None:
             low, high = results[f"{prefix}{name}_interval"]
             parts.append(f"{name[:3]}-{name[3:]} {results[prefix + name]:.2f} % ({low:.2f} to {high:.2f})")
         loss = f", loss {results['loss']:.4f}" if not prefix else ""
-        world.say(f"{title}{', '.join(parts)}{loss}, of {results[f'{prefix}images']} images; 95 % confidence")
+        distributed.print_primary(
+            f"{title}{', '.join(parts)}{loss}, of {results[f'{prefix}images']} images; 95 % confidence"
+        )
     if results["images_per_second"]:
-        world.say(f"{results['images_per_second']:.1f} images/s, the loading included")
+        distributed.print_primary(f"{results['images_per_second']:.1f} images/s, the loading included")
 
 
 def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[str] | None) -> None:
@@ -442,7 +439,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path)
 
 def _label(name: str) -> str:
     """Returns the beginning of a class name, in characters that can be drawn in one line."""
-    return f"{name if name.isprintable() else ascii(name)[1:-1]:.24}"
+    return printable(name)[:24]
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ from tqdm import tqdm
 import stvit
 from stvit import visualize
 from stvit.superpixels import boundaries, boundary_recall, undersegmentation_error
-from stvit.tools.common.checkpoint import Checkpoints, atomic_write
+from stvit.tools.common.checkpoint import Checkpoints
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
+from stvit.tools.common.files import atomic_write
 from stvit.tools.common.model import add_model_arguments
 from stvit.tools.common.viewing import (
     ImageError,

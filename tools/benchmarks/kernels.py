@@ -1,9 +1,9 @@
-"""Super token sampling and upsampling on a GPU: the fewest bytes, the time that these take, and what is taken."""
+"""Time of super token sampling and upsampling on a GPU, compared with the time to copy the minimum number of bytes."""
 
-import argparse
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,67 +11,76 @@ import torch.nn.functional as F
 from torch import nn
 
 import stvit
-from stvit.tools.benchmarks.measure import DTYPES, require_device, significant
-from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar
 
-__all__ = ["add_flags", "benchmark"]
+from ..common.cli import CommandError, positive, progress_bar
+from ..common.flags import flag
+from .measure import DTYPES, BenchmarkConfig, default_device, require_device, significant
 
-WAYS = ("reference", "compiled", "triton")  # compiled: the reference
-STAGES = ((1, 64, 8, 4), (2, 128, 4, 8))  # of stvit_small: number, channels, pixels of a cell's side, stride of the map
-SIZES = {224: 128, 640: 16, 1280: 4}  # pixels of an image's side, and images: nearly the same number of pixels each
+__all__ = ["KernelConfig", "benchmark"]
+
+WAYS = ("reference", "compiled", "triton")  # compiled: the reference under torch.compile
+# Stages of stvit_small: number, channels, cell size, stride of the feature map.
+STAGES = ((1, 64, 8, 4), (2, 128, 4, 8))
+# Image size and batch size. The number of pixels is nearly the same.
+SIZES = {224: 128, 640: 16, 1280: 4}
 
 
-def add_flags(parser: Parser) -> None:
+@dataclass
+class KernelConfig(BenchmarkConfig):
     """Flags of the subject kernels."""
-    parser.add_argument(
-        "--img-size", type=positive, nargs="+", default=list(SIZES), metavar="N", help="height and width"
+
+    img_size: list[int] = flag(list(SIZES), "image heights and widths in pixels", type=positive, nargs="+", metavar="N")
+    batch_size: int | None = flag(
+        None, "images (default: 128 at 224 pixels, 16 at 640, 4 at 1280)", type=positive, metavar="N", short="-b"
     )
-    parser.add_argument(
-        "--batch-size", "-b", type=positive, metavar="N", help="images; without it 128 at 224, 16 at 640, 4 at 1280"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of pixels and products")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: bytes alone")
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="turns that each has")
+    dtype: str = flag("bfloat16", "precision of pixels and products", choices=list(DTYPES))
+    ways: list[str] = flag(list(WAYS), "implementations to measure", nargs="+", choices=WAYS)
+    device: str = flag(help="cuda, or cpu to only count bytes", default_factory=default_device)
+    repeats: int = flag(7, "turns of each implementation", type=positive, metavar="N")
 
 
-def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """On a GPU one table for each stage and size: the two functions alone, and the operator with its attention."""
-    device = require_device(args.device)
+def benchmark(config: KernelConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields a table for each stage and size on a GPU, or one table of byte counts on a CPU."""
+    device = require_device(config.device)
     if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {args.device}: the kernels are for cuda; on cpu the bytes are counted alone")
-    if device.type == "cpu" and args.csv:
-        raise CommandError(f"--csv is for times, which there are not on a CPU: {stvit.ops.why_not_triton()}")
-    bandwidth = measure_bandwidth(device, args.repeats) if device.type == "cuda" else None
+        raise CommandError(f"--device {config.device}: pass cuda to measure the kernels, or cpu to only count bytes")
+    if device.type == "cpu" and config.csv:
+        raise CommandError(f"--csv records times, but none can be measured here: {stvit.ops.why_not_triton()}")
+    bandwidth = measure_bandwidth(device, config.repeats) if device.type == "cuda" else None
     counted = []
-    for size in args.img_size:
+    for size in config.img_size:
         for stage, dim, cell, stride in STAGES:
-            batch = args.batch_size or SIZES.get(size, max(1, 128 * 224**2 // size**2))
+            batch = config.batch_size or SIZES.get(size, max(1, 128 * 224**2 // size**2))
             shape = (batch, dim, -(-size // stride), -(-size // stride))
-            forward, backward = count_bytes(shape, cell, DTYPES[args.dtype].itemsize)
+            forward, backward = count_bytes(shape, cell, DTYPES[config.dtype].itemsize)
             row = {
                 "stage": stage,
                 "batch_size": batch,
                 "img_size": size,
-                "dtype": args.dtype,
+                "dtype": config.dtype,
                 "forward_mb": significant(forward / 1e6),
                 "backward_mb": significant(backward / 1e6),
             }
             if bandwidth is None:
                 counted.append(row)
             else:
-                yield _measure(row, shape, cell, args, device, bandwidth)
+                yield _measure(row, shape, cell, config, device, bandwidth)
     if counted:
         yield counted
         print(f"no times: {stvit.ops.why_not_triton()}")
 
 
 def count_bytes(shape: tuple[int, int, int, int], cell: int, itemsize: int) -> tuple[int, int]:
-    """The fewest bytes that go through memory, forward and backward.
+    """Returns the minimum number of bytes that pass through memory, forward and backward.
 
-    Forward reads x and writes y, and writes and reads the tokens, which attention changes as a whole in between.
-    Backward reads the gradient of y, writes that of x, and writes and reads that of the tokens; and it needs the
-    association, which is held constant: nine numbers a pixel, written by the forward before it and read.
+    Forward reads x and writes y. It also writes and reads the tokens, because attention needs all of them in between.
+    Backward reads the gradient of y, writes the gradient of x, and writes and reads the gradient of the tokens. It also
+    needs the association, a constant with nine numbers per pixel, which forward writes and backward reads.
+
+    Args:
+        shape: Shape (B, C, H, W) of x.
+        cell: Height and width of a super token's cell, in pixels.
+        itemsize: Bytes per number.
     """
     B, C, H, W = shape
     pixels, tokens = H * W, -(-H // cell) * -(-W // cell)
@@ -80,7 +89,7 @@ def count_bytes(shape: tuple[int, int, int, int], cell: int, itemsize: int) -> t
 
 
 def measure_bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes a second, read and written, of a copy of 2 GiB."""
+    """Returns bytes per second, read and written, of a copy of 2 GiB."""
     source = torch.randn(2**29, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(_time(lambda: target.copy_(source)) for _ in range(repeats))
@@ -89,17 +98,17 @@ def measure_bandwidth(device: torch.device, repeats: int) -> float:
 def make_step(
     way: str, shape: tuple[int, int, int, int], cell: int, dtype: torch.dtype, device: torch.device, part: str
 ) -> Callable[[bool], tuple[torch.Tensor, torch.Tensor | None]]:
-    """What is measured: gives the output, and with an argument that is true the gradient of x too.
+    """Returns a step to measure: a function of `is_backward` that returns the output and the gradient of x or None.
 
     Weights, pixels and the gradient of the output are the same for each way.
 
     Args:
         way: One of `WAYS`.
-        shape: Of x, which is channels_last as in the model.
-        cell: Pixels of a super token's cell on each side.
-        dtype: Of x and of the weights.
-        device: On which x is.
-        part: "functions" for sampling and upsampling, "operator" for both with attention among the tokens.
+        shape: Shape (B, C, H, W) of x, which is channels_last as in the model.
+        cell: Height and width of a super token's cell, in pixels.
+        dtype: Precision of x and of the weights.
+        device: Device of x.
+        part: "functions" for sampling and upsampling, "operator" for both with attention between the tokens.
     """
     torch.manual_seed(0)
     backend = "triton" if way == "triton" else "reference"
@@ -124,7 +133,7 @@ def make_step(
 
 
 class Functions(nn.Module):
-    """The two functions without attention in between, (B, C, H, W) to the same."""
+    """Sampling and upsampling without attention in between, (B, C, H, W) to (B, C, H, W)."""
 
     def __init__(self, cell: int, backend: str) -> None:
         super().__init__()
@@ -136,8 +145,8 @@ class Functions(nn.Module):
 
 
 def _draw(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # Drawn on the CPU: the same on every device.
-    pixels = F.normalize(torch.randn(shape), dim=1).mul_(shape[1] ** 0.5)  # as LayerNorm leaves them
+    # Drawn on the CPU, so that they are the same on every device.
+    pixels = F.normalize(torch.randn(shape), dim=1).mul_(shape[1] ** 0.5)  # as after LayerNorm
     return pixels.to(device, dtype, memory_format=torch.channels_last)
 
 
@@ -145,29 +154,29 @@ def _measure(
     row: dict[str, Any],
     shape: tuple[int, int, int, int],
     cell: int,
-    args: argparse.Namespace,
+    config: KernelConfig,
     device: torch.device,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """A row for each part and way, in turns; ratios are to the first way."""
+    """Returns a row for each part and way, measured in turns. Ratios are relative to the first way."""
     torch._dynamo.reset()
-    dtype = DTYPES[args.dtype]
+    dtype = DTYPES[config.dtype]
     forward, backward = count_bytes(shape, cell, dtype.itemsize)
     floors = {False: forward / bandwidth, True: (forward + backward) / bandwidth}
     rows = []
     for part in ("functions", "operator"):
         exact = make_step("reference", shape, cell, torch.float32, device, part)(True)
-        steps = {way: make_step(way, shape, cell, dtype, device, part) for way in args.ways}
+        steps = {way: make_step(way, shape, cell, dtype, device, part) for way in config.ways}
         errors = {way: _error(step(True), exact) for way, step in steps.items()}
         del exact
         replays = {(way, both): _capture(step, both) for way, step in steps.items() for both in (False, True)}
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in replays}
-        with progress_bar(args.repeats * len(replays), "turn", True) as bar:
-            for _ in range(args.repeats):
+        with progress_bar(config.repeats * len(replays), "turn", True) as bar:
+            for _ in range(config.repeats):
                 for key, replay in replays.items():
                     times[key].append(_time(replay))
                     bar.update()
-        for way in args.ways:
+        for way in config.ways:
             measured = {**row, "part": part, "way": way, "error": f"{errors[way]:.1e}"}
             for both, name in ((False, "forward"), (True, "both")):
                 seconds = times[way, both]
@@ -178,7 +187,7 @@ def _measure(
                     f"{name}_us_max": significant(1e6 * max(seconds)),
                     f"{name}_floor_us": significant(1e6 * floors[both]),
                     f"{name}_floors": significant(median / floors[both]),
-                    f"{name}_ratio": significant(statistics.median(times[args.ways[0], both]) / median),
+                    f"{name}_ratio": significant(statistics.median(times[config.ways[0], both]) / median),
                 }
             version = importlib.metadata.version("triton")
             rows.append({**measured, "tb_per_second": significant(bandwidth / 1e12), "triton": version})
@@ -186,17 +195,17 @@ def _measure(
 
 
 def _error(actual: tuple[torch.Tensor, torch.Tensor | None], exact: tuple[torch.Tensor, torch.Tensor | None]) -> float:
-    """The larger of the errors of output and gradient, in norm."""
+    """Returns the larger relative error of output and gradient, in norm."""
     pairs = [(a.float(), e) for a, e in zip(actual, exact, strict=True) if a is not None and e is not None]
     return max(((a - e).norm() / e.norm()).item() for a, e in pairs)
 
 
 def _capture(step: Callable[[bool], Any], is_backward: bool) -> Callable[[], Any]:
-    """Its kernels one after the other, without what Python does to launch them."""
+    """Captures a step in a CUDA graph, so that Python does not slow its launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and takes libraries' work space
+        for _ in range(3):  # compiles, and allocates the workspaces of libraries
             step(is_backward)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -206,7 +215,7 @@ def _capture(step: Callable[[bool], Any], is_backward: bool) -> Callable[[], Any
 
 
 def _time(step: Callable[[], Any]) -> float:
-    """Seconds by the device's own events, the cache emptied before each run."""
+    """Returns the seconds of a step by the device's events. The cache is cleared before each repetition."""
     from triton.testing import do_bench
 
     return do_bench(step, warmup=10, rep=50, return_mode="median") / 1e3

@@ -1,4 +1,4 @@
-"""How everything is measured: in turns, beside the device's own matrix rate, with the circumstances written down."""
+"""Measuring time and memory in turns, and recording the versions and hardware of each row."""
 
 import csv
 import multiprocessing
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ import torch
 import torchvision
 
 import stvit
-from stvit.tools.common.cli import CommandError, progress_bar, reason
+
+from ..common.cli import CommandError, progress_bar, reason
+from ..common.flags import flag
 
 __all__ = [
     "DTYPES",
+    "BenchmarkConfig",
     "append",
     "circumstances",
+    "default_device",
     "matrix_peak",
     "peak_memory",
     "percentile",
@@ -38,36 +43,48 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MIB = 2**20
 
 
+@dataclass
+class BenchmarkConfig:
+    """Flags of every subject."""
+
+    csv: str | None = flag(None, "table to append the results to", metavar="FILE")
+
+
+def default_device() -> str:
+    """Returns cuda if it is available, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def require_device(name: str) -> torch.device:
-    """The device of that name.
+    """Returns the device of a name.
 
     Raises:
-        CommandError: If it is not at hand.
+        CommandError: If it is not available.
     """
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name} is not at hand: {reason(error)}") from error
+        raise CommandError(f"--device {name} is not available: {reason(error)}") from error
     return device
 
 
 def take_turns(
     steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds that each step takes.
+    """Measures the time of each step.
 
-    In each round all have their turn, so that whatever else the machine does meets all alike. Nothing is measured in
-    the first round, which compiles and fills caches.
+    All steps run once in each round, so that other load on the machine affects them equally. The first round compiles
+    and fills caches, and is not measured.
 
     Args:
-        steps: By name.
-        repeats: Rounds that are measured.
-        device: On which the steps run, waited for.
-        min_seconds: Steps shorter than this are repeated within their turn until it is over.
+        steps: Steps by name.
+        repeats: Measured rounds.
+        device: Device of the steps. Each measurement waits for it.
+        min_seconds: Least duration of a turn. Shorter steps are repeated within the turn.
 
     Returns:
-        For each name the seconds of each single step.
+        Seconds of each repetition, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     with progress_bar((repeats + 1) * len(steps), "turn", True) as bar:
@@ -89,7 +106,7 @@ def take_turns(
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the work that the device has been given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -97,9 +114,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
-    """A product of two square matrices, which runs near the device's highest rate, and its floating-point operations.
+    """Returns a step that multiplies two large matrices, and its number of floating-point operations.
 
-    Measured in turn with everything else, its rate is what those could reach at the best.
+    It runs near the highest rate of the device, an upper limit for all other steps.
     """
     size = 8192 if device.type == "cuda" else 2048 if dtype in (torch.float32, torch.float64) else 1024
     a = torch.randn(size, size, device=device).to(dtype)
@@ -108,12 +125,12 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], 
 
 
 def significant(value: float) -> float:
-    """Rounded to four digits."""
+    """Rounds a number to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """The value that `percent` % of the values do not exceed."""
+    """Returns a percentile of the values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
@@ -124,17 +141,17 @@ def peak_memory(
     """Measures the memory of one step in a new process.
 
     Args:
-        prepare: Function of a module that makes the step from `args`; the new process imports it.
-        args: Arguments of `prepare`, which are pickled.
+        prepare: Function of a module that returns the step for `args`. The new process imports it.
+        args: Arguments of `prepare`. They are pickled.
         device: Device of the step.
-        is_compiled: Whether the first step compiles, which takes memory of its own and is not measured.
+        is_compiled: Whether the first step compiles, whose memory is not measured.
 
     Returns:
-        The peak in MiB and its increase during the step: of the process on the CPU, of the allocator on CUDA. None
-        where the system does not tell the peak: on Windows and on mps.
+        Peak memory in MiB and its increase during the step: of the process on the CPU, of the allocator on CUDA. None
+        on Windows and mps, which do not report peak memory.
 
     Raises:
-        CommandError: If the process ends, for example because the memory is full.
+        CommandError: If the process ends, for example because memory is full.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -143,7 +160,9 @@ def peak_memory(
                 _measure_memory, prepare, args, device.type, is_compiled, torch.get_num_threads()
             ).result()
         except BrokenProcessPool as error:
-            raise CommandError(f"the process that measures memory was ended, too little memory? {args}") from error
+            raise CommandError(
+                f"the memory measurement of {args} was killed, most likely because memory was full"
+            ) from error
 
 
 def _measure_memory(
@@ -152,7 +171,7 @@ def _measure_memory(
     torch.set_num_threads(threads)
     step = prepare(*args)
     if device == "cuda":
-        step()  # libraries take their work space at first
+        step()  # libraries allocate their workspace
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -171,7 +190,7 @@ def _measure_memory(
 
 
 def _forget_peak() -> int | None:
-    """Resets the peak of the process (on Linux); returns its memory in bytes, None if unknown."""
+    """Resets the peak memory of the process (on Linux). Returns its memory in bytes; None if unknown."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -180,7 +199,7 @@ def _forget_peak() -> int | None:
 
 
 def _process_memory(name: str) -> int | None:
-    """Returns the value of /proc/self/status in bytes; elsewhere the peak of the process, on Windows None."""
+    """Returns a value of /proc/self/status in bytes; on macOS the peak memory, on Windows None."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
@@ -188,14 +207,14 @@ def _process_memory(name: str) -> int | None:
         pass
     try:
         import resource
-    except ImportError:  # on Windows
+    except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What produced a row."""
+    """Returns the date, hardware and versions for the rows of a table."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -218,7 +237,7 @@ def _processor() -> str:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints rows under the names of their columns."""
+    """Prints rows as a table with a header."""
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     for row in [dict(zip(widths, widths, strict=True)), *rows]:
         cells = [
@@ -229,10 +248,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows to a table, which must have their columns.
+    """Appends rows to a CSV file with the same columns.
 
     Raises:
-        CommandError: If it has others, or cannot be written.
+        CommandError: If the file has other columns, or cannot be written.
     """
     columns = list(rows[0])
     try:
@@ -241,7 +260,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             with path.open(newline="", encoding="utf-8") as file:
                 header = next(csv.reader(file))
             if header != columns:
-                raise CommandError(f"--csv {path} has other columns ({', '.join(header)}): choose another file")
+                raise CommandError(f"--csv {path} has other columns ({', '.join(header)}); choose another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)

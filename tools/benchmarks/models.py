@@ -1,6 +1,5 @@
-"""Speed and memory of models and of super token attention, beside the published formulation and timm's models."""
+"""Speed and memory of models and of super token attention, compared with the published formulation and timm."""
 
-import argparse
 import ast
 import statistics
 import tempfile
@@ -18,8 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import stvit
-from stvit.tools.benchmarks.measure import (
+
+from ..common.cli import CommandError, Switch, above_zero, count, positive
+from ..common.flags import flag
+from ..common.model import check_img_size, create_model
+from .measure import (
     DTYPES,
+    BenchmarkConfig,
+    default_device,
     matrix_peak,
     peak_memory,
     percentile,
@@ -27,25 +32,21 @@ from stvit.tools.benchmarks.measure import (
     significant,
     take_turns,
 )
-from stvit.tools.benchmarks.published import published
-from stvit.tools.benchmarks.yolo import check_detector_size, create_detector, detection_loss
-from stvit.tools.common.cli import CommandError, Parser, Switch, above_zero, count, positive
-from stvit.tools.common.model import check_img_size, create_model
+from .published import published
+from .yolo import check_detector_size, create_detector, detection_loss
 
 __all__ = [
-    "add_model_flags",
-    "add_op_flags",
-    "add_resolution_flags",
-    "add_train_flags",
+    "ResolutionConfig",
+    "SpeedConfig",
     "benchmark_model",
     "benchmark_op",
     "benchmark_resolution",
     "benchmark_train",
 ]
 
-# The ways to run a model, in the order in which they stand in a table; the first is the baseline.
+# Ways to run a model, in the order of the tables. The first one is the baseline.
 WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
-# Top-1 on ImageNet-1k at 224 pixels, trained on it alone, in percent: as their authors published it.
+# Top-1 on ImageNet-1k at 224 pixels in percent, trained only on ImageNet-1k, as published by the authors.
 TOP1 = {
     "stvit_small": 83.6,
     "stvit_base": 84.8,
@@ -65,7 +66,18 @@ TOP1 = {
 
 @dataclass(frozen=True)
 class Case:
-    """What one step runs: whole models, or with `stage` the attention of one of a model's stages alone."""
+    """One thing to measure: a model, or only the attention of one of its stages.
+
+    Attributes:
+        model: Name of the model, or a detector's model file.
+        way: One of `WAYS`.
+        batch_size: Images per step.
+        img_size: Image height and width in pixels.
+        dtype: Precision; in training that of autocast.
+        device: Name of the device.
+        is_training: Whether a step includes backward and the optimizer.
+        stage: Stage whose attention is measured; None for the whole model.
+    """
 
     model: str
     way: str
@@ -81,115 +93,109 @@ class Case:
 # Flags
 
 
-def add_op_flags(parser: Parser) -> None:
-    """Flags of the subject op."""
-    _add_common_flags(parser, ["stvit_small"], ["published", "eager", "compiled"], [224], 8)
+@dataclass
+class SpeedConfig(BenchmarkConfig):
+    """Flags of the subjects op, model and train."""
 
-
-def add_model_flags(parser: Parser) -> None:
-    """Flags of the subject model."""
-    _add_common_flags(parser, ["stvit_small"], ["published", "eager", "optimized", "compiled"], [224], 8)
-
-
-def add_train_flags(parser: Parser) -> None:
-    """Flags of the subject train."""
-    _add_common_flags(parser, ["stvit_small"], ["published", "eager", "compiled"], [224], 16)
-
-
-def add_resolution_flags(parser: Parser) -> None:
-    """Flags of the subject resolution."""
-    sizes = [224, 320, 448, 640, 896, 1024, 1536, 2048]
-    _add_common_flags(parser, ["stvit_small"], ["published", "eager", "optimized"], sizes, 1)
-    parser.add_argument(
-        "--published-up-to", type=count, default=1536, metavar="N", help="largest size for the published formulation"
-    )
-
-
-def _add_common_flags(parser: Parser, models: list[str], ways: list[str], sizes: list[int], batch_size: int) -> None:
-    parser.add_argument(
-        "--models",
+    models: list[str] = flag(
+        ["stvit_small"],
+        "timm models, with arguments as 'NAME(key=value)', or model files of detectors",
         nargs="+",
-        default=models,
         metavar="NAME",
-        help="of timm, with arguments 'NAME(key=value)', or a YOLO's .yaml",
     )
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways, help="of which each model takes those it can")
-    parser.add_argument("--img-size", type=positive, nargs="+", default=sizes, metavar="N", help="height and width")
-    parser.add_argument("--batch-size", "-b", type=positive, default=batch_size, metavar="N", help="images of a step")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in training: autocast")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="turns that each has")
-    parser.add_argument(
-        "--min-seconds", type=above_zero, default=0.2, metavar="S", help="shorter steps are repeated within a turn"
+    ways: list[str] = flag(
+        ["published", "eager", "optimized", "compiled"],
+        "ways to run them; each model uses those that it supports",
+        nargs="+",
+        choices=WAYS,
     )
-    parser.add_argument(
-        "--memory", action=Switch, default=True, help="measure memory in new processes (not on Windows)"
+    img_size: list[int] = flag([224], "image heights and widths in pixels", type=positive, nargs="+", metavar="N")
+    batch_size: int = flag(8, "images per step", type=positive, metavar="N", short="-b")
+    dtype: str = flag("float32", "precision; in training that of autocast", choices=list(DTYPES))
+    device: str = flag(help="cpu or cuda", default_factory=default_device)
+    repeats: int = flag(7, "turns of each model and way", type=positive, metavar="N")
+    min_seconds: float = flag(
+        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
     )
+    memory: bool = flag(True, "measure memory, in new processes (not on Windows)", action=Switch)
+    plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
+
+
+@dataclass
+class ResolutionConfig(SpeedConfig):
+    """Flags of the subject resolution."""
+
+    published_up_to: int = flag(1536, "largest size for the published formulation", type=count, metavar="N")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Subjects
 
 
-def benchmark_op(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The attention of each stage that has super tokens, forward alone and with backward."""
-    for img_size in args.img_size:
-        for model in args.models:
+def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields a table for the attention of each stage with super tokens, in inference and in training."""
+    for img_size in config.img_size:
+        for model in config.models:
             net = _create(model, "meta", img_size)
             if not isinstance(net, stvit.STViT):
-                raise CommandError(f"--models {model} has no super token attention: benchmark op is for STViT's stages")
+                raise CommandError(f"--models {model} has no super token attention; pass an STViT model")
             all_stages: Any = net.stages
             stages = [i for i, stage in enumerate(all_stages) if stage.blocks[0].attn.stoken_size != (1, 1)]
             for stage in stages:
                 for is_training in (False, True):
                     cases = [
-                        Case(model, way, args.batch_size, img_size, args.dtype, args.device, is_training, stage)
+                        Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training, stage)
                         for way in WAYS
-                        if way in args.ways and way in ("published", "eager", "compiled")
+                        if way in config.ways and way in ("published", "eager", "compiled")
                     ]
-                    yield _measure(cases, args)
+                    yield _measure(cases, config)
 
 
-def benchmark_model(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Inference, all models and ways in turn."""
-    for img_size in args.img_size:
-        yield _measure(_cases(args, img_size, WAYS), args)
+def benchmark_model(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields a table of inference for each image size, with all models and ways in turns."""
+    for img_size in config.img_size:
+        yield _measure(_cases(config, img_size, WAYS), config)
 
 
-def benchmark_train(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Training steps: forward, backward, AdamW."""
-    for img_size in args.img_size:
-        yield _measure(_cases(args, img_size, ("published", "eager", "compiled"), is_training=True), args)
+def benchmark_train(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields a table of training steps (forward, backward, AdamW) for each image size."""
+    for img_size in config.img_size:
+        yield _measure(_cases(config, img_size, ("published", "eager", "compiled"), is_training=True), config)
 
 
-def benchmark_resolution(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Inference of one size after the other."""
-    for img_size in args.img_size:
-        ways = WAYS if img_size <= args.published_up_to else WAYS[1:]
-        yield _measure(_cases(args, img_size, ways), args)
+def benchmark_resolution(config: ResolutionConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields a table of inference for each image size, without the published formulation at large sizes."""
+    for img_size in config.img_size:
+        ways = WAYS if img_size <= config.published_up_to else WAYS[1:]
+        yield _measure(_cases(config, img_size, ways), config)
 
 
-def _cases(args: argparse.Namespace, img_size: int, ways: Iterable[str], is_training: bool = False) -> list[Case]:
+def _cases(config: SpeedConfig, img_size: int, ways: Iterable[str], is_training: bool = False) -> list[Case]:
+    """Returns the cases of a table.
+
+    Raises:
+        CommandError: If no model supports any of the ways.
+    """
     cases = []
-    for model in args.models:
+    for model in config.models:
         is_ours = _is_ours(model)
         for way in ways:
-            if way in args.ways and (is_ours or way != "published"):
-                cases.append(Case(model, way, args.batch_size, img_size, args.dtype, args.device, is_training))
+            if way in config.ways and (is_ours or way != "published"):
+                cases.append(Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training))
     if not cases:
-        raise CommandError(f"nothing to measure: none of --models can be run so: --ways {' '.join(args.ways)}")
+        raise CommandError(f"nothing to measure: none of --models supports --ways {' '.join(config.ways)}")
     return cases
 
 
-def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One table: all cases in turns, and memory after that; ratios are to the first."""
-    device = require_device(args.device)
+def _measure(cases: list[Case], config: SpeedConfig) -> list[dict[str, Any]]:
+    """Returns one table: the time of all cases in turns, then their memory. Ratios are relative to the first case."""
+    device = require_device(config.device)
     torch._dynamo.reset()  # each table is compiled for its own sizes
-    peak_step, peak_flops = matrix_peak(device, DTYPES[args.dtype])
+    peak_step, peak_flops = matrix_peak(device, DTYPES[config.dtype])
     steps: dict[str, Callable[[], Any]] = {"matrix": peak_step}
     for i, case in enumerate(cases):
         steps[str(i)] = prepare(case)
-    times = take_turns(steps, args.repeats, device, args.min_seconds)
+    times = take_turns(steps, config.repeats, device, config.min_seconds)
     del steps
     peak = peak_flops / statistics.median(times["matrix"])
     baseline = statistics.median(times["0"])
@@ -198,7 +204,9 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
         seconds = times[str(i)]
         median = statistics.median(seconds)
         gmac = _gmac(case)
-        memory = peak_memory(prepare, case, device=device, is_compiled=case.way == "compiled") if args.memory else None
+        memory = (
+            peak_memory(prepare, case, device=device, is_compiled=case.way == "compiled") if config.memory else None
+        )
         row = {
             "model": case.model,
             **({"stage": case.stage + 1} if case.stage is not None else {}),
@@ -229,14 +237,14 @@ def _measure(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step runs
+# Steps
 
 
 def prepare(case: Case) -> Callable[[], Any]:
-    """The step of a case, on random pixels: neither they nor the weights change the time.
+    """Returns the step of a case, with random weights and pixels.
 
     Raises:
-        CommandError: If there is no such model, or it cannot be run so.
+        CommandError: If the model is unknown, or does not support the case.
     """
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
@@ -245,11 +253,11 @@ def prepare(case: Case) -> Callable[[], Any]:
     elif case.stage is None:
         check_img_size(_create(case.model, "meta", case.img_size), {"input_size": _input_shape(case)[1:]})
     if case.is_training and case.dtype == "float16":
-        raise CommandError("--dtype float16 is for inference: training under it wants a loss scaler, take bfloat16")
+        raise CommandError("--dtype float16 is only for inference, because training needs a loss scaler; pass bfloat16")
     module = _module(case, case.device).train(case.is_training)
     image = torch.randn(_input_shape(case), device=device)
     if case.stage is not None and case.way != "published":
-        image = image.to(memory_format=torch.channels_last)  # as the model's other layers give it
+        image = image.to(memory_format=torch.channels_last)  # as in the model
     if case.is_training:
         return _training_step(module, image, case, dtype)
     image = image.to(dtype)
@@ -279,7 +287,7 @@ def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: to
     def step() -> None:
         with torch.autocast(image.device.type, dtype) if dtype != torch.float32 else nullcontext():
             output = run(image)
-        if case.stage is not None:  # the attention alone, without an optimizer
+        if case.stage is not None:  # only the attention, without an optimizer
             output.backward(torch.ones_like(output))
             module.zero_grad()
             image.grad = None
@@ -300,7 +308,7 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor, case: Case) -> Cal
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise CommandError("--ways onnxruntime wants its packages: pip install 'stvit[export]'") from error
+        raise CommandError("--ways onnxruntime needs more packages: pip install 'stvit[export]'") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         with warnings.catch_warnings():
@@ -318,7 +326,7 @@ def _optimized(module: Any, case: Case) -> nn.Module:
         return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:
         return stvit.optimize_for_inference(module)
-    except ValueError:  # a model of timm's that torch.fx cannot trace: what is left is the memory format
+    except ValueError:  # torch.fx cannot trace this timm model, so only the memory format changes
         return module.to(memory_format=torch.channels_last)
 
 
@@ -332,18 +340,18 @@ def _input_shape(case: Case) -> tuple[int, int, int, int]:
     if case.stage is None:
         return (case.batch_size, 3, case.img_size, case.img_size)
     size = case.img_size
-    for _ in range(case.stage + 2):  # the stem halves it twice, each further stage once
+    for _ in range(case.stage + 2):  # the stem halves the size twice, each further stage once
         size = (size + 1) // 2
     module: Any = _module(case, "meta")
     return (case.batch_size, module.qkv.in_channels, size, size)
 
 
 def _gmac(case: Case) -> float:
-    """Multiplications and additions of convolutions and matrix products for one image, in 1e9 pairs."""
+    """Returns the multiply-adds of convolutions and matrix products for one image, in 1e9."""
     one = Case(case.model, "eager", 1, case.img_size, "float32", "cpu", stage=case.stage)
-    device = "cpu" if _is_detector(case.model) else "meta"  # a detector's head asks for numbers
+    device = "cpu" if _is_detector(case.model) else "meta"  # a detector's head reads values
     module, image = _module(one, device), torch.zeros(_input_shape(one), device=device)
-    # Attention by its formula: the fused ones are not all known to the counter.
+    # The counter does not know all fused attention kernels.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     return counter.get_total_flops() / 2e9
@@ -354,7 +362,7 @@ def _is_detector(spec: str) -> bool:
 
 
 def _is_ours(spec: str) -> bool:
-    """Whether there is a published formulation of it."""
+    """Returns whether a model has a published formulation."""
     if _is_detector(spec):
         return "-stvit" in spec or "-stokenattention" in spec
     return _parse(spec)[0].startswith(("stvit_", "test_stvit"))
@@ -368,7 +376,7 @@ def _create(spec: str, device: str, img_size: int) -> nn.Module:
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of a model, which stand as in a call of Python."""
+    """Returns the name and the arguments of a model, written like a Python call."""
     try:
         call = ast.parse(spec, mode="eval").body
         if isinstance(call, ast.Name):
@@ -376,4 +384,4 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
         assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
         return call.func.id, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AssertionError) as error:
-        raise CommandError(f"--models {spec!r} must be a name, or 'NAME(key=value)' with plain values") from error
+        raise CommandError(f"--models {spec!r} must be a name, or 'NAME(key=value)' with Python literals") from error

@@ -1,10 +1,10 @@
-"""Pictures of what tools/benchmark.py measured."""
+"""Plots of the results of tools/benchmark.py."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stvit.tools.common.cli import CommandError, reason
+from ..common.cli import CommandError, reason
 
 __all__ = ["PLOTS", "check"]
 
@@ -12,23 +12,23 @@ Rows = list[dict[str, Any]]
 
 
 def check(path: Path) -> None:
-    """Sees that a picture can be drawn.
+    """Checks that a plot can be written.
 
     Raises:
-        CommandError: If matplotlib or the folder is missing, or the name says no kind of picture.
+        CommandError: If matplotlib or the folder is missing, or the suffix is unknown.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise CommandError("--plot wants matplotlib: pip install matplotlib") from error
+        raise CommandError("--plot needs matplotlib: pip install matplotlib") from error
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise CommandError(f"--plot {path} must end in .png, .pdf or .svg")
     if not path.absolute().parent.is_dir():
-        raise CommandError(f"--plot {path}: there is no such folder")
+        raise CommandError(f"--plot {path}: the folder does not exist; create it first")
 
 
 def draw_models(rows: Rows, path: Path) -> None:
-    """Published accuracy against images/s, where it is known of all; else bars of images/s."""
+    """Plots published accuracy over images/s, or bars of images/s if an accuracy is unknown."""
     if len({row["model"] for row in rows}) > 1 and all(row["top1"] for row in rows):
         _draw_accuracy(rows, path)
     else:
@@ -69,7 +69,7 @@ def _draw_accuracy(rows: Rows, path: Path) -> None:
 
 
 def draw_bars(rows: Rows, path: Path) -> None:
-    """Ratios to the first row, one bar each."""
+    """Draws a bar for the speed of each row, relative to the first one."""
     figure, axes = _figure(8.0, 0.35 * len(rows) + 1.2)
     names = [
         " ".join(str(row[key]) for key in ("model", "stage", "way", "step", "img_size") if key in row) for row in rows
@@ -77,15 +77,15 @@ def draw_bars(rows: Rows, path: Path) -> None:
     axes.barh(names, [row["ratio"] for row in rows], color="tab:blue")
     axes.axvline(1.0, color="black", lw=0.8)
     axes.invert_yaxis()
-    axes.set(xlabel=f"times as fast as the first of its size ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
+    axes.set(xlabel=f"speed relative to the first of the same size ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
     _save(figure, path)
 
 
 def draw_resolution(rows: Rows, path: Path) -> None:
-    """Seconds and memory against pixels, on logarithmic axes, beside lines that grow as the pixels do."""
+    """Plots time and memory over the number of pixels, on logarithmic axes, with linear growth as dotted lines."""
     from matplotlib.figure import Figure
 
-    quantities = [("ms_p50", 1e-3, "seconds")] + ([("step_mib", 1.0, "MiB of a step")] if rows[0]["step_mib"] else [])
+    quantities = [("ms_p50", 1e-3, "seconds")] + ([("step_mib", 1.0, "MiB per step")] if rows[0]["step_mib"] else [])
     figure = Figure(figsize=(5.5 * len(quantities), 4.5), layout="constrained")
     for i, (key, factor, label) in enumerate(quantities):
         axes = figure.add_subplot(1, len(quantities), i + 1)
@@ -98,7 +98,7 @@ def draw_resolution(rows: Rows, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=f"megapixels ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
         axes.set(ylabel=label)
         axes.grid(which="both", lw=0.3)
-    figure.axes[0].legend(fontsize=8, title="dotted: as the pixels")
+    figure.axes[0].legend(fontsize=8, title="dotted: linear in pixels")
     _save(figure, path)
 
 

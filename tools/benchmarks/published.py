@@ -1,9 +1,9 @@
-"""The model as it was published, transcribed from its definition: the baseline of every benchmark.
+"""The published formulation of the model, the baseline of the benchmarks.
 
-Neighbors are gathered and summed by convolutions with one-hot kernels, attention matrices are held whole, and all is
-channel-first. It computes what `stvit` computes, from the same weights; nothing but the benchmarks uses it.
+Convolutions with one-hot kernels gather and sum neighbors, attention matrices are materialized, and all tensors are
+channel-first. The results are those of `stvit` with the same weights. Only the benchmarks use this module.
 
-Shapes: as in stvit/ops/reference.py, and
+Shapes: those of stvit/ops/reference.py, and
     N        tokens, Hs * Ws
 """
 
@@ -21,14 +21,15 @@ __all__ = ["PublishedAttention", "published"]
 
 
 class PublishedAttention(nn.Module):
-    """Super token attention (section 3), (B, C, H, W) to the same."""
+    """Super token attention (section 3 of the paper), (B, C, H, W) to (B, C, H, W)."""
 
     kernels: torch.Tensor
 
     def __init__(self, attention: stvit.SuperTokenAttention) -> None:
-        """
+        """Takes over parameters and sizes.
+
         Args:
-            attention: Whose parameters and sizes it takes over.
+            attention: Module to copy them from.
         """
         super().__init__()
         self.stoken_size = attention.stoken_size
@@ -38,7 +39,7 @@ class PublishedAttention(nn.Module):
         self.attn_drop = attention.attn_drop
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
-        # Kernel k picks neighbor k, row by row.
+        # Kernel k selects neighbor k, row by row.
         self.register_buffer("kernels", torch.eye(9).to(attention.qkv.weight).reshape(9, 1, 3, 3), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,16 +69,16 @@ class PublishedAttention(nn.Module):
         return out[:, :, :height, :width].contiguous()
 
     def unfold(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, Hs, Ws) to (B, C * 9, Hs * Ws)."""
+        """Gathers the 9 neighbors of each token, (B, C, Hs, Ws) to (B, C * 9, Hs * Ws)."""
         B, C, Hs, Ws = x.shape
         return F.conv2d(x.reshape(B * C, 1, Hs, Ws), self.kernels, padding=1).reshape(B, C * 9, Hs * Ws)
 
     def fold(self, parts: torch.Tensor) -> torch.Tensor:
-        """(B, 9, Hs, Ws), what the cells give to their neighbors, to (B, 1, Hs, Ws), what the tokens are given."""
+        """Sums what cells contribute to their neighbors, (B, 9, Hs, Ws) to (B, 1, Hs, Ws)."""
         return F.conv_transpose2d(parts, self.kernels, padding=1)
 
     def average(self, pixels: torch.Tensor, association: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The association-weighted means of the pixels, (B, C, Hs, Ws)."""
+        """Returns the association-weighted means of the pixels, (B, C, Hs, Ws)."""
         B, _, Hs, Ws = weight.shape
         C = pixels.shape[3]
         parts = pixels.transpose(2, 3) @ association  # (B, Hs * Ws, C, 9)
@@ -85,7 +86,7 @@ class PublishedAttention(nn.Module):
         return self.fold(parts).reshape(B, C, Hs, Ws) / (weight + 1e-12)
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Multi-head self-attention over all positions, (B, C, Hs, Ws) to the same; softmax over the keys' axis."""
+        """Applies multi-head self-attention over all positions, (B, C, Hs, Ws) to (B, C, Hs, Ws)."""
         B, C, Hs, Ws = tokens.shape
         qkv = self.qkv(tokens).reshape(B, self.num_heads, 3 * C // self.num_heads, Hs * Ws)
         q, k, v = qkv.chunk(3, dim=2)  # each (B, heads, C / heads, N)
@@ -95,7 +96,7 @@ class PublishedAttention(nn.Module):
 
 
 class PublishedLayerNorm(nn.Module):
-    """Normalization over the channels, (B, C, H, W) to the same; channel-first before and after."""
+    """Layer normalization over the channels of a channel-first tensor, (B, C, H, W) to (B, C, H, W)."""
 
     def __init__(self, norm: LayerNorm2d) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class PublishedLayerNorm(nn.Module):
 
 
 def published(model: nn.Module) -> nn.Module:
-    """Copies a model or module into the published formulation.
+    """Returns a copy of a model or module in the published formulation.
 
     Args:
         model: An `stvit.STViT`, or a module that contains `stvit.SuperTokenAttention`.

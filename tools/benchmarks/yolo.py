@@ -1,10 +1,10 @@
-"""Size and latency of YOLO26 detectors, on STViT beside the stock ones."""
+"""Size and latency of YOLO26 detectors with STViT and stock backbones."""
 
-import argparse
 import importlib.metadata
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,24 +14,31 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason
+from ..common.cli import CommandError, positive, progress_bar, reason
+from ..common.flags import flag
+from .measure import BenchmarkConfig
 
-__all__ = ["add_flags", "benchmark", "check_detector_size", "create_detector", "detection_loss"]
-
-
-def add_flags(parser: Parser) -> None:
-    pairs = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
-    parser.add_argument("--models", nargs="+", default=pairs, metavar="NAME", help="model files, ours or Ultralytics'")
-    parser.add_argument("--img-size", type=positive, default=640, metavar="N", help="height and width in pixels")
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that each is measured")
+__all__ = ["DetectorConfig", "benchmark", "check_detector_size", "create_detector", "detection_loss"]
 
 
-def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Size and latency of detectors, from images of random pixels: weights and pixels do not change the time."""
-    models = {name: _create(name) for name in args.models}
+PAIRS = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
+
+
+@dataclass
+class DetectorConfig(BenchmarkConfig):
+    """Flags of the subject yolo."""
+
+    models: list[str] = flag(PAIRS, "model files, ours or Ultralytics'", nargs="+", metavar="NAME")
+    img_size: int = flag(640, "image height and width in pixels", type=positive, metavar="N")
+    repeats: int = flag(5, "measurements of each model", type=positive, metavar="N")
+
+
+def benchmark(config: DetectorConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yields one table: size and latency of detectors, with random weights and pixels."""
+    models = {name: _create(name) for name in config.models}
     ultralytics = importlib.metadata.version("ultralytics")
-    check_detector_size(args.img_size)
-    image = torch.rand(1, 3, args.img_size, args.img_size)
+    check_detector_size(config.img_size)
+    image = torch.rand(1, 3, config.img_size, config.img_size)
     rows: dict[str, dict[str, Any]] = {}
     for name, yolo in models.items():
         detector = yolo.model.eval()
@@ -42,18 +49,18 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         rows[name] = {
             "model": Path(name).stem,
             "backbone": getattr(detector.model[0], "name", "stock"),
-            "img_size": args.img_size,
+            "img_size": config.img_size,
             "params_m": round(sum(parameters) / 1e6, 2),
             "params_backbone": round(sum(parameters[:depth]) / sum(parameters), 3),
             "gflops": round(flops / 1e9, 1),
             "gflops_backbone": round(_count_flops(detector, image, depth) / flops, 3),
         }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with progress_bar((args.repeats + 1) * len(models), "model", True) as bar, torch.inference_mode():
-        for repeat in range(args.repeats + 1):
+    with progress_bar((config.repeats + 1) * len(models), "model", True) as bar, torch.inference_mode():
+        for repeat in range(config.repeats + 1):
             for name, yolo in models.items():
                 measured = _time_layers(yolo.model, image, len(yolo.model.yaml["backbone"]))
-                if repeat > 0:  # the first fills caches
+                if repeat > 0:  # the first one fills caches
                     times[name].append(measured)
                 bar.update()
     for name, pairs in times.items():
@@ -63,35 +70,35 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             "ms_min": round(1e3 * min(totals), 1),
             "ms_max": round(1e3 * max(totals), 1),
             "ms_backbone": round(statistics.median(backbone / total for total, backbone in pairs), 3),
-            "repeats": args.repeats,
+            "repeats": config.repeats,
             "ultralytics": ultralytics,
         }
     yield list(rows.values())
 
 
 def check_detector_size(img_size: int) -> None:
-    """Sees that a detector takes images of that size.
+    """Checks that a detector accepts images of a size.
 
     Raises:
-        CommandError: If not.
+        CommandError: If the size is not a multiple of 32.
     """
     if img_size % 32:
         raise CommandError(f"--img-size must be a multiple of 32, got {img_size}")
 
 
 def create_detector(name: str) -> nn.Module:
-    """The PyTorch module of a model file.
+    """Returns the PyTorch module of a model file.
 
     Raises:
-        CommandError: If there is no such file, or no Ultralytics.
+        CommandError: If the file does not exist, or Ultralytics is not installed.
     """
     yolo = _create(name)
-    yolo.model.args = SimpleNamespace(**yolo.model.args)  # as a trainer leaves them, for the loss
+    yolo.model.args = SimpleNamespace(**yolo.model.args)  # the loss expects the type that a trainer sets
     return yolo.model
 
 
 def detection_loss(detector: Any, predictions: Any, images: torch.Tensor) -> torch.Tensor:
-    """The detector's own loss, of eight boxes in each image that are the same in each call."""
+    """Returns the detector's own loss for eight fixed boxes in each image."""
     count = len(images)
     batch = {
         "img": images,
@@ -113,10 +120,10 @@ def _create(name: str) -> Any:
 
 
 def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
-    """Floating-point operations of the detector's first layers."""
+    """Counts the floating-point operations of the detector's first layers."""
     counter = FlopCounterMode(display=False)
     hook = detector.model[depth - 1].register_forward_hook(lambda *_: counter.__exit__(None, None, None))
-    # Attention by its formula: the fused one of the CPU is unknown to the counter.
+    # The counter does not know the fused attention of the CPU.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         counter.__enter__()
         detector(image)
@@ -125,7 +132,7 @@ def _count_flops(detector: Any, image: torch.Tensor, depth: int) -> int:
 
 
 def _time_layers(detector: Any, image: torch.Tensor, depth: int) -> tuple[float, float]:
-    """Seconds of the detector, and of its first layers."""
+    """Returns the seconds of the detector and of its first layers."""
     ends = []
     hook = detector.model[depth - 1].register_forward_hook(lambda *_: ends.append(time.perf_counter()))
     start = time.perf_counter()

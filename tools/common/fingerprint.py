@@ -1,28 +1,29 @@
-"""Fingerprints of image sets, by which a resumed run recognizes that its images or their classes have changed."""
+"""Fingerprints of image datasets. A resumed run uses them to detect changed images or classes."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
-from stvit.tools.common.checkpoint import find_mismatch
-from stvit.tools.common.data import ImageDataset, Images, StreamSamples
+from .data import ImageDataset, Images
+from .shards import ShardDataset
+from .structure import find_mismatch
 
 MOST_CHANGES = 4
 _DIGEST_BYTES = 16
 
 
 def fingerprint(images: Images) -> dict[str, Any]:
-    """Describes the images of a run by the names of classes and by digests of the paths and labels, in order.
+    """Returns the class names of a run, and digests of its image paths and labels.
 
-    Paths are relative to the set, so that it may be moved. The contents of the images do not count.
+    Paths are relative to the dataset, so that it may be moved. The contents of the images do not count.
 
     Args:
         images: The training and validation sets.
 
     Returns:
-        `class_names`, and for `train` and `val` a digest of everything (`all`) and by label a pair of the number of
-        images and their digest (`labels`). A set that is read in turn (wds/) has one digest, of its description.
+        `class_names`, and for `train` and `val` a digest of all images in order (`all`) and, for each label, the number
+        of images and their digest (`labels`). A wds/ dataset has only the digest of its description.
     """
     return {
         "class_names": images.class_names,
@@ -31,11 +32,11 @@ def fingerprint(images: Images) -> dict[str, Any]:
     }
 
 
-def _describe(samples: Any) -> dict[str, Any]:
+def _describe(dataset: Any) -> dict[str, Any]:
     everything = _new_digest()
     by_label: dict[str, tuple[int, Any]] = {}
-    for name, label in _names_and_labels(samples):
-        line = f"{label}\0{name}\n".encode("utf-8", "surrogatepass")  # file names need not be valid UTF-8
+    for name, label in _names_and_labels(dataset):
+        line = f"{label}\0{name}\n".encode("utf-8", "surrogatepass")  # file names may be invalid UTF-8
         everything.update(line)
         number, digest = by_label.get(label) or (0, _new_digest())
         digest.update(line)
@@ -48,16 +49,16 @@ def _new_digest() -> Any:
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
-def _names_and_labels(samples: Any) -> Iterator[tuple[str, str]]:
-    """Yields what is known of each image without reading it: its name, or nothing, and its label."""
-    if isinstance(samples, StreamSamples):
-        info = samples.reader.split_info
+def _names_and_labels(dataset: Any) -> Iterator[tuple[str, str]]:
+    """Yields the name (possibly empty) and label of each image, without reading the image."""
+    if isinstance(dataset, ShardDataset):
+        info = dataset.reader.split_info
         lengths = info.shard_lengths or [""] * len(info.filenames)
         yield from ((f"{name} {length}", "shards") for name, length in zip(info.filenames, lengths, strict=False))
         yield f"{info.num_samples} {info.alt_label}", "shards"
         return
-    assert isinstance(samples, ImageDataset)
-    source = samples.source
+    assert isinstance(dataset, ImageDataset)
+    source = dataset.source
     if hasattr(source, "paths_and_labels"):  # ours
         pairs: Iterable[tuple[Any, Any]] = source.paths_and_labels()
     elif hasattr(source, "samples"):  # torchvision's folders
@@ -80,7 +81,7 @@ def _relative(path: str, root: str) -> str:
 
 
 def find_fingerprint_mismatch(value: Any) -> str | None:
-    """Checks the structure of a fingerprint from a file; returns what is wrong, None if nothing is."""
+    """Checks the structure of a fingerprint from a file. Returns the first error; None if it is correct."""
     mismatch = find_mismatch(value, {split: {"all": "", "labels": {}} for split in ("train", "val")}, "data")
     if mismatch is not None:
         return mismatch
@@ -98,10 +99,10 @@ def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Args:
         then: Fingerprint in a checkpoint.
-        now: Fingerprint of the present images.
+        now: Fingerprint of the current images.
 
     Returns:
-        What has changed, in a few words each; empty if nothing has. At most `MOST_CHANGES` changes are named.
+        A short description of each change. Each description names at most `MOST_CHANGES` classes.
     """
     names = now["class_names"]
     changes = _class_changes(then.get("class_names"), names)
@@ -116,9 +117,7 @@ def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if number == new_number and digest == new_digest:
                 continue
             name = repr(names[int(label)]) if names and label.isdecimal() and int(label) < len(names) else label
-            how = (
-                f"{number}, now {new_number}" if number != new_number else f"{number}, not the same or in another order"
-            )
+            how = f"{number}, now {new_number}" if number != new_number else f"{number}, different or in another order"
             found.append(f"of class {name} {how}" if label != "shards" else "the list of shards in _info.json")
         total = f" ({totals[0]}, now {totals[1]} in all)" if totals[0] != totals[1] and "shards" not in after else ""
         found = found or ["another order"]
@@ -130,9 +129,9 @@ def _class_changes(then: list[str] | None, now: list[str] | None) -> list[str]:
     if then == now:
         return []
     if then is None or now is None:
-        return [f"the names of the classes are {'known' if now else 'unknown'} now"]
+        return [f"the class names are {'known' if now else 'unknown'} now"]
     pairs = [f"{old!r} is now {new!r}" for old, new in zip(then, now, strict=False) if old != new]
-    return [f"names of classes: {_some(pairs)}" if pairs else f"{len(then)} classes, now {len(now)}"]
+    return [f"class names: {_some(pairs)}" if pairs else f"{len(then)} classes, now {len(now)}"]
 
 
 def _some(items: list[str]) -> str:

@@ -12,8 +12,9 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stvit.ops import SuperTokenAttention
-from stvit.tools.common.cli import CommandError
 from stvit.weights.errors import describe_hub_error, is_network_error
+
+from .cli import CommandError
 
 # Largest numbers in the arguments of a model; other numbers are limited by `_MAX_NUMBER`, lists by `_MAX_LENGTH`.
 LIMITS = {

@@ -1,4 +1,4 @@
-"""Image folders and tar archives: which files are images, to which class each belongs, and what is ignored."""
+"""Image folders and tar archives: finds the images and their classes, and lists ignored files."""
 
 import os
 import posixpath
@@ -13,9 +13,11 @@ from typing import Any
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
 from stvit.images import SUFFIXES
-from stvit.tools.common.cli import CommandError, OneProcessError, reason
+from stvit.safe_text import printable
 
-# Folders and files of operating systems, network drives and editors, besides all hidden ones. In lower case.
+from .cli import CommandError, OneProcessError, reason
+
+# Folders and files of operating systems, network drives and editors that are not hidden. In lower case.
 _FOREIGN = {
     "#recycle",
     "#snapshot",
@@ -36,18 +38,18 @@ MOST_NAMED = 3
 
 @dataclass
 class Ignored:
-    """The files and folders that are ignored below a folder, by their paths relative to it.
+    """Ignored files and folders below a folder, by their relative paths.
 
     Attributes:
-        files: Files that are hidden or not images.
-        folders: Hidden folders, folders of other programs, and links to a folder above.
+        files: Hidden files, and files that are not images.
+        folders: Hidden folders, folders of other programs, and links to a parent folder.
     """
 
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
     def describe(self, root: str | Path) -> str | None:
-        """Returns a line that counts and names the ignored files and folders of `root`, None if there are none."""
+        """Returns a line that counts and names the ignored files and folders; None if there are none."""
         parts = []
         if self.files:
             parts.append(
@@ -60,28 +62,28 @@ class Ignored:
 
 
 def is_foreign(name: str) -> bool:
-    """Returns whether a file or folder is hidden or belongs to the operating system or another program.
+    """Returns whether a file or folder is hidden or belongs to another program.
 
     Args:
-        name: Without its folder.
+        name: Name without its folder.
     """
     return name.startswith(".") or name.lower() in _FOREIGN
 
 
 def is_image_name(name: str) -> bool:
-    """Returns whether a file name has the suffix of a supported format and is not hidden."""
+    """Returns whether a file name has the suffix of a supported image format and is not hidden."""
     return name.lower().endswith(SUFFIXES) and not is_foreign(name)
 
 
 def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[list[str], Ignored]:
-    """Finds the images in a folder and the folders below it, in natural order of their paths.
+    """Finds the images in a folder and its subfolders, in natural order of their paths.
 
     Args:
         root: The folder. Links are followed.
         skipped: Resolved path of a folder that is neither searched nor reported.
 
     Returns:
-        The paths of the images relative to `root`, with '/' between the folders, and what is ignored.
+        The paths of the images relative to `root`, with '/' between folders, and the ignored files and folders.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -92,7 +94,7 @@ def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[lis
     def search(folder: str, prefix: str, parents: frozenset[tuple[int, int]]) -> None:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
-        if here in parents:  # a link back to a folder above
+        if here in parents:  # a link to a parent folder
             ignored.folders.append(prefix.rstrip("/"))
             return
         with os.scandir(folder) as entries:
@@ -103,7 +105,7 @@ def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[lis
                         ignored.folders.append(path)
                     elif skipped is None or Path(entry.path).resolve() != skipped:
                         search(entry.path, f"{path}/", parents | {here})
-                # A link whose target is missing counts as an image: reading it fails with its path.
+                # A link without a target counts as an image, so that reading it fails with its path.
                 elif is_image_name(entry.name) and (entry.is_file() or entry.is_symlink()):
                     found.append(path)
                 else:
@@ -114,22 +116,23 @@ def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[lis
 
 
 class ImageFolder:
-    """Paths and class numbers of the images in a folder that holds one folder for each class.
+    """Paths and class numbers of the images in a folder with one subfolder for each class.
 
     Attributes:
         root: The folder.
         class_to_idx: Class numbers by name, in natural order of the names.
-        ignored: The files and folders that are ignored.
+        ignored: The ignored files and folders.
     """
 
     def __init__(self, root: str | Path) -> None:
-        """
+        """Finds the images and their classes.
+
         Args:
-            root: Folder with one folder of images for each class.
+            root: Folder with one subfolder of images for each class.
 
         Raises:
-            CommandError: If the folder cannot be read, a class has no image, or an image is not directly in the folder
-                of its class.
+            CommandError: If the folder cannot be read, a class has no image, or an image is not directly in a class
+                folder.
         """
         self.root = Path(root)
         try:
@@ -139,18 +142,18 @@ class ImageFolder:
             raise CommandError(f"cannot read the image folder {root}: {reason(error)}") from error
         held = {path.split("/")[0] for path in self._paths if "/" in path}
         if any("/" not in path for path in self._paths):
-            raise CommandError(f"{root} holds images beside the class folders: move each into the folder of its class")
+            raise CommandError(f"{root} has images beside the class folders; move each into the folder of its class")
         if not folders:
-            raise CommandError(f"{root} has no class folders; it must hold <class>/*")
+            raise CommandError(f"{root} has no class folders; it must contain <class>/*")
         empty = _in_order(set(folders) - held)
         if empty:
             raise CommandError(
-                f"class folder {self.root / empty[0]} has no image (a file that ends in {', '.join(SUFFIXES)}): add "
-                "some, or remove the folder"
+                f"class folder {self.root / empty[0]} has no image (a file that ends in {', '.join(SUFFIXES)}); add "
+                "images, or remove the folder"
             )
         deep = next((path for path in self._paths if path.count("/") > 1), None)
         if deep is not None:
-            raise CommandError(f"image {self.root / deep} is in a folder within its class folder: move it up")
+            raise CommandError(f"image {self.root / deep} is in a subfolder of its class folder; move it up")
         self.class_to_idx = {name: number for number, name in enumerate(_in_order(held))}
 
     def __len__(self) -> int:
@@ -162,17 +165,17 @@ class ImageFolder:
         return os.path.join(self.root, path), self.class_to_idx[path.split("/")[0]]
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """Returns the path of an image, with `absolute` including that of the folder."""
+        """Returns the path of an image, with `absolute` including the folder."""
         return os.path.join(self.root, self._paths[index]) if absolute else self._paths[index]
 
     def paths_and_labels(self) -> Iterator[tuple[str, int]]:
-        """Yields the path of each image from its class folder on, and its class number."""
+        """Yields the path of each image, from its class folder on, and its class number."""
         yield from ((path, self.class_to_idx[path.split("/")[0]]) for path in self._paths)
 
 
 @dataclass(slots=True)
 class _Member:
-    """Path of a file in an archive, and the position and number of its bytes."""
+    """Path, offset and size in bytes of a file in an archive."""
 
     path: str
     offset: int
@@ -180,19 +183,20 @@ class _Member:
 
 
 class ImageTar:
-    """Images and class numbers of a tar archive; the class of an image is the folder that holds it.
+    """Images and class numbers of a tar archive. The class of an image is the folder that contains it.
 
-    An archive within the archive counts as a folder, as in ImageNet's archive of training images. Any number of
-    processes can read at the same time.
+    An archive within the archive counts as a folder, as in ImageNet's archive of training images. Several processes can
+    read at the same time.
 
     Attributes:
         root: The archive.
         class_to_idx: Class numbers by name, in natural order of the names.
-        ignored: The files and folders that are ignored.
+        ignored: The ignored files and folders.
     """
 
     def __init__(self, root: str | Path) -> None:
-        """
+        """Reads the index of the archive.
+
         Args:
             root: An uncompressed tar archive.
 
@@ -208,36 +212,36 @@ class ImageTar:
         except OSError as error:
             raise CommandError(f"cannot read the archive {root}: {reason(error)}") from error
         except (tarfile.TarError, ValueError, ArithmeticError, EOFError, RecursionError, MemoryError) as error:
-            # A damaged header makes tarfile raise all of these.
+            # tarfile raises all of these for a damaged header.
             why = reason(error) if isinstance(error, tarfile.TarError) else "damaged header"
             raise CommandError(
                 f"cannot read the archive {root}: {why}; it must be a complete, uncompressed tar file: copy it again, "
-                "or pack it anew"
+                "or recreate it"
             ) from error
-        by_path = {member.path: member for member in members}  # of two with one path the later one holds
+        by_path = {member.path: member for member in members}  # a later member replaces an earlier one
         self._members = [by_path[path] for path in _in_order(by_path)]
         depths = {member.path.count("/"): member.path for member in self._members}
         if not depths or 0 in depths:
             problem = f"image {depths[0]} is in no folder" if depths else "no images"
             ignored = self.ignored.describe(root)
             more = f" ({ignored})" if ignored and not depths else ""
-            raise CommandError(f"archive {root}: {problem}{more}; it must hold <class>/*")
+            raise CommandError(f"archive {root}: {problem}{more}; it must contain <class>/*")
         if len(depths) > 1:
             one, other = depths[min(depths)], depths[max(depths)]
             raise CommandError(
-                f"archive {root}: {one} and {other} are in folders of different depth; the folder that holds an image "
-                "is its class"
+                f"archive {root}: {one} and {other} are in folders of different depth; the class of an image is the "
+                "folder that contains it"
             )
         names = _in_order({member.path.split("/")[-2] for member in self._members})
         self.class_to_idx = {name: number for number, name in enumerate(names)}
 
     def _search(self, tar: tarfile.TarFile, prefix: str, start: int) -> Iterator[_Member]:
-        """Yields the images of an archive that begins at the byte `start` of the file."""
+        """Yields the images of an archive that begins at byte `start` of the file."""
         members: dict[str, _Member] = {}
         links: list[tuple[str, str]] = []
         position = -1
         for info in tar:
-            # A damaged size may lead back to where tarfile has been, again and again.
+            # A damaged size may lead tarfile back to an earlier position, in an endless loop.
             if info.size < 0 or tar.offset <= position:
                 raise tarfile.ReadError(f"damaged header at byte {start + info.offset}")
             position = tar.offset
@@ -262,15 +266,15 @@ class ImageTar:
                 members[path] = _Member(path, start + info.offset_data, info.size)
             else:
                 self.ignored.files.append(path)
-        # tarfile takes a damaged header for the end of the archive, which is a block of zeros or the end of the file.
+        # tarfile treats a damaged header as the end of the archive. The real end is a block of zeros.
         file: Any = tar.fileobj
         file.seek(tar.offset)
         end = file.read(tarfile.BLOCKSIZE)
         if end.strip(b"\0"):
             raise tarfile.ReadError(f"damaged header at byte {start + tar.offset}")
         if len(end) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("the blocks of zeros at its end are missing, it may be cut off")
-        for path, target in links:  # tar stores a second name of a file as a link
+            raise tarfile.ReadError("the zero blocks at its end are missing, it may be cut off")
+        for path, target in links:  # tar stores hard links by name
             if target in members:
                 members[path] = _Member(path, members[target].offset, members[target].size)
             else:
@@ -284,12 +288,12 @@ class ImageTar:
         """Returns the file of an image and its class number.
 
         Raises:
-            OneProcessError: If the archive is gone, or is not the one that was opened.
+            OneProcessError: If the archive does not exist any more, or has changed.
         """
         member = self._members[index]
         content = b""
         try:
-            # Looked at before it is opened: opening a pipe would wait forever.
+            # Checked before opening, because opening a pipe would wait forever.
             is_same = _file_state(os.stat(self.root)) == self._state
             if is_same:
                 with open(self.root, "rb") as file:
@@ -299,30 +303,30 @@ class ImageTar:
             raise OneProcessError(f"cannot read the archive {self.root} any more: {reason(error)}") from error
         if not is_same or len(content) < member.size:
             raise OneProcessError(
-                f"the archive {self.root} was changed while it was in use: leave it alone, and run the command again "
-                "(a training with --resume auto)"
+                f"the archive {self.root} was changed while it was in use; run the command again (for a training, with "
+                "--resume auto)"
             )
         return BytesIO(content), self.class_to_idx[member.path.split("/")[-2]]
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """Returns the path of an image in the archive, with `absolute` including that of the archive."""
+        """Returns the path of an image in the archive, with `absolute` including the archive."""
         path = self._members[index].path
         return os.path.join(self.root, path) if absolute else path
 
     def paths_and_labels(self) -> Iterator[tuple[str, int]]:
-        """Yields the path of each image from its class folder on, and its class number."""
+        """Yields the path of each image, from its class folder on, and its class number."""
         for member in self._members:
             *_, name, file = member.path.split("/")
             yield f"{name}/{file}", self.class_to_idx[name]
 
 
 class TorchImageFolder(TorchvisionImageFolder):
-    """torchvision's image folder, with the formats and the ignored folders of this module.
+    """torchvision's image folder, with the image formats and ignored folders of this module.
 
-    The class of an image is the outermost folder, and the classes are in alphabetical order.
+    The class of an image is its outermost folder. Classes are in alphabetical order.
 
     Attributes:
-        ignored: The files and folders that are ignored.
+        ignored: The ignored files and folders.
     """
 
     def __init__(self, root: str | Path, **kwargs: Any) -> None:
@@ -334,7 +338,7 @@ class TorchImageFolder(TorchvisionImageFolder):
         self.ignored = find_image_files(root)[1]
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Returns the names of the class folders, and their numbers."""
+        """Returns the names of the class folders, and the class number of each."""
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not is_foreign(entry.name))
         if not names:
             raise FileNotFoundError(f"{directory} has no class folders")
@@ -342,19 +346,19 @@ class TorchImageFolder(TorchvisionImageFolder):
 
 
 def _file_state(status: os.stat_result) -> tuple[int, int, int]:
-    """Returns what changes when a file is written to or replaced."""
+    """Returns values that change when a file is written or replaced."""
     return status.st_mode, status.st_size, status.st_mtime_ns
 
 
 def _normalized(path: str) -> str:
-    """A path in an archive without '.', '..' and a leading '/'."""
+    """Removes '.', '..' and a leading '/' from a path in an archive."""
     return posixpath.normpath("/" + path.lstrip("/"))[1:]
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Sorts names in timm's natural order, in which numbers count by their value.
+    """Sorts names in timm's natural order, which compares numbers by value.
 
-    timm leaves names that differ only in case or leading zeros in any order. Here they are in alphabetical order.
+    Names that differ only in case or leading zeros are in alphabetical order. timm leaves their order undefined.
     """
 
     def key(name: str) -> tuple[list[Any], str]:
@@ -365,7 +369,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _count(names: Sequence[str], one: str, several: str) -> str:
-    """Returns the number of names and the first names. Characters that cannot be printed in a line are escaped."""
-    shown = [name if name.isprintable() else ascii(name) for name in _in_order(names)[:MOST_NAMED]]
+    """Returns the number of names, and the first names."""
+    shown = [printable(name) for name in _in_order(names)[:MOST_NAMED]]
     more = ["…"] if len(names) > MOST_NAMED else []
     return f"{len(names)} {one if len(names) == 1 else several} ({', '.join(shown + more)})"

@@ -1,4 +1,4 @@
-"""Locks on the folders that commands write to. The system releases them when their process ends, however it ends."""
+"""Locks on the folders that commands write to. The system releases them when their process ends."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stvit.tools.common.cli import CommandError, reason
+from .cli import CommandError, reason
 
 fcntl: ModuleType | None
 try:
@@ -19,22 +19,25 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# What a file system says that has no locks, for example one that is mounted over a network.
+# Errors of file systems without locks, such as some network drives.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class InUseError(CommandError):
-    """Another process holds the lock."""
+    """Raised when another process holds the lock."""
 
 
 class PathLock:
-    """Exclusive lock that is held through a file of its own, which disappears with the lock.
+    """An exclusive lock, held through a lock file that is removed with the lock.
 
-    On Unix the lock belongs to an open file (flock). Processes that this process forks, such as those that load
-    images, close their copy of it at once: they do not hold the lock when this process was killed. A file that a killed
-    process left behind is not locked, and the next command takes it over. On Windows filelock does the same.
+    On Unix the lock belongs to an open file (flock). Forked processes, such as loader workers, close their copy at
+    once, so that they do not keep the lock after this process was killed. A lock file that a killed process left behind
+    is not locked, and the next command takes it over. On Windows filelock does the same.
 
-    Use it as a context manager; at the end it releases the lock, if it holds one.
+    Used as a context manager, it releases the lock at the end.
+
+    Attributes:
+        path: The lock file; None while this process holds no lock.
     """
 
     def __init__(self) -> None:
@@ -50,15 +53,16 @@ class PathLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def acquire(self, path: Path) -> None:
-        """Takes the lock, or warns where the file system has no locks.
+    def acquire(self, path: Path, is_required: bool = False) -> None:
+        """Acquires the lock without waiting.
 
         Args:
-            path: File of the lock, in an existing folder.
+            path: Lock file, in an existing folder.
+            is_required: Whether a file system without locks is an error, not a warning.
 
         Raises:
             InUseError: If another process holds the lock.
-            CommandError: If the file cannot be made.
+            CommandError: If the lock file cannot be created.
         """
         self.release()
         try:
@@ -66,15 +70,15 @@ class PathLock:
                 self._file_lock = FileLock(path, timeout=0)
                 self._file_lock.acquire()
             else:
-                self._descriptor = self._lock_file(path)
+                self._descriptor = self._lock_file(path, is_required)
             self.path = path
         except Timeout as error:
             self._file_lock = None
             raise InUseError(f"another process uses {path.parent}") from error
         except OSError as error:
-            raise CommandError(f"cannot make the lock file {path}: {error.strerror or reason(error)}") from error
+            raise CommandError(f"cannot create the lock file {path}: {error.strerror or reason(error)}") from error
 
-    def _lock_file(self, path: Path) -> int:
+    def _lock_file(self, path: Path, is_required: bool) -> int:
         """Returns the descriptor of the locked file."""
         assert fcntl is not None
         while True:
@@ -87,24 +91,24 @@ class PathLock:
                 named = f" ({holder})" if holder and holder.isprintable() else ""
                 raise InUseError(f"another process{named} uses {path.parent}") from error
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if is_required or error.errno not in _NO_LOCKS:
                     os.close(descriptor)
                     raise
                 print(
-                    f"warning: {path.parent} is on a file system without locks ({reason(error)}): start no other "
+                    f"warning: {path.parent} is on a file system without locks ({reason(error)}); do not start another "
                     "command that writes there",
                     file=sys.stderr,
                 )
-            # A holder that ended in between has removed the file that was opened.
+            # The previous holder may have removed the file between the two calls.
             if _is_file(descriptor, path):
-                with contextlib.suppress(OSError):  # a full disk; the text only names the holder in a message
+                with contextlib.suppress(OSError):  # a full disk; the text only names the holder in messages
                     os.truncate(descriptor, 0)
                     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode("ascii", "replace"))
                 return descriptor
             os.close(descriptor)
 
     def release(self) -> None:
-        """Releases the lock, if this process holds it, and removes its file."""
+        """Releases the lock and removes its file, if this process holds it."""
         if self._descriptor is not None:
             if self.path is not None and _is_file(self._descriptor, self.path):  # its folder may have been moved
                 with contextlib.suppress(OSError):
@@ -115,7 +119,7 @@ class PathLock:
         self.path = self._descriptor = self._file_lock = None
 
     def _forget(self) -> None:
-        """Closes the copy of the lock in a forked process; the lock of its parent stays."""
+        """Closes the copy of the lock in a forked process. Its parent keeps the lock."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
@@ -123,7 +127,7 @@ class PathLock:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Returns whether a path still names the file that is open."""
+    """Returns whether a path still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except OSError:

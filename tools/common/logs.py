@@ -1,4 +1,4 @@
-"""What a run writes down of its progress: a table, JSON lines, curves, TensorBoard and Weights & Biases."""
+"""Records of a training run: a table, JSON lines, curves, TensorBoard and Weights & Biases."""
 
 import csv
 import json
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from stvit.safe_text import redact_values
-from stvit.tools.common.checkpoint import atomic_write, cut_torn_line
-from stvit.tools.common.cli import CommandError, reason
+
+from .cli import CommandError, reason
+from .files import atomic_write, cut_torn_line
 
 
 def require_loggers(tensorboard: bool, wandb_project: str | None) -> None:
-    """Checks that the loggers that were asked for can be imported.
+    """Checks that the requested loggers are installed.
 
     Raises:
-        CommandError: If one is not installed.
+        CommandError: If one is missing.
     """
     for flag, asked, module in (
         ("--log-tensorboard", tensorboard, "tensorboard"),
@@ -31,24 +32,26 @@ def require_loggers(tensorboard: bool, wandb_project: str | None) -> None:
 
 
 class RunLog:
-    """The records of a run, in its folder.
+    """Writes the records of a run to its directory.
 
     Args:
-        folder: The run's.
-        tensorboard: Whether to write events for TensorBoard too, to <folder>/tensorboard.
-        wandb_project: Project of Weights & Biases to log to, None for none.
-        config: The resolved recipe.
-        wandb_id: Run of Weights & Biases to go on with.
-        start_update: Updates done before; what a TensorBoard log holds beyond them is hidden.
+        folder: The run directory.
+        titles: Metrics to draw over the epochs, and their labels.
+        tensorboard: Whether to also write TensorBoard events, to <folder>/tensorboard.
+        wandb_project: Weights & Biases project to log to; None to not use it.
+        config: The recipe.
+        wandb_id: Weights & Biases run to resume.
+        start_update: Updates done before. TensorBoard hides its records of later updates.
 
     Attributes:
-        wandb_id: Run of Weights & Biases, to be given again on going on.
+        wandb_id: Weights & Biases run, to pass again when the run is resumed.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        titles: Mapping[str, str],
         tensorboard: bool = False,
         wandb_project: str | None = None,
         config: Mapping[str, Any],
@@ -56,6 +59,7 @@ class RunLog:
         start_update: int = 0,
     ) -> None:
         self.folder = folder
+        self.titles = titles
         self.wandb_id = wandb_id
         self._wandb: Any = None
         self._tensorboard: Any = None
@@ -78,39 +82,39 @@ class RunLog:
                     resume="allow",
                     config=redact_values(config),
                 )
-            except Exception as error:  # its errors are of many kinds, the network's among them
+            except Exception as error:  # network errors and many others
                 self._lines.close()
                 raise CommandError(
                     f"cannot log to Weights & Biases: {reason(error)}; log in (wandb login), set WANDB_MODE=offline, "
-                    "or leave --log-wandb out"
+                    "or remove --log-wandb"
                 ) from error
             self.wandb_id = self._wandb.id
 
     def step(self, update: int, values: Mapping[str, Any]) -> None:
-        """Records numbers of the training after an update."""
+        """Records training metrics after an update."""
         self._write("train", {"update": update, **values})
         self._send(update, "train", values)
 
     def event(self, name: str, values: Mapping[str, Any]) -> None:
-        """Records that something happened, in log.jsonl alone."""
+        """Records an event, only in log.jsonl."""
         self._write(name, values)
 
     def epoch(self, update: int, history: Sequence[Mapping[str, Any]]) -> None:
-        """Records the last epoch of a history, and writes summary.csv and curve.png of all its epochs."""
+        """Records the last epoch of a history, and writes summary.csv and curve.png of all epochs."""
         row = history[-1]
         self._write("epoch", {"update": update, **row})
         self._send(update, "epoch", row)
         table = self.folder / "summary.csv"
         try:
             atomic_write(table, lambda path: _write_table(path, history))
-        except PermissionError as error:  # on Windows a spreadsheet has it open; the next epoch writes all of it again
+        except PermissionError as error:  # on Windows a spreadsheet has it open; the next epoch writes the whole table
             print(
                 f"warning: cannot write {table}: {reason(error)}; close the program that has it open", file=sys.stderr
             )
-        plot_history(history, self.folder / "curve.png")
+        plot_history(history, self.folder / "curve.png", self.titles)
 
     def close(self) -> None:
-        """Hands on what is still buffered."""
+        """Writes buffered records and closes the loggers."""
         self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -118,7 +122,7 @@ class RunLog:
             self._wandb.finish()
 
     def _write(self, event: str, values: Mapping[str, Any]) -> None:
-        # JSON has no word for what is not finite. The file is uploaded: errors of the network may hold secrets.
+        # JSON has no infinity and NaN. The file is uploaded, and network errors may contain secrets.
         values = {
             k: None if isinstance(v, float) and not math.isfinite(v) else redact_values(v) for k, v in values.items()
         }
@@ -130,7 +134,7 @@ class RunLog:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{group}/{name}", value, update)
         if self._wandb is not None:
-            # Its step must not go back, which it does where a resumed run repeats some updates.
+            # The step of Weights & Biases must not decrease, but a resumed run repeats some updates.
             self._wandb.log({f"{group}/{name}": value for name, value in values.items()} | {"update": update})
 
 
@@ -141,23 +145,25 @@ def _write_table(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(history)
 
 
-def plot_history(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draws loss and accuracy over the epochs.
+def plot_history(history: Sequence[Mapping[str, Any]], path: Path, titles: Mapping[str, str]) -> bool:
+    """Plots the loss and other metrics over the epochs.
 
     Args:
-        history: A row of numbers for each epoch, named as in summary.csv.
-        path: PNG to write.
+        history: Metrics of each epoch, named as in summary.csv.
+        path: PNG file to write.
+        titles: Metrics to plot beside the loss, and their labels.
 
     Returns:
-        Whether it was drawn: False without matplotlib, and after an error, which is printed as a warning.
+        Whether the plot was drawn: False without matplotlib, or after an error, which is printed as a warning.
     """
+    measures = {"loss": "loss", **{name: f"{title} (%)" for name, title in titles.items()}}
 
     def draw(figure: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         epochs = [row["epoch"] + 1 for row in history]
-        panels = figure.subplots(1, 2)
-        for axes, measure, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+        panels = figure.subplots(1, len(measures), squeeze=False)[0]
+        for axes, (measure, label) in zip(panels, measures.items(), strict=True):
             kinds = {"train": "training (augmented)", "eval": "validation", "ema": "validation, EMA"}
             for kind, name in kinds.items():
                 if f"{kind}_{measure}" in history[0]:
@@ -168,7 +174,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axes.grid(alpha=0.3)
             axes.legend()
 
-    return save_plot(path, draw, (10, 4))
+    return save_plot(path, draw, (5 * len(measures), 4))
 
 
 def has_matplotlib() -> bool:
@@ -181,15 +187,15 @@ def has_matplotlib() -> bool:
 
 
 def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> bool:
-    """Draws a picture with matplotlib. A failure is a warning, because the numbers are in other files.
+    """Draws a figure with matplotlib. A failure is only a warning, because other files contain the numbers.
 
     Args:
-        path: PNG to write.
-        draw: Draws on the `matplotlib.figure.Figure` that it is called with.
+        path: PNG file to write.
+        draw: Draws on the `matplotlib.figure.Figure` that it receives.
         size: Width and height of the figure, in inches.
 
     Returns:
-        Whether it was drawn: False without matplotlib, and after an error.
+        Whether the figure was drawn: False without matplotlib, or after an error.
     """
     if not has_matplotlib():
         return False
@@ -197,11 +203,11 @@ def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float]
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of characters that the font lacks, a warning for each
+            warnings.simplefilter("ignore")  # one for each character that the font lacks
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
             atomic_write(path, lambda fresh: figure.savefig(fresh, format="png", dpi=120))
-    except Exception as error:  # fonts, names and sizes may fail in many ways
+    except Exception as error:  # fonts, names and sizes fail in many ways
         print(f"warning: cannot draw {path}: {reason(error)}", file=sys.stderr)
         return False
     return True

@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 
 from starlette.formparsers import MultiPartException
 
-from stvit.tools.common.cli import reason
-from stvit.tools.common.scratch import Storage
+from stvit.safe_text import printable
+
+from .cli import reason
+from .scratch import Storage
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -243,13 +245,15 @@ class Guard:
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         hosts, origins = ([value for name, value in headers if name == key] for key in (b"host", b"origin"))
         if len(hosts) != 1 or not self.hosts.takes(hosts[0]):
-            name = _printable(hosts[0]) if hosts else ""
+            name = printable(hosts[0][:200]) if hosts else ""
             raise _RefusedError(
                 403,
-                f"Host {name!r} is no address of this page; if it is yours, start the page with --allow-host={name}",
+                f"Host '{name}' is no address of this page; if it is yours, start the page with --allow-host={name}",
             )
         if any(not self.hosts.takes_origin(origin, hosts[0]) for origin in origins):
-            raise _RefusedError(403, f"Origin {_printable(origins[0])!r} is another page, whose requests are refused")
+            raise _RefusedError(
+                403, f"Origin '{printable(origins[0][:200])}' is another page, whose requests are refused"
+            )
 
     async def _read_message(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -329,8 +333,10 @@ class Guard:
         except Exception as error:
             if os.environ.get("STVIT_TRACEBACK"):
                 traceback.print_exc()
-            where = _printable(f"{scope['method']} {scope['path']}")
-            print(f"error: {where}: {type(error).__name__}: {_printable(reason(error))}", file=sys.stderr, flush=True)
+            where = printable(f"{scope['method']} {scope['path']}"[:200])
+            print(
+                f"error: {where}: {type(error).__name__}: {printable(reason(error)[:200])}", file=sys.stderr, flush=True
+            )
             if not is_answered:
                 raise _RefusedError(500, "the page cannot answer this request") from None
 
@@ -381,8 +387,3 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: _RefusedErr
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _printable(text: str) -> str:
-    """Returns the beginning of a text without control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text[:200])

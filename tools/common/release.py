@@ -18,9 +18,12 @@ from torch import nn
 
 from stvit import hub
 from stvit.safe_text import code_span, escape_markdown
-from stvit.tools.common.checkpoint import atomic_replace_dir, load_checkpoint
+from stvit.tools.common.checkpoint import load_checkpoint
 from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.tools.common.data import INTERPOLATIONS, add_image_arguments, resolve_data_config
+from stvit.tools.common.config import INTERPOLATIONS, ImageConfig
+from stvit.tools.common.data import resolve_data_config
+from stvit.tools.common.files import atomic_replace_dir
+from stvit.tools.common.flags import add_flags
 from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
 from stvit.weights import find_variant, verify
 
@@ -51,7 +54,7 @@ def add_source_arguments(parser: Any) -> None:
     )
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
     group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
-    add_image_arguments(group)
+    add_flags(group, ImageConfig)
     group.add_argument("--results", metavar="FILE", help="results.json of tools/validate_cls.py, for the card")
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from .cli import CommandError
+from .locks import InUseError, PathLock
 
 _LOCK = "lock"
 # Small files and folders take a block of the disk each.
@@ -39,24 +40,22 @@ def private_folder(prefix: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-        shutil.rmtree(folder, ignore_errors=True)  # Windows deletes no file that is open, such as the lock
+        shutil.rmtree(folder, ignore_errors=True)  # Windows does not delete open files, such as the lock
 
 
-def _create(prefix: str) -> tuple[Path, FileLock]:
+def _create(prefix: str) -> tuple[Path, PathLock]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix))  # of mode 0700
-        lock = FileLock(folder / _LOCK)
+        folder = Path(tempfile.mkdtemp(prefix=prefix))  # mode 0700
+        lock = PathLock()
         try:
-            lock.acquire(timeout=0)
-        except OSError:
-            # Another process may have taken the new folder for a leftover before the lock was held.
+            lock.acquire(folder / _LOCK, is_required=True)
+            return folder, lock
+        except InUseError:  # another process took the new folder for a leftover, and removes it
+            continue
+        except CommandError as error:
             if folder.exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                raise
-        else:
-            if (folder / _LOCK).exists():
-                return folder, lock
-            lock.release()
+                raise OSError(str(error)) from error
 
 
 def remove_leftovers(prefix: str) -> None:
@@ -71,15 +70,15 @@ def remove_leftovers(prefix: str) -> None:
             is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
             if not (stat.S_ISDIR(status.st_mode) and is_own and (folder / _LOCK).is_file()):
                 continue
-            with FileLock(folder / _LOCK).acquire(timeout=0):
+            with PathLock() as lock:
+                lock.acquire(folder / _LOCK, is_required=True)
                 for path in folder.iterdir():
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path, ignore_errors=True)
                     elif path.name != _LOCK:
                         path.unlink()
-                (folder / _LOCK).unlink()  # the last one: what stays is tried again by the next process
-                folder.rmdir()
-        except OSError:  # the process runs, which is a Timeout of the lock, or the folder cannot be removed
+            folder.rmdir()
+        except (CommandError, OSError):  # its process is running, or a file cannot be removed
             continue
 
 

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from stvit import hub
 from stvit.tools.common.checkpoint import NAMES, Checkpoints, load_checkpoint
-from stvit.tools.common.cli import CommandError, load_yaml, read_utf8, reason
+from stvit.tools.common.cli import CommandError, reason
+from stvit.tools.common.files import read_utf8
 from stvit.tools.common.locks import InUseError, PathLock
+from stvit.tools.common.recipes import load_yaml
 
 # Branch of what a run is gone on from; main holds the best weights.
 BRANCH = "last"

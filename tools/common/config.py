@@ -1,0 +1,215 @@
+"""Settings that several commands share. The command line and the recipes fill them."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .cli import CommandError, CommandLineSwitch, KeyValues, above_zero, count, positive, rate
+from .flags import flag
+
+INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class DataConfig:
+    """Selects and loads the images."""
+
+    data_dir: str | None = flag(
+        None, "folder with train/<class>/* and val/<class>/*, or train.tar and val.tar", metavar="DIR"
+    )
+    dataset: str = flag("", "sklearn/digits, torch/…, hfds/… or wds/…, instead of an image folder", metavar="NAME")
+    train_split: str = flag("train", "split to train on", metavar="NAME")
+    val_split: str = flag("validation", "split to evaluate on", metavar="NAME")
+    dataset_download: bool = flag(False, "download a torch/… dataset into --data-dir")
+    batch_size: int = flag(128, "images per step and process", type=positive, metavar="N", short="-b")
+    validation_batch_size: int | None = flag(
+        None, "images per evaluation step and process (default: --batch-size)", type=positive, metavar="N", short="-vb"
+    )
+    workers: int = flag(4, "image loading processes", type=count, metavar="N", short="-j")
+    max_bad_images: int = flag(0, "unreadable images to skip before stopping", type=count, metavar="N")
+    allow_shard_commands: bool = flag(
+        False,
+        "run the programs that addresses of wds/ shards name: any command for pipe:, curl for http:, gsutil for gs:",
+        action=CommandLineSwitch,
+    )
+
+
+@dataclass
+class ImageConfig:
+    """Overrides the preprocessing settings of a model."""
+
+    img_size: int | None = flag(
+        None, "image height and width in pixels (default: the model's)", type=positive, metavar="N"
+    )
+    mean: list[float] | None = flag(
+        None, "mean of each channel, for pixels from 0 to 1 (default: the model's)", type=float, nargs="+", metavar="X"
+    )
+    std: list[float] | None = flag(
+        None, "standard deviation of each channel (default: the model's)", type=above_zero, nargs="+", metavar="X"
+    )
+    interpolation: str | None = flag(None, "resizing filter (default: the model's)", choices=INTERPOLATIONS)
+    crop_pct: float | None = flag(
+        None, "center crop of the evaluation, relative to the resized image (default: the model's)", type=float,
+        metavar="X",
+    )  # fmt: skip
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of the training images."""
+
+    no_aug: bool = flag(False, "only resize and crop, as in evaluation", action="store_true")
+    aug_repeats: int = flag(1, "augmented views of an image in a row", type=positive, metavar="N")
+    scale: list[float] = flag([0.08, 1.0], "range of the random crop's relative area", type=float, nargs=2, metavar="X")
+    ratio: list[float] = flag(
+        [3 / 4, 4 / 3], "range of the random crop's aspect ratio", type=float, nargs=2, metavar="X"
+    )
+    hflip: float = flag(0.5, "probability of a horizontal flip", type=rate, metavar="X")
+    vflip: float = flag(0.0, "probability of a vertical flip", type=rate, metavar="X")
+    color_jitter: float = flag(0.4, "strength of color jitter", type=float, metavar="X")
+    aa: str | None = flag(None, "augmentation policy, e.g. rand-m9-mstd0.5-inc1", metavar="POLICY")
+    train_interpolation: str = flag("random", "resizing filter in training", choices=["random", *INTERPOLATIONS])
+    reprob: float = flag(0.0, "probability of random erasing", type=rate, metavar="X")
+    remode: str = flag("pixel", "fill of erased rectangles", choices=["const", "rand", "pixel"])
+    mixup: float = flag(0.0, "mixup alpha (0: off)", type=float, metavar="X")
+    cutmix: float = flag(0.0, "cutmix alpha (0: off)", type=float, metavar="X")
+    mixup_prob: float = flag(1.0, "probability of mixup or cutmix", type=rate, metavar="X")
+    mixup_switch_prob: float = flag(
+        0.5, "probability of cutmix instead of mixup, if both are on", type=rate, metavar="X"
+    )
+    mixup_off_epoch: int = flag(0, "epoch that turns mixup and cutmix off (0: never)", type=count, metavar="N")
+    smoothing: float = flag(0.1, "label smoothing", type=rate, metavar="X")
+
+
+def _epoch_and_rate(text: str) -> str:
+    epoch, _, value = text.partition(":")
+    try:
+        return f"{count(epoch)}:{rate(value)}"
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected EPOCH:RATE, such as 260:0.6, got {text!r}") from error
+
+
+@dataclass
+class ModelConfig:
+    """Chooses the model to train and its initial weights."""
+
+    model: str = flag("stvit_small", "any timm model", metavar="NAME")
+    pretrained: bool = flag(False, "start from the published weights")
+    pretrained_path: str | None = flag(
+        None, "start from the weights in this file, ours or the authors'", metavar="FILE"
+    )
+    num_classes: int | None = flag(None, "number of classes (default: that of the data)", type=positive, metavar="N")
+    in_chans: int | None = flag(None, "image channels, 1 or 3 (default: 3)", type=positive, metavar="N")
+    drop: float = flag(0.0, "dropout rate before the classifier", type=rate, metavar="X")
+    drop_path: float | None = flag(None, "stochastic depth rate of the last block", type=rate, metavar="X")
+    drop_path_schedule: list[str] | None = flag(
+        None, "stochastic depth rate X from epoch E (0-based) on", nargs="+", metavar="E:X",
+        type=_epoch_and_rate,
+    )  # fmt: skip
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
+    model_kwargs: dict[str, Any] = flag(
+        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
+    )
+
+
+@dataclass
+class OptimConfig:
+    """Length of the training, optimizer, learning rate schedule and moving average."""
+
+    epochs: int = flag(300, "epochs to train", type=positive, metavar="N")
+    grad_accum_steps: int = flag(1, "steps per update", type=positive, metavar="N")
+    opt: str = flag("adamw", "any timm optimizer", metavar="NAME")
+    opt_eps: float | None = flag(None, "epsilon (default: the optimizer's)", type=float, metavar="X")
+    opt_betas: list[float] | None = flag(None, "betas (default: the optimizer's)", type=float, nargs="+", metavar="X")
+    momentum: float = flag(0.9, "momentum, if the optimizer has one", type=float, metavar="X")
+    weight_decay: float = flag(0.05, "weight decay of all parameters except 1-D ones", type=float, metavar="X")
+    layer_decay: float | None = flag(None, "factor of the learning rate from layer to layer", type=float, metavar="X")
+    clip_grad: float | None = flag(None, "gradient clipping threshold (default: no clipping)", type=float, metavar="X")
+    clip_mode: str = flag("norm", "gradient clipping mode", choices=["norm", "value", "agc"])
+    lr: float | None = flag(None, "learning rate (default: computed from --lr-base)", type=float, metavar="X")
+    lr_base: float = flag(5e-4, "learning rate for updates of --lr-base-size images", type=float, metavar="X")
+    lr_base_size: int = flag(512, "images per update that --lr-base is for", type=positive, metavar="N")
+    sched: str = flag("cosine", "any timm learning rate schedule", metavar="NAME")
+    sched_on_updates: bool = flag(False, "change the learning rate after each update, not after each epoch")
+    warmup_epochs: int = flag(5, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
+    warmup_lr: float = flag(1e-6, "learning rate of the first step", type=float, metavar="X")
+    min_lr: float = flag(1e-5, "learning rate of the last epoch", type=float, metavar="X")
+    bn_eval: bool = flag(False, "keep BatchNorm in evaluation mode, so that its statistics do not change")
+    sync_bn: bool = flag(False, "compute BatchNorm statistics over all processes (GPUs)")
+    model_ema: bool = flag(False, "keep an exponential moving average of the weights, evaluate it and save it")
+    model_ema_decay: float = flag(0.9998, "decay of the moving average at each update", type=rate, metavar="X")
+    model_ema_warmup: bool = flag(False, "increase the decay of the moving average from 0")
+
+
+@dataclass
+class DeviceConfig:
+    """Device and precision."""
+
+    device: str | None = flag(None, "cpu, cuda, mps, … (default: cuda if available, else cpu)", metavar="NAME")
+    dist_backend: str | None = flag(
+        None, "torch.distributed backend (default: nccl for cuda, except on Windows; else gloo)", metavar="NAME"
+    )
+    amp: bool = flag(False, "mixed precision")
+    amp_dtype: str = flag("bfloat16", "lower precision of --amp", choices=["bfloat16", "float16"])
+    model_dtype: str = flag("float32", "precision of weights and images", choices=list(DTYPES))
+    channels_last: bool = flag(False, "channels_last memory format")
+
+
+@dataclass
+class TrainDeviceConfig(DeviceConfig):
+    """Device, precision and speed of a training."""
+
+    compile: bool = flag(False, "compile the model with torch.compile")
+
+
+@dataclass
+class RunConfig:
+    """Run directory, checkpoints, logs and uploads of a training."""
+
+    seed: int = flag(42, "random seed", type=count, metavar="N", short="-s")
+    output: str = flag("runs", "folder of all runs", metavar="DIR")
+    experiment: str | None = flag(None, "name of the run directory (default: time, model and size)", metavar="NAME")
+    resume: str | None = flag(
+        None,
+        "resume from a run directory, a checkpoint, or an upload of --repo-id; auto: the last run of the same command, "
+        "if there is one; another --epochs extends or shortens the run",
+        in_recipe=False,
+        metavar="auto|PATH|hf-hub:ORG/NAME@last",
+    )
+    allow_changed_data: bool = flag(
+        False, "resume even if the images or the class names have changed", action=CommandLineSwitch
+    )
+    checkpoint_steps: int = flag(500, "updates between checkpoints within an epoch", type=count, metavar="N")
+    checkpoint_epochs: int = flag(
+        0, "epochs between checkpoints that are kept permanently (0: keep only the last two)", type=count, metavar="N"
+    )
+    log_interval: int = flag(10, "updates between log lines", type=positive, metavar="N")
+    log_tensorboard: bool = flag(False, "log to <run>/tensorboard")
+    log_wandb: bool = flag(False, "log to Weights & Biases")
+    wandb_project: str = flag("stvit", "Weights & Biases project", metavar="NAME")
+    repo_id: str | None = flag(None, "upload the run to this Hub repository, in the background", metavar="ORG/NAME")
+    hub_every: int = flag(10, "epochs between uploads", type=positive, metavar="N")
+    hub_private: bool = flag(False, "make a new repository private")
+
+
+class TrainConfig(Protocol):
+    """Sections that the settings of every training command have."""
+
+    data: DataConfig
+    optim: OptimConfig
+    device: TrainDeviceConfig
+    run: RunConfig
+
+
+def check_channels(in_chans: int, images: ImageConfig) -> None:
+    """Checks the number of image channels, and the lengths of --mean and --std.
+
+    Raises:
+        CommandError: If they are wrong.
+    """
+    if in_chans not in (1, 3):
+        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {in_chans}")
+    for name, values in (("mean", images.mean), ("std", images.std)):
+        if values is not None and len(values) not in (1, in_chans):
+            raise CommandError(f"--{name} must be one number, or one for each of {in_chans} channels, got {values}")

@@ -1,0 +1,527 @@
+"""The training engine: everything that a training run needs, independent of the task.
+
+A training command opens a session, prepares a `Job` in it, and trains it:
+
+    with open_session(config) as session:
+        with session.preparing():
+            engine = Engine(session, config, create_job(config, session.distributed))
+        engine.train()
+"""
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.utils import NativeScaler, distribute_bn, random_seed
+from torch import nn
+
+from .bad_images import BadImages
+from .checkpoint import Checkpoints
+from .cli import CommandError, Interrupted, progress_bar, reason
+from .config import TrainConfig
+from .distributed import DTYPES, Distributed, check_dtype, join_processes
+from .files import atomic_replace_dir
+from .fingerprint import fingerprint
+from .flags import to_recipe
+from .job import Job, SavedWeights
+from .locks import PathLock
+from .logs import RunLog, has_matplotlib, require_loggers
+from .optimization import backward, create_optimizer, current_lr, learning_rate
+from .runs import check_hub, check_remote_run, find_run, write_recipe
+from .signals import StopNow, StopRequest
+from .snapshots import Snapshots
+from .state import EpochSums, TrainState
+
+# A signal ends the run within about a second. If images do not arrive, it ends after this time.
+PATIENCE_S = 3.0
+
+
+class _Stopped(Exception):
+    """Raised between updates, when the state is complete, after a signal in any process."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.signum = stop.signum or signal.SIGTERM  # another process may have received the signal
+        super().__init__("interrupted" if self.signum == signal.SIGINT else "terminated")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Session
+
+
+@dataclass
+class Session:
+    """Resources of a training command, released at its end.
+
+    Attributes:
+        distributed: The processes of the run.
+        stop: Signals that ask the run to stop.
+        lock: Lock of the run directory, acquired by the primary process.
+    """
+
+    distributed: Distributed
+    stop: StopRequest
+    lock: PathLock
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Context of the work before the training, which a signal ends immediately.
+
+        Raises:
+            Interrupted: If a signal is received.
+        """
+        try:
+            with self.stop.at_once():
+                yield
+        except StopNow:
+            stopped = _Stopped(self.stop)
+            raise Interrupted(f"{stopped} before the training started", stopped.signum) from None
+
+
+@contextmanager
+def open_session(config: TrainConfig) -> Iterator[Session]:
+    """Joins the processes of a run, and handles signals until its end.
+
+    Raises:
+        CommandError: If the device cannot be used, a flag contradicts it, or a logger is not installed.
+    """
+    require_loggers(config.run.log_tensorboard, config.run.wandb_project if config.run.log_wandb else None)
+    device = config.device
+    with join_processes(device.device, device.dist_backend) as distributed, StopRequest() as stop, PathLock() as lock:
+        yield Session(distributed, stop, lock)
+
+
+def check_config(config: TrainConfig, distributed: Distributed) -> None:
+    """Checks flags that every training has, and seeds the random generators.
+
+    Raises:
+        CommandError: If the device or the number of processes does not support a flag.
+    """
+    check_dtype(distributed.device, config.device.model_dtype)
+    if config.optim.sync_bn and (distributed.size == 1 or distributed.device.type == "cpu"):
+        raise CommandError("--sync-bn needs several processes (torchrun), each with a GPU; remove --sync-bn")
+    distributed.on_primary(partial(check_hub, config.run.repo_id))
+    random_seed(config.run.seed)
+
+
+def prepare_model(model: nn.Module, config: TrainConfig, distributed: Distributed) -> nn.Module:
+    """Moves a model to the device, in the precision and memory format of the flags."""
+    model = model.to(device=distributed.device, dtype=DTYPES[config.device.model_dtype])
+    if config.device.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return convert_sync_batchnorm(model) if config.optim.sync_bn else model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles a small function.
+
+    Raises:
+        CommandError: If torch.compile does not work, for example because Windows has no C++ compiler.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # missing compilers, missing Triton, incompatible versions
+        why = reason(error)
+        raise CommandError(
+            f"--compile: torch.compile does not work here ({why if len(why) <= 300 else f'{why[:300]}…'}); install a "
+            "C++ compiler (and Triton for GPUs), or remove --compile"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Engine:
+    """Trains a job: epochs, evaluation, checkpoints, logs and uploads.
+
+    Attributes:
+        folder: The run directory.
+        state: Everything that checkpoints contain.
+    """
+
+    def __init__(self, session: Session, config: TrainConfig, job: Job) -> None:
+        """Creates optimizer and schedule, finds the run directory, and resumes if asked to.
+
+        Args:
+            session: Processes, signals and lock.
+            config: Settings of the command. A learning rate of None is replaced by its value.
+            job: The task to train.
+
+        Raises:
+            CommandError: If flags are wrong, the run directory is in use, or the checkpoint does not fit.
+        """
+        distributed, device = session.distributed, session.distributed.device
+        self.session, self.config, self.job, self.distributed = session, config, job, distributed
+        optim, run = config.optim, config.run
+        self.updates = job.train_loader.steps // optim.grad_accum_steps
+        if self.updates == 0:
+            raise CommandError(
+                f"the training set is smaller than one update ({len(job.images.train)} images, batch size "
+                f"{config.data.batch_size}); lower --batch-size or --workers"
+            )
+        optim.lr = learning_rate(optim, config.data.batch_size, distributed.size)
+        optimizer, scheduler = create_optimizer(optim, job.model, self.updates)
+        scaler = NativeScaler(device.type) if config.device.amp and config.device.amp_dtype == "float16" else None
+        if optim.model_ema:
+            job.task.setup_ema(optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+        if config.device.compile:
+            check_compiler(device)
+            job.task.compile()
+        if distributed.size > 1:
+            job.task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+        data = distributed.on_primary(partial(fingerprint, job.images))
+        self.state = TrainState(job, config, distributed, optimizer, scheduler, scaler, data)
+
+        recipe = to_recipe(config)
+        self.folder, resumed = distributed.on_primary(partial(find_run, run, recipe, job.label, session.lock))
+        distributed.on_primary(partial(check_remote_run, run.repo_id, recipe, is_resumed=resumed is not None))
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", run.checkpoint_epochs)
+        random_seed(run.seed, distributed.rank)
+        if resumed is not None:
+            self.state.resume(resumed)
+        self.bad_images = BadImages(config.data.max_bad_images, self.folder / "bad_images.jsonl")
+        job.images.train.bad_images = job.images.val.bad_images = self.bad_images
+        self.log: RunLog | None = None
+        self.snapshots: Snapshots | None = None
+
+    def train(self) -> None:
+        """Trains to the last epoch.
+
+        Raises:
+            Interrupted: If a signal ended the run. A checkpoint is saved.
+            CommandError: If the data, the loss or the disk fails.
+        """
+        progress, epochs = self.state.progress, self.config.optim.epochs
+        if progress.epoch >= epochs:
+            self._finish_again()
+            return
+        self._open_records()
+        self._print_start()
+        self.bar = progress_bar(epochs * self.updates, "step", self.distributed.is_primary, self.state.update)
+        try:
+            with self.bar:
+                while progress.epoch < epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+                    self._save_checkpoint()
+                    if self.snapshots is not None:
+                        self.snapshots.after_epoch(progress.epoch)
+            if self.snapshots is not None:
+                self.snapshots.finish(progress.epoch)
+        except _Stopped as stopped:
+            self._save_checkpoint()
+            if self.snapshots is not None:
+                self.snapshots.abandon()
+            place = f"epoch {progress.epoch}, update {progress.step} of {self.updates}"
+            raise Interrupted(
+                f"{stopped}; saved after {place}: to continue, run the same command with --resume auto", stopped.signum
+            ) from stopped
+        finally:
+            if self.log is not None:
+                self.log.close()
+        self._print_end()
+
+    # One epoch
+
+    def _train_epoch(self) -> None:
+        """Does the remaining updates of an epoch."""
+        progress, run = self.state.progress, self.config.run
+        if progress.step == self.updates:  # resumed before the evaluation
+            return
+        self.job.task.train()
+        if self.config.optim.bn_eval:
+            freeze_batch_norm(self.job.model)
+        self.job.begin_epoch(progress.epoch)
+        sums = EpochSums(progress, self.distributed.device)
+        speed = _Speed(progress.images, self.distributed.size)
+        batches = self.job.train_loader.epoch(progress.epoch, progress.step * self.config.optim.grad_accum_steps)
+        try:
+            while progress.step < self.updates and self._update(batches, sums):
+                self.bar.update()
+                is_logged = progress.step % run.log_interval == 0 or progress.step == self.updates
+                is_saved = run.checkpoint_steps and progress.step % run.checkpoint_steps == 0
+                if is_logged:
+                    sums.store()
+                    self._log_step(speed.measure(progress.images))
+                if is_saved and progress.step < self.updates:
+                    sums.store()
+                    self._save_checkpoint()
+                self._check_stop(is_logged)
+        except _Stopped:
+            sums.store()
+            raise
+        if progress.images == 0:
+            raise CommandError("the training set contains no complete batch; lower --batch-size or --workers")
+        sums.store()
+        progress.step = self.updates
+        if self.distributed.size > 1:  # several processes cannot stop within an evaluation
+            self._save_checkpoint()
+
+    def _update(self, batches: Iterator[Any], sums: EpochSums) -> bool:
+        """Does one update. Returns False if the batches ended before it was complete."""
+        optim, state, job = self.config.optim, self.state, self.job
+        for micro_step in range(1, optim.grad_accum_steps + 1):
+            is_last = micro_step == optim.grad_accum_steps
+            # Within an update the state is incomplete, so only its first step can be stopped.
+            batch = self._read(batches, can_stop=micro_step == 1)
+            if batch is None:  # a stream may be shorter than its description says
+                state.optimizer.zero_grad()  # gradients of an incomplete update must not enter the next epoch
+                return False
+            with nullcontext() if is_last else job.task.no_sync():
+                result = job.step(batch, is_first=state.progress.step == 0)
+                loss = result.loss / optim.grad_accum_steps
+                clipped = job.task.get_clip_parameters(exclude_head=optim.clip_mode == "agc")
+                backward(loss, state.optimizer, optim, clipped, state.scaler, is_last)
+            sums.add(result)
+        state.progress.step += 1
+        job.task.update_ema(step=state.update)
+        if state.scheduler is not None:
+            state.scheduler.step_update(state.update)
+        return True
+
+    def _read(self, batches: Iterator[Any], can_stop: bool = True) -> Any:
+        """Returns the next batch; None at the end.
+
+        Raises:
+            _Stopped: If a signal is received and `can_stop`, even while images do not arrive.
+        """
+        try:
+            # One of several processes must not stop alone, because the others would wait for it.
+            with self.session.stop.at_once(can_stop and self.distributed.size == 1, PATIENCE_S):
+                return next(batches, None)
+        except StopNow:
+            raise _Stopped(self.session.stop) from None
+
+    def _check_stop(self, is_logged: bool) -> None:
+        """Raises _Stopped after a signal. Several processes agree on it, but only when they log, to save messages."""
+        is_stopped = bool(self.session.stop)
+        if self.distributed.size > 1:
+            is_stopped = is_logged and self.distributed.any(is_stopped)
+        if is_stopped:
+            raise _Stopped(self.session.stop)
+
+    def _finish_epoch(self) -> None:
+        """Evaluates the weights, saves them, and records the results of the epoch."""
+        state, progress, job = self.state, self.state.progress, self.job
+        row: dict[str, Any] = {"epoch": progress.epoch}
+        row |= {f"train_{name}": value for name, value in self._train_metrics().items()}
+        models: dict[str, Any] = {"eval": job.model}
+        if state.ema_model is not None:
+            models["ema"] = state.ema_model
+        for prefix, model in models.items():
+            if self.distributed.size > 1:
+                # DDP, too, uses the primary process's BatchNorm statistics in every forward pass.
+                distribute_bn(model, self.distributed.size, reduce=False)
+            metrics = job.evaluate(model, iter(partial(self._read, iter(job.val_loader)), None))
+            self._check_loss(metrics.get("loss", 0.0), f"in the validation after epoch {progress.epoch + 1}")
+            row |= {f"{prefix}_{name}": value for name, value in metrics.items()}
+        if state.scheduler is not None:
+            state.scheduler.step(progress.epoch + 1, row[f"eval_{job.best_metric}"])
+        row["lr"] = current_lr(state.optimizer)
+
+        best = max(models, key=lambda prefix: row[f"{prefix}_{job.best_metric}"])
+        best_value = row[f"{best}_{job.best_metric}"]
+        is_best = best_value > progress.best[1]
+        if self.distributed.is_primary:
+            for prefix, model in models.items():
+                self._save_weights(model, "last_ema" if prefix == "ema" else "last", prefix, row)
+            if is_best:
+                self._save_weights(models[best], "best", best, row)
+        if is_best:
+            progress.best = [progress.epoch, best_value, "EMA" if best == "ema" else ""]
+        progress.history.append(row)
+        progress.epoch += 1
+        progress.begin_epoch()
+        if self.log is not None:
+            self.log.epoch(state.update, progress.history)
+            self.bar.write(self._describe_epoch(row), file=sys.stdout)
+
+    # Metrics
+
+    def _train_metrics(self) -> dict[str, float]:
+        """Returns mean loss and percentages of the epoch so far, over all processes."""
+        progress, device = self.state.progress, self.distributed.device
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        values = [progress.loss_sum, *progress.counts.values(), progress.images]
+        loss_sum, *counts, images = self.distributed.sum(torch.tensor(values, dtype=dtype, device=device)).tolist()
+        metrics = {"loss": loss_sum / images}
+        for name, value in zip(progress.counts, counts, strict=True):
+            metrics[self.job.counts[name]] = 100 * value / images
+        self._check_loss(metrics["loss"], f"in epoch {progress.epoch + 1}, at or before step {progress.step}")
+        return metrics
+
+    def _check_loss(self, loss: float, when: str) -> None:
+        if not math.isfinite(loss):
+            raise CommandError(
+                f"the loss became {loss} {when}: lower --lr (it is {self.config.optim.lr:g}), increase "
+                "--warmup-epochs, or pass --clip-grad 1"
+            )
+
+    def _log_step(self, images_per_second: float) -> None:
+        progress, metrics = self.state.progress, self._train_metrics()
+        self.bar.set_postfix_str(
+            f"epoch {progress.epoch + 1}/{self.config.optim.epochs}, {self._format(metrics, digits=1)}, "
+            f"{images_per_second:.0f} images/s",
+            refresh=False,
+        )
+        if self.log is not None:
+            values = {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                **metrics,
+                "lr": current_lr(self.state.optimizer),
+                "images_per_second": images_per_second,
+            }
+            self.log.step(self.state.update, values)
+
+    def _format(self, metrics: Mapping[str, float], prefix: str = "", digits: int = 2) -> str:
+        parts = [f"loss {metrics[f'{prefix}loss']:.4f}"] if f"{prefix}loss" in metrics else []
+        parts += [
+            f"{title} {metrics[prefix + name]:.{digits}f} %"
+            for name, title in self.job.titles.items()
+            if prefix + name in metrics
+        ]
+        return ", ".join(parts)
+
+    def _describe_epoch(self, row: dict[str, Any]) -> str:
+        ema = f" (EMA {row[f'ema_{self.job.best_metric}']:.2f} %)" if f"ema_{self.job.best_metric}" in row else ""
+        return (
+            f"epoch {row['epoch'] + 1}/{self.config.optim.epochs}: training {self._format(row, 'train_')}; validation "
+            f"{self._format(row, 'eval_')}{ema}"
+        )
+
+    # Files
+
+    def _open_records(self) -> None:
+        """Writes the recipe, and opens the log and the uploads, in the primary process."""
+        if not self.distributed.is_primary:
+            return
+        run, state, progress = self.config.run, self.state, self.state.progress
+        write_recipe(self.folder, to_recipe(self.config))
+        self.log = RunLog(
+            self.folder,
+            titles=self.job.titles,
+            tensorboard=run.log_tensorboard,
+            wandb_project=run.wandb_project if run.log_wandb else None,
+            config=to_recipe(self.config),
+            wandb_id=progress.wandb_id,
+            start_update=state.update,
+        )
+        progress.wandb_id = self.log.wandb_id
+        self.log.event(
+            "resume" if progress.epoch or progress.step else "start",
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "processes": self.distributed.size,
+                "torch": torch.__version__,
+            },
+        )
+        if state.changes:
+            self.log.event("changed_data", {"changes": state.changes})
+        if state.former_epochs is not None:
+            lr = current_lr(state.optimizer)
+            self.log.event("epochs", {"from": state.former_epochs, "to": self.config.optim.epochs, "lr": lr})
+        if run.repo_id:
+            self.snapshots = self._create_snapshots(self.log.event)
+
+    def _create_snapshots(self, event: Callable[[str, dict[str, Any]], None]) -> Snapshots:
+        run = self.config.run
+        options: Any = (run.repo_id, run.hub_every, self.folder, run.hub_private)
+        return Snapshots(*options, event=event, is_stopped=lambda: bool(self.session.stop))
+
+    def _save_checkpoint(self) -> None:
+        """Writes a checkpoint. Every process must call this."""
+        state = self.state.state_dict()
+        if self.distributed.is_primary:
+            self.checkpoints.save(state, self.state.progress.epoch, self.state.progress.step)
+
+    def _save_weights(self, model: nn.Module, name: str, prefix: str, row: dict[str, Any]) -> None:
+        """Replaces saved weights atomically.
+
+        Raises:
+            CommandError: If they cannot be written. Earlier weights and checkpoints are kept.
+        """
+        value = float(row[f"{prefix}_{self.job.best_metric}"])
+        saved = SavedWeights(row["epoch"] + 1, prefix == "ema", name == "best", value)
+        folder = self.folder / name
+        fresh = folder.with_name(f"{name}.tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            self.job.save(model, fresh, saved)
+            atomic_replace_dir(fresh, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise CommandError(
+                f"cannot write the weights to {folder}: {reason(error)}; earlier weights and checkpoints are kept: "
+                "free some space, then run the same command with --resume auto"
+            ) from error
+
+    # Messages
+
+    def _print_start(self) -> None:
+        size, device = self.distributed.size, self.distributed.device.type
+        self.distributed.print_primary(
+            f"{self.job.description}, on {f'{size} x {device}' if size > 1 else device}; results in {self.folder}"
+        )
+
+    def _finish_again(self) -> None:
+        """Reports a run that was complete before this command, and uploads it if that is missing."""
+        progress, run = self.state.progress, self.config.run
+        self.distributed.print_primary(f"{self.folder} is finished: {self.config.optim.epochs} epochs are done")
+        if self.distributed.is_primary and self.state.former_epochs is not None:
+            write_recipe(self.folder, to_recipe(self.config))
+        if self.distributed.is_primary and run.repo_id:
+            # Its records do not change, so that files which are on the Hub already are not uploaded again.
+            self._create_snapshots(lambda *_: None).finish(progress.epoch)
+        self._print_best()
+
+    def _print_end(self) -> None:
+        if self.distributed.is_primary:
+            if not has_matplotlib():
+                print("no curve.png was drawn, because matplotlib is missing: pip install matplotlib")
+            bad = len(self.bad_images.names())
+            if bad:
+                print(f"{bad} images could not be read and were skipped: {self.bad_images.log}")
+        self._print_best()
+
+    def _print_best(self) -> None:
+        epoch, value, kind = self.state.progress.best
+        title = self.job.titles.get(self.job.best_metric, self.job.best_metric)
+        best = self.folder / "best"
+        self.distributed.print_primary(
+            f"best validation {title} {value:.2f} % (epoch {epoch + 1}{', ' + kind if kind else ''}); load the weights "
+            f"in {best} with:"
+        )
+        self.distributed.print_primary(self.job.usage(best))
+
+
+class _Speed:
+    """Images per second of all processes, between two calls."""
+
+    def __init__(self, images: int, processes: int) -> None:
+        self._since, self._images, self._processes = time.perf_counter(), images, processes
+
+    def measure(self, images: int) -> float:
+        """Returns the speed since the last call, given the number of this process's images."""
+        now = time.perf_counter()
+        speed = (images - self._images) * self._processes / (now - self._since)
+        self._since, self._images = now, images
+        return speed
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Puts all BatchNorm layers into evaluation mode, so that their statistics do not change."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+            module.eval()

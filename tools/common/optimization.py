@@ -1,0 +1,114 @@
+"""Optimizer, learning rate schedule and gradient clipping of a training."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
+from timm.utils import NativeScaler, dispatch_clip_grad
+from torch import nn
+
+from .cli import CommandError, reason
+from .config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, batch_size: int, processes: int) -> float:
+    """Returns the learning rate: --lr, or --lr-base scaled by the images per update.
+
+    Args:
+        config: The learning rates.
+        batch_size: Images per step and process.
+        processes: Number of processes.
+    """
+    if config.lr is not None:
+        return config.lr
+    return config.lr_base * batch_size * config.grad_accum_steps * processes / config.lr_base_size
+
+
+def create_optimizer(
+    config: OptimConfig, model: nn.Module, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Returns the optimizer and the schedule of a model. The schedule may be None.
+
+    Raises:
+        CommandError: If timm cannot create them.
+    """
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=config))
+        schedule = scheduler_kwargs(config) | {"warmup_prefix": False}
+        scheduler, _ = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates_per_epoch)
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
+        raise CommandError(
+            f"cannot create optimizer {config.opt} with schedule {config.sched}: {reason(error)}"
+        ) from error
+    return optimizer, scheduler
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Returns the learning rate, the highest of all parameter groups."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def backward(
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    clip_parameters: Iterable[nn.Parameter],
+    scaler: NativeScaler | None,
+    is_last: bool,
+) -> None:
+    """Computes gradients, and updates the weights in the last step of an update.
+
+    Args:
+        loss: Loss of this step, divided by the number of steps per update.
+        optimizer: The optimizer.
+        config: Gradient clipping.
+        clip_parameters: Parameters whose gradients are clipped.
+        scaler: Loss scaler for float16; None without it.
+        is_last: Whether this is the last step of the update.
+    """
+    parameters = None if config.clip_grad is None else list(clip_parameters)
+    if scaler is not None:
+        scaler(loss, optimizer, config.clip_grad, config.clip_mode, parameters, need_update=is_last)
+    else:
+        loss.backward()
+        if is_last:
+            if parameters is not None:
+                dispatch_clip_grad(parameters, config.clip_grad, config.clip_mode)
+            optimizer.step()
+    if is_last:
+        optimizer.zero_grad()
+
+
+def schedule_state(scheduler: Any) -> dict[str, Any] | None:
+    """Returns the state of a schedule. timm's state of a plateau schedule lacks the epochs without progress."""
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, PlateauLRScheduler):
+        return {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+    state: dict[str, Any] = scheduler.state_dict()
+    return state
+
+
+def resume_schedule(scheduler: Any, state: Any, is_same: bool, epoch: int, update: int) -> None:
+    """Loads the state of a schedule, or moves a changed schedule to the current position.
+
+    Args:
+        scheduler: The schedule; None if there is none.
+        state: State that `schedule_state` returned.
+        is_same: Whether the number of epochs and the images are those of the state.
+        epoch: Epochs done.
+        update: Updates done, over all epochs.
+    """
+    if scheduler is None:
+        return
+    # Only the plateau schedule has a state that does not follow from the position. It has no fixed end either.
+    if isinstance(scheduler, PlateauLRScheduler):
+        scheduler.restore_lr = state["restore_lr"]
+        scheduler.lr_scheduler.load_state_dict(state["plateau"])
+    elif is_same:
+        scheduler.load_state_dict(state)
+    else:  # each call does nothing if the schedule counts in the other unit
+        scheduler.step(epoch)
+        scheduler.step_update(update)
