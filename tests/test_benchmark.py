@@ -1,4 +1,4 @@
-"""tools/benchmark.py: that it measures what it says, not how fast that is."""
+"""Tests of tools/benchmark.py: what it measures, not how fast that is."""
 
 import csv
 import re
@@ -42,7 +42,7 @@ def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["workers"] for row in rows] == ["0"] * 3 + ["1"] * 3
     assert printed[0].split()[:2] == ["loader", "workers"] and len(printed) == 8
     for row in rows:
-        assert row["images"] == "16" and row["repeats"] == "2"  # whole batches; the first reading is not measured
+        assert row["images"] == "16" and row["repeats"] == "2"  # complete batches; the first epoch is not measured
         assert 0 < float(row["per_worker_min"]) <= float(row["per_worker"]) <= float(row["per_worker_max"])
         assert all(row[name] for name in ("date", "device", "cores", "torch", "torchvision", "timm"))
         if row["loader"] == "torchvision":
@@ -65,13 +65,13 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert 0.2 < float(row[share]) < 1.0
         assert float(row["gflops"]) > 0
         assert 0 < float(row["ms_min"]) <= float(row["ms"]) <= float(row["ms_max"])
-    # One image at 224 is 0.39 GMAC for stvit_pico: at 64 pixels that is 0.064 GFLOPs, without its classifier.
+    # stvit_pico has 0.39 GMAC at 224 pixels. At 64 pixels that is 0.064 GFLOPs, without its classifier.
     ours = float(rows[1]["gflops"]) * float(rows[1]["gflops_backbone"])
     assert 0.05 < ours < 0.11
 
 
 def test_kernels_without_a_gpu_counts_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    """As docs/benchmarks/gpu.md has them."""
+    """The numbers are those in docs/benchmarks/gpu.md."""
     assert benchmark.main(["kernels", "--device=cpu"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert lines.pop().startswith("no times: ")
@@ -79,7 +79,7 @@ def test_kernels_without_a_gpu_counts_bytes(capsys: pytest.CaptureFixture[str]) 
     assert [(row["stage"], row["img_size"], row["batch_size"]) for row in rows] == [
         (stage, size, batch) for size, batch in (("224", "128"), ("640", "16"), ("1280", "4")) for stage in "12"
     ]
-    # 128 maps of 56x56 pixels and 7x7 tokens of 64 channels, in and out, of two bytes.
+    # 128 feature maps of 56x56 pixels and 7x7 tokens, with 64 channels of two bytes, read and written.
     assert float(rows[0]["forward_mb"]) == pytest.approx(2 * 128 * 64 * (56**2 + 7**2) * 2 / 1e6, rel=1e-3)
     added = float(rows[0]["backward_mb"]) - float(rows[0]["forward_mb"])
     assert added == pytest.approx(2 * 128 * 9 * 56**2 * 2 / 1e6, abs=0.1)
@@ -158,7 +158,7 @@ def test_published_formulation_is_channel_first_and_holds_its_matrices() -> None
     assert max(saved) == 2 * 256**2  # two heads
 
 
-# How it is measured
+# Measuring
 
 
 def test_turns_are_taken() -> None:
@@ -214,11 +214,11 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < float(row["slowest"]) <= float(row["images_per_second"]) <= float(row["fastest"])
         assert float(row["ms_p50"]) <= float(row["ms_p90"]) <= float(row["ms_p99"])
         assert float(row["images_per_second"]) == pytest.approx(2000 / float(row["ms_p50"]), rel=0.01)
-        # What it computes, against what the matrix product reached.
+        # The achieved rate, relative to the matrix product.
         gflops = 2 * float(row["gmac"]) * float(row["images_per_second"])
         assert float(row["matrix"]) == pytest.approx(gflops / float(row["matrix_gflops"]), abs=1e-3)
         assert int(row["steps"]) >= 2
-    # ResNet-18 has 1.82 GMAC at 224 pixels (its paper: 1.8), of which all but the classifier go with the pixels.
+    # ResNet-18 has 1.82 GMAC at 224 pixels (paper: 1.8). All but the classifier are proportional to the pixels.
     assert float(rows[-1]["gmac"]) == pytest.approx(1.814 * (64 / 224) ** 2, rel=0.01)
     assert plot.read_bytes().startswith(b"\x89PNG") and "drawn to" in capsys.readouterr().out
 
@@ -245,7 +245,7 @@ def test_op_and_train(tmp_path: Path) -> None:
 
 
 def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A YOLO's model file, as a model and in training, by its own loss."""
+    """Detectors are measured in inference, and in training with their own loss."""
     table = tmp_path / "detectors.csv"
     flags = ["--models=yolo26n-stvit_pico.yaml", "--img-size=64", "--batch-size=2", "--repeats=1", "--min-seconds=0.01"]
     ways = ["--no-memory", f"--csv={table}", "--ways", "published", "eager"]

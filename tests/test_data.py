@@ -1,4 +1,4 @@
-"""The images of the tools: each kind of set, what cannot be read in it, and what a training sample depends on."""
+"""Image datasets of the commands: each kind, unreadable images, and reproducible batches."""
 
 import csv
 import io
@@ -21,13 +21,13 @@ from stvit.tools.common.data import open_images
 from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.loaders import ResumableBatchSampler, TrainLoader
 
-# Two images of the training and one of the validation, by their numbers in `digits_folder`.
+# Numbers of two training images and one validation image in `digits_folder`.
 BAD = (3, 17, 70)
 SHORT = "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=1e-3 --experiment=it".split()
 
 
 def spoil(folder: Path) -> list[Path]:
-    """Cuts the bad images short."""
+    """Truncates the bad images."""
     paths = [path for number in BAD for path in folder.rglob(f"{number:03d}.png")]
     for path in paths:
         path.write_bytes(path.read_bytes()[:60])
@@ -48,7 +48,7 @@ def as_tar(folder: Path, target: Path) -> list[str]:
 
 
 def as_shards(folder: Path, target: Path) -> list[str]:
-    """Two shards of each split, described as timm wants it."""
+    """Writes two shards of each split, with the description that timm expects."""
     info: dict[str, dict[str, object]] = {}
     for split, name in (("train", "train"), ("val", "validation")):
         paths = sorted((folder / split).rglob("*.png"))
@@ -72,7 +72,7 @@ def as_shards(folder: Path, target: Path) -> list[str]:
 
 
 def as_parquet(folder: Path, target: Path) -> list[str]:
-    """Files as `datasets` writes and the Hub holds them: bytes and name of an image, and a class label."""
+    """Writes Parquet files like those on the Hub: bytes and name of an image, and a class label."""
     import datasets
 
     names = [f"digit_{i}" for i in range(4)]
@@ -113,18 +113,18 @@ def test_bad_images_are_skipped_counted_and_named(
     (tmp_path / "made").mkdir()
     flags = [*SHORT, *KINDS[kind](own_digits_folder, tmp_path / "made"), f"--output={tmp_path}"]
 
-    # By default the first one ends the run, with its name.
+    # By default the first bad image ends the run, and the error names it.
     assert train_cls.main(flags) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: cannot read image" in error and "--max-bad-images" in error
     assert any(f"{number:03d}" in error for number in BAD)
 
-    # One too many, in whichever epoch it turns up.
+    # The third one exceeds the limit of two.
     assert train_cls.main([*flags, "--max-bad-images=2", "--experiment=two"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "2 others were skipped" in error and "and --max-bad-images is 2" in error
 
-    # The default of a run that is gone on with may be changed.
+    # A resumed run may change the limit.
     assert train_cls.main([*flags, "--max-bad-images=3", "--experiment=two", "--resume=auto"]) == 0
     printed = capsys.readouterr()
     log = tmp_path / "two/bad_images.jsonl"
@@ -133,7 +133,7 @@ def test_bad_images_are_skipped_counted_and_named(
     assert len(named) == 3 and all(entry["reason"] for entry in named)
     assert all(any(f"{number:03d}" in entry["image"] for entry in named) for number in BAD)
 
-    # 19 validation images are left, and are what counts.
+    # Only the 19 readable validation images count.
     with (tmp_path / "two/summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
@@ -149,7 +149,7 @@ def test_whole_images_of_each_kind(kind: str, digits_folder: Path, tmp_path: Pat
     assert train_cls.main(flags) == 0
     config = json.loads((tmp_path / "it/best/config.json").read_text())
     assert config["num_classes"] == 4
-    if kind != "wds":  # shards do not know the names
+    if kind != "wds":  # shards have no class names
         assert config["label_names"] == [f"digit_{i}" for i in range(4)]
     assert not (tmp_path / "it/bad_images.jsonl").exists()
 
@@ -168,7 +168,7 @@ def test_hub_dataset_in_a_process_of_its_own(digits_folder: Path, tmp_path: Path
 
 
 def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
-    """What a full disk leaves: the line does not count, and the next one does not join it."""
+    """An incomplete line, left by a full disk, does not count and is removed."""
     log = tmp_path / "bad_images.jsonl"
     bad_images = BadImages(3, log)
     bad_images.add("a", "empty")
@@ -180,7 +180,7 @@ def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["no JSON\n", "[]\n", "{}\n", "\xff\n"])
 def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
-    """The log is part of a run on the Hub, so that anybody may have written it."""
+    """The log is downloaded with a run, so that anybody may have written it."""
     log = tmp_path / "bad_images.jsonl"
     log.write_text(text, encoding="latin-1")
     with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images again"):
@@ -188,7 +188,7 @@ def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
 
 
 def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As where a disk is gone: it is not the images' fault."""
+    """Many unreadable images in a row are an error, as when a disk is disconnected."""
     for path in (own_digits_folder / "train").rglob("*.png"):
         path.write_bytes(b"")
     flags = [*SHORT, f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--max-bad-images=1000"]
@@ -214,7 +214,7 @@ def test_shard_that_is_cut_short(digits_folder: Path, tmp_path: Path, capsys: py
     assert "error: cannot read a shard" in capsys.readouterr().err.splitlines()[-1]
 
 
-# What a training sample depends on
+# Reproducible batches
 
 
 def loader(folder: Path, *flags: str) -> TrainLoader:
@@ -244,7 +244,7 @@ def test_samples_depend_on_seed_epoch_and_place_alone(digits_folder: Path) -> No
 
 @pytest.mark.parametrize("kind", ["tar", "wds"])
 def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path) -> None:
-    """From the middle of a tar and of shards, which can only be read from their beginning."""
+    """A run resumes in the middle of a tar, and of shards, which are read from their beginning."""
     (tmp_path / "made").mkdir()
     flags = [*SHORT, *KINDS[kind](digits_folder, tmp_path / "made"), f"--output={tmp_path}", "--batch-size=10"]
     flags += ["--checkpoint-steps=2", "--resume=auto"]
@@ -269,7 +269,7 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
     assert indices[0::3] == indices[1::3] == indices[2::3] and len(set(indices)) == 20
     images = next(iter(loader(digits_folder, "--aug-repeats=3").epoch(0)))[0]
     assert not torch.equal(images[0], images[1])
-    # Several processes get the views of one image each.
+    # Each process gets one view of an image.
     shares = [
         list(ResumableBatchSampler(60, 4, Distributed(torch.device("cpu"), rank, 3), repeats=3)) for rank in range(3)
     ]
@@ -279,7 +279,7 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
 
 
 def test_processes_and_steps_share_an_update_alike() -> None:
-    """What one process sees in an update is what several see together, and what several steps of it see."""
+    """An update has the same images with one process, several processes, and several steps."""
     one = list(ResumableBatchSampler(100, 24, Distributed(torch.device("cpu"))))
     shares = [list(ResumableBatchSampler(100, 8, Distributed(torch.device("cpu"), rank, 3))) for rank in range(3)]
     steps = list(ResumableBatchSampler(100, 6, Distributed(torch.device("cpu")), accum_steps=4))
@@ -290,11 +290,11 @@ def test_processes_and_steps_share_an_update_alike() -> None:
 
 
 def test_a_stream_that_ends_within_an_update_leaves_no_gradients(own_digits_folder: Path, tmp_path: Path) -> None:
-    """The gradients of an update that is not whole stay out of the first update of the next epoch."""
+    """Gradients of an incomplete update do not enter the next epoch."""
     (tmp_path / "made").mkdir()
     flags = as_shards(own_digits_folder, tmp_path / "made")
     info = json.loads((tmp_path / "made/_info.json").read_text())
-    # Two workers and one shard: the second worker has no images, and the stream ends after half of its length.
+    # Two workers share one shard. The second has no images, so the stream ends after half of its length.
     info["splits"]["train"] |= {"filenames": ["train-000000.tar"], "shard_lengths": [60]}
     (tmp_path / "made/_info.json").write_text(json.dumps(info))
     held: list[bool] = []
@@ -309,5 +309,5 @@ def test_a_stream_that_ends_within_an_update_leaves_no_gradients(own_digits_fold
         assert train_cls.main([*SHORT, *flags, *more]) == 0
     finally:
         hook.remove()
-    # An update of two batches, and a batch of the next update, in each of the two epochs.
+    # Each of the two epochs has one update of two batches, and one batch of an incomplete update.
     assert held == 2 * [False, True, False]

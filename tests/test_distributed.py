@@ -1,4 +1,4 @@
-"""Several real processes, which torchrun starts and gloo connects, beside one process."""
+"""Training with several processes (torchrun, gloo), compared with one process."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ from stvit.tools.common.cli import CommandError
 from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.engine import check_config
 
-# 203 and 101 images: no number of processes or images of a batch divides them.
+# No number of processes and no batch size divides these numbers of images.
 TRAIN, VAL = 203, 101
 RUN = (
     "--model=test_stvit --img-size=32 --in-chans=1 --workers=1 --epochs=2 --lr=2e-3 --warmup-epochs=0 "
@@ -42,7 +42,7 @@ def command(processes: int) -> list[str]:
 
 
 def train_on_two_machines(folder: Path, data: Path, *flags: str) -> Path:
-    """Two launchers, as on two machines, of one process each."""
+    """Trains with two launchers of one process each, as on two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +61,7 @@ def train_on_two_machines(folder: Path, data: Path, *flags: str) -> Path:
 
 
 def train(processes: int, folder: Path, data: Path, *flags: str) -> Path:
-    """Trains, and returns the run's folder."""
+    """Trains, and returns the run directory."""
     line = [*command(processes), *RUN, f"--data-dir={data}", f"--output={folder.parent}", f"--experiment={folder.name}"]
     result = subprocess.run([*line, *flags], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
@@ -80,7 +80,7 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_result_does_not_depend_on_how_the_batch_is_split(digits_folder: Path, tmp_path: Path) -> None:
-    """One process with 2n images, two with n, and two steps of n: BatchNorm frozen, in float64."""
+    """Compares one process with 2n images, two processes with n, and two steps of n, in float64."""
     frozen = [
         "--bn-eval",
         "--model-dtype=float64",
@@ -96,14 +96,14 @@ def test_result_does_not_depend_on_how_the_batch_is_split(digits_folder: Path, t
     for other in (two, steps):
         for row, wanted in zip(read_summary(other), read_summary(one), strict=True):
             assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-9)
-            assert row == pytest.approx(wanted, rel=1e-6)  # timm sums a validation's loss in float32
+            assert row == pytest.approx(wanted, rel=1e-6)  # timm sums the validation loss in float32
         for name in ("last", "last_ema"):
             for key, value in weights(one, name).items():
                 torch.testing.assert_close(weights(other, name)[key], value, rtol=1e-8, atol=1e-10)
     losses = [row["train_loss"] for row in read_summary(one)]
-    assert losses[0] - losses[-1] > 1e-2, losses  # it does learn
+    assert losses[0] - losses[-1] > 1e-2, losses  # the model learns
 
-    # Of two processes one speaks, in the same words.
+    # Only one of two processes prints, and the same text.
     said = [(folder / "stdout").read_text().replace(str(folder), "") for folder in (one, two)]
     assert said[0].splitlines()[1:] == said[1].splitlines()[1:]
     assert "on cpu" in said[0].splitlines()[0] and "on 2 x cpu" in said[1].splitlines()[0]
@@ -111,7 +111,7 @@ def test_result_does_not_depend_on_how_the_batch_is_split(digits_folder: Path, t
 
 @pytest.mark.long
 def test_evaluation_counts_each_image_once(digits_folder: Path, tmp_path: Path) -> None:
-    """With a learning rate of zero all evaluate the same weights; 101 images are no multiple of anything."""
+    """With a learning rate of 0, all numbers of processes evaluate the same weights."""
     still = ["--lr=0", "--min-lr=0", "--bn-eval", "--batch-size=8", "--epochs=1", "--weight-decay=0"]
     rows = []
     for processes, batch in ((1, 101), (2, 7), (3, 10)):
@@ -134,7 +134,7 @@ def test_killed_and_resumed_processes_are_the_same_run(digits_folder: Path, tmp_
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    # torchrun gives each of its processes a session of its own; without it they lose each other.
+    # torchrun starts each process in its own session. They end when they lose the connection.
     process.wait()
     deadline = time.monotonic() + 120
     while subprocess.run(["pgrep", "-f", "experiment=killed"], capture_output=True).stdout:
@@ -147,7 +147,7 @@ def test_killed_and_resumed_processes_are_the_same_run(digits_folder: Path, tmp_
 
 
 def test_signal_to_the_launcher_saves(digits_folder: Path, tmp_path: Path) -> None:
-    """torchrun hands SIGTERM on to its processes, and they agree where to stop."""
+    """torchrun forwards SIGTERM to its processes, and they stop at the same update."""
     flags = ["--batch-size=16", "--workers=1", "--epochs=60", "--checkpoint-steps=0", "--resume=auto"]
     line = [*command(2), *RUN, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--experiment=it", *flags]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -175,7 +175,7 @@ def test_batch_norm_over_processes_needs_gpus() -> None:
 def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: Path) -> None:
     flags = ["--bn-eval", "--model-dtype=float64", "--checkpoint-steps=4", "--workers=0", "--resume=auto", "--epochs=2"]
     whole = train(2, tmp_path / "whole", digits_folder, *flags, "--batch-size=16")
-    for path in (whole / "checkpoints").glob("00002-*"):  # as if it had ended before
+    for path in (whole / "checkpoints").glob("00002-*"):  # as if the run had ended earlier
         path.unlink()
     other = train(1, whole, digits_folder, *flags, "--batch-size=16", "--grad-accum-steps=2")
     said = (other / "stdout").read_text()
@@ -186,12 +186,12 @@ def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: 
 @pytest.mark.long
 def test_image_that_one_process_cannot_read(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> None:
     data = write_digits(tmp_path / "data", 60, 20)
-    bad = sorted((data / "val").rglob("*.png"))[1]  # the second one is the second process's
+    bad = sorted((data / "val").rglob("*.png"))[1]  # the second process reads the second image
     bad.write_bytes(b"")
     line = [*command(2), *RUN, f"--data-dir={data}", f"--output={tmp_path}", "--batch-size=16", "--experiment=it"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
-    # Behind the progress bar of the first process, maybe.
+    # It may follow the progress bar of the first process in a line.
     said = [text.split("error: ", 1)[1] for text in result.stderr.splitlines() if "error: " in text]
     assert any(text.startswith(f"process 1: cannot read image {bad}") for text in said), result.stderr
     assert all("cannot read image" in text or "another process of the run ended" in text for text in said)

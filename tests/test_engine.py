@@ -13,9 +13,10 @@ from timm.task import TrainingTask
 from torch import nn
 
 from stvit.tools.common.cli import Interrupted
-from stvit.tools.common.config import AugmentConfig, DataConfig, OptimConfig, RunConfig, TrainDeviceConfig
+from stvit.tools.common.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainDeviceConfig
 from stvit.tools.common.data import open_images
 from stvit.tools.common.engine import Engine, check_config, open_session, prepare_model
+from stvit.tools.common.flags import section
 from stvit.tools.common.job import Job, SavedWeights, StepResult
 from stvit.tools.common.loaders import TrainLoader, create_val_loader
 
@@ -24,10 +25,11 @@ DATA_CONFIG = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "interpol
 
 @dataclass
 class Config:
-    data: DataConfig
-    optim: OptimConfig
-    device: TrainDeviceConfig
-    run: RunConfig
+    data: DataConfig = section("data", DataConfig)
+    model: ModelConfig = section("model", ModelConfig)
+    optim: OptimConfig = section("optimizer", OptimConfig)
+    device: TrainDeviceConfig = section("device", TrainDeviceConfig)
+    run: RunConfig = section("run", RunConfig)
 
 
 class Regression(TrainingTask):
@@ -89,10 +91,12 @@ Train = Callable[..., Brightness]
 def train(tmp_path: Path) -> Train:
     def train(name: str, epochs: int, stop_in: int | None = None) -> Brightness:
         config = Config(
-            DataConfig(dataset="sklearn/digits", batch_size=128, workers=0),
-            OptimConfig(epochs=epochs, lr=1e-2, warmup_epochs=0, sched="constant", model_ema=True, model_ema_decay=0.5),
-            TrainDeviceConfig(device="cpu"),
-            RunConfig(output=str(tmp_path), experiment=name, resume="auto", checkpoint_steps=5),
+            data=DataConfig(dataset="sklearn/digits", batch_size=128, workers=0),
+            optim=OptimConfig(
+                epochs=epochs, lr=1e-2, warmup_epochs=0, sched="constant", model_ema=True, model_ema_decay=0.5
+            ),
+            device=TrainDeviceConfig(device="cpu"),
+            run=RunConfig(output=str(tmp_path), experiment=name, resume="auto", checkpoint_steps=5),
         )
         with open_session(config) as session:
             with session.preparing():

@@ -375,7 +375,7 @@ def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.Ca
             "is not a folder: create it first",
         ),
         ([checkpoint, f"--output={tmp_path / 'a_file/it.onnx'}"], "create it first"),
-        ([checkpoint, "--dataset=sklearn/digits"], "the model does not know the class '0' of the images"),
+        ([checkpoint, "--dataset=sklearn/digits"], "the model has no class '0', which is in the dataset"),
         ([checkpoint, "--dataset=sklearn/digits", "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
     ):
         output = [] if any(flag.startswith("--output") for flag in flags) else [f"--output={tmp_path / 'it'}"]

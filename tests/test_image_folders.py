@@ -1,4 +1,4 @@
-"""Image folders and archives: every format is used, what is ignored is said, and class numbers do not depend on it."""
+"""Image folders and archives: supported formats, ignored files, and class numbers."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from stvit.tools.common.loaders import create_val_loader
 
 CPU = Distributed(torch.device("cpu"))
 CLASSES = ["class2", "class10"]  # in natural order
-# Folders and files of other programs, and those that are no images.
+# Files in folders of other programs.
 FOREIGN = [
     ".git/config.png",
     ".ipynb_checkpoints/0-checkpoint.png",
@@ -46,7 +46,7 @@ def image(number: int, side: int = 16) -> Image.Image:
 
 
 def write_split(folder: Path) -> list[str]:
-    """Writes an image with each suffix of each class, in lower and upper case; returns their paths."""
+    """Writes an image with each suffix in each class, in lower and upper case. Returns their paths."""
     names = []
     for number, name in enumerate(f"{kind}/{suffix[1:]}{suffix}" for kind in CLASSES for suffix in SUFFIXES):
         for path in (folder / name, folder / f"{name[:-4]}{name[-4:].upper()}"):
@@ -106,7 +106,7 @@ def test_every_format_and_nothing_else(kind: str, tmp_path: Path) -> None:
 
 
 def test_commands_say_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training and validation use all images, and the same numbers with and without other programs' folders."""
+    """Training and validation count all images, and print once what they ignore."""
     for split in ("train", "val"):
         count = len(write_split(tmp_path / split))
     (tmp_path / "train/class2/.ipynb_checkpoints").mkdir()
@@ -150,7 +150,7 @@ def open_of(*flags: str) -> Images:
 
 
 def read_all(flags: list[str]) -> list[bytes]:
-    """The pixels of the validation images, in order, and no training image that is unreadable."""
+    """Returns the pixels of the validation images, in order."""
     data = config_of(*flags).data
     images = open_images(data, CPU)
     data_config = {
@@ -165,7 +165,7 @@ def read_all(flags: list[str]) -> list[bytes]:
 
 
 def write_shards(folder: Path, splits: dict[str, list[tuple[str, bytes, int]]]) -> list[str]:
-    """Writes a shard of each split, of suffixes, contents and class numbers; returns the flags that name the set."""
+    """Writes a shard of each split, from suffixes, contents and class numbers. Returns the flags to open them."""
     info = {}
     for split, files in splits.items():
         with tarfile.open(folder / f"{split}.tar", "w") as tar:
@@ -186,7 +186,7 @@ KINDS = ["folder", "tar", "torch/image_folder", "hfds", "wds"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_set_opens_its_images_alike(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 bits, orientation and transparency, of every reader."""
+    """Each kind of dataset handles 16 bits, orientation and transparency."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     deep = Image.fromarray(gray.astype(np.uint16) << 8)
@@ -265,7 +265,7 @@ def test_float_and_damaged_images_follow_the_rule(kind: str, limit: int, tmp_pat
 
 
 def test_special_files_and_links(tmp_path: Path) -> None:
-    """A pipe would be waited for, a link to a folder above followed without end; a broken link is a bad image."""
+    """Pipes and links to parent folders are ignored. A broken link is a bad image."""
     image(0).save(tmp_path / "kept.png")
     root = tmp_path / "in"
     (root / "class2").mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_special_files_and_links(tmp_path: Path) -> None:
 
 
 def test_classes_with_one_natural_key_keep_their_numbers(tmp_path: Path) -> None:
-    """timm's order of such names is that of a set, another one in each process."""
+    """timm's order of such names is that of a Python set, which differs between processes."""
     names = ["a01", "a1", "A1", "a001", "A01", "b²", "²"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -293,7 +293,7 @@ def test_classes_with_one_natural_key_keep_their_numbers(tmp_path: Path) -> None
 
 
 def test_archives_within_an_archive_and_second_names(tmp_path: Path) -> None:
-    """As ImageNet's training images come: an archive of one archive for each class; a hard link is an image, too."""
+    """ImageNet's training archive contains an archive for each class. Hard links are images, too."""
     for number, name in enumerate(CLASSES):
         folder = tmp_path / "in" / name
         folder.mkdir(parents=True)
@@ -344,7 +344,7 @@ def test_damaged_and_compressed_archives_are_refused(tmp_path: Path) -> None:
         tar.add(ASSETS / "bus.jpg", "class2/bus.jpg")
     damaged = bytearray(whole)
     second = whole.index(b"class2/zidane.jpg")
-    damaged[second : second + 512] = bytes(range(256)) * 2  # which tarfile takes for the end
+    damaged[second : second + 512] = bytes(range(256)) * 2  # tarfile treats it as the end
     for content in (whole[:20_000], b"", b"x" * 3000, bytes(damaged), (tmp_path / "packed.tar").read_bytes()):
         (tmp_path / "train.tar").write_bytes(content)
         with pytest.raises(CommandError, match=r"cannot read the archive .*a complete, uncompressed tar file"):

@@ -1,4 +1,4 @@
-"""What a run writes down: by real runs of tools/train_cls.py, read back by the programs it is meant for."""
+"""Records of real runs of tools/train_cls.py, read by the programs that they are for."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def train(output: Path, data: Path, *flags: str) -> Path:
 
 
 def forget_the_end(folder: Path) -> None:
-    """As if the run had been killed after update 3 of the second epoch."""
+    """Makes a run look as if it had been killed after update 3 of the second epoch."""
     newest = sorted((folder / "checkpoints").glob("*.pt"))[-1]
     assert newest.name == "00002-00000000.pt"
     newest.unlink()
@@ -56,7 +56,7 @@ def test_json_lines(digits_folder: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard(digits_folder: Path, tmp_path: Path) -> None:
-    """Read back by TensorBoard; what a resumed run repeats stands there once."""
+    """TensorBoard shows updates that a resumed run repeats only once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = train(tmp_path, digits_folder, "--log-tensorboard")
@@ -78,7 +78,7 @@ def test_wandb_offline(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.
     forget_the_end(folder)
     train(tmp_path, digits_folder, "--log-wandb", "--wandb-project=digits")
     runs = list(folder.glob("wandb/offline-run-*"))
-    # Gone on with, not begun anew.
+    # The second run resumes the first one.
     assert len(runs) == 2 and len({path.name.rsplit("-", 1)[-1] for path in runs}) == 1
     (record,) = first.glob("*.wandb")
     content = record.read_bytes()
@@ -118,7 +118,7 @@ def test_curve_shows_what_was_measured(tmp_path: Path) -> None:
         left, right = (0, 0, 600, 480), (600, 0, 1200, 480)
         assert a.crop(left).tobytes() == b.crop(left).tobytes()  # the loss is the same
         assert a.crop(right).tobytes() != b.crop(right).tobytes()
-    # What is not finite, or has no numbers yet, is no reason to fail.
+    # Infinite values do not fail.
     assert plot_history([{**history[0], "eval_loss": math.inf}], tmp_path / "c.png", titles)
 
 

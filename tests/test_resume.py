@@ -1,4 +1,4 @@
-"""Real training processes, ended by signals, damage and full disks: what the same command then makes of it."""
+"""Resuming real training processes after signals, kills, damaged files and full disks."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from stvit.tools.common import engine
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.cli import CommandError
 
-# All that has a state: workers, accumulation, every random augmentation, dropout, EMA, a schedule by updates.
+# Everything with a state: workers, accumulation, all random augmentations, dropout, EMA, a schedule by updates.
 EPOCHS, UPDATES = 3, 22
 RUN = (
     "--model=test_stvit --img-size=32 --dataset=sklearn/digits --in-chans=1 --workers=2 --batch-size=32 "
@@ -41,7 +41,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def finish(folder: Path, *flags: str) -> str:
-    """Runs the command to its end, and returns what it printed."""
+    """Runs the command to its end, and returns its output."""
     process = start(folder, *flags)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
@@ -54,7 +54,7 @@ def updates_logged(folder: Path) -> int:
 
 
 def wait_for_updates(process: subprocess.Popen[str], folder: Path, updates: int) -> None:
-    """Waits until the process has done so many more updates."""
+    """Waits until the process has done this number of additional updates."""
     goal = updates_logged(folder) + updates
     while updates_logged(folder) < goal:
         assert process.poll() is None, process.communicate()[0]
@@ -62,7 +62,7 @@ def wait_for_updates(process: subprocess.Popen[str], folder: Path, updates: int)
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves but its logs, which say when things happened."""
+    """Returns all results of a run except its logs, which contain times."""
     files = ("model.safetensors", "config.json")
     names = [f"{model}/{file}" for model in ("best", "last", "last_ema") for file in files]
     return {name: (folder / "it" / name).read_bytes() for name in [*names, "summary.csv"]}
@@ -81,14 +81,14 @@ def same(a: Any, b: Any) -> bool:
 def assert_same_run(folder: Path, reference: Path) -> None:
     ours, wanted = results(folder), results(reference)
     assert [name for name in wanted if ours[name] != wanted[name]] == []
-    # Optimizer, schedule and random states too.
+    # Also optimizer, schedule and random states.
     last = f"it/checkpoints/{EPOCHS:05d}-00000000.pt"
     assert same(load_checkpoint(folder / last), load_checkpoint(reference / last))
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts, which did begin although there was nothing to go on from."""
+    """An uninterrupted run. It also shows that --resume auto starts a run if there is none."""
     folder = tmp_path_factory.mktemp("reference")
     out = finish(folder)
     assert "resuming" not in out
@@ -97,7 +97,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run killed in the middle, for tests to take copies of."""
+    """A run that was killed in the middle. Tests work on copies of it."""
     folder = tmp_path_factory.mktemp("halfway")
     process = start(folder)
     wait_for_updates(process, folder, UPDATES + 10)
@@ -120,7 +120,7 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
     resumed = set()
     for i in range(times):
         process = start(tmp_path)
-        # At first not before there is something to go on from: a checkpoint after four updates.
+        # The first kill waits for the first checkpoint, after four updates.
         wait_for_updates(process, tmp_path, moments.randint(1 if i else 5, 9))
         time.sleep(moments.uniform(0.0, 0.05))
         process.kill()
@@ -129,7 +129,7 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
         resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
     out = finish(tmp_path)
     resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
-    # From the middle of epochs, not their ends alone.
+    # Some resumes were in the middle of an epoch.
     assert any(" and 0 updates" not in line for line in resumed), resumed
     assert_same_run(tmp_path, reference)
 
@@ -158,7 +158,7 @@ def test_signal_saves_and_says_how_to_go_on(
 def test_mixed_precision_goes_on_with_its_scale(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float16 scales the loss by what it has learned of its size: here at first too much, and updates are skipped."""
+    """The loss scaler of float16 begins with too high a scale, skips updates, and lowers the scale."""
 
     def scale_too_much(device: str) -> NativeScaler:
         scaler = NativeScaler(device)
@@ -177,7 +177,7 @@ def test_mixed_precision_goes_on_with_its_scale(
     end.unlink()
     assert train_cls.main(flags) == 0
     assert weights.read_bytes() == whole
-    # Without the scale it would be another run.
+    # Another scale gives another run.
     state = load_checkpoint(middle)
     torch.save(state | {"scaler": state["scaler"] | {"scale": 2.0**40}}, middle)
     end.unlink()
@@ -212,7 +212,7 @@ def test_damaged_checkpoint_is_named(kind: str, killed: Path, capsys: pytest.Cap
 def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> None:
     newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
     damage(newest, "flipped")
-    # The path of the run's folder counts, whatever the experiment is called now.
+    # The path of the run directory has priority over --experiment.
     out = finish(killed, f"--resume={killed / 'it'}", "--experiment=other")
     assert f"warning: checkpoint {newest} is damaged" in out
     assert_same_run(killed, reference)
@@ -220,7 +220,7 @@ def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> No
 
 @pytest.mark.long
 def test_torn_files_beside_the_checkpoints_do_no_harm(killed: Path, reference: Path) -> None:
-    """What a kill in the middle of a write leaves: half a temporary file, half a line."""
+    """A kill in the middle of a write leaves half a temporary file and half a line."""
     checkpoints = killed / "it/checkpoints"
     (checkpoints / "00003-00000000.pt.tmp").write_bytes(b"PK\x03\x04")
     with (killed / "it/log.jsonl").open("a") as log:
@@ -239,7 +239,7 @@ def test_all_checkpoints_damaged(killed: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.long
 def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
-    """A limit on the size of files stands for it: a write fails in the middle."""
+    """A limit on file sizes makes a write fail in the middle."""
     before = set(Checkpoints(killed / "it/checkpoints").paths())
     process = start(killed)
     wait_for_updates(process, killed, 1)
@@ -258,7 +258,7 @@ def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
 
 @pytest.mark.long
 def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> None:
-    """The weights of an epoch are written whole or not at all, and the run goes on from the checkpoint before."""
+    """Weights are written completely or not at all, and the run resumes from the previous checkpoint."""
     before = results(killed)
     process = start(killed, "--checkpoint-steps=0")
     wait_for_updates(process, killed, 1)
@@ -294,7 +294,7 @@ def test_resume_by_the_path_of_a_file(killed: Path, reference: Path) -> None:
 
 @pytest.mark.long
 def test_auto_finds_the_run_without_its_name(killed: Path, reference: Path) -> None:
-    # The recipe that the run wrote, without the name of the run.
+    # The recipe that the run wrote, without its name.
     recipe = yaml.safe_load((killed / "it/config.yaml").read_text())
     del recipe["experiment"]
     (killed / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -345,19 +345,19 @@ def test_an_extended_run_has_the_learning_rates_of_a_longer_run(
 
 @pytest.mark.long
 def test_a_plateau_is_remembered(digits_folder: Path, tmp_path: Path) -> None:
-    """The epochs without progress before the interruption count."""
+    """Epochs without progress before the interruption count."""
     flags = [*SHORT, f"--data-dir={digits_folder}", "--sched=plateau", "--warmup-epochs=0"]
     flags += ["--opt=sgd", "--lr=1e-7", "--min-lr=1e-9", "--no-aug", "--checkpoint-steps=0", f"--output={tmp_path}"]
     assert train_cls.main([*flags, "--epochs=14", "--experiment=whole"]) == 0
     for epochs in (6, 14):
         assert train_cls.main([*flags, f"--epochs={epochs}", "--experiment=extended"]) == 0
     whole, extended = ([row["lr"] for row in rows(tmp_path / name)] for name in ("whole", "extended"))
-    assert len(set(whole)) > 1  # the rate has dropped
+    assert len(set(whole)) > 1  # the schedule has reduced the learning rate
     assert extended == whole
 
 
 def rates(folder: Path) -> list[float]:
-    """The learning rate that each update was followed by."""
+    """Returns the learning rate after each update."""
     lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["lr"] for line in lines if line["event"] == "train"]
 
@@ -371,7 +371,7 @@ def test_a_finished_run_is_extended(digits_folder: Path, tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert "extending the run from 1 to 3 epochs: the learning rate continues at 0.0007525 " in out
     assert "with the cosine schedule for 1 epochs it was 1e-05" in out
-    # One run, of which nothing shows that it was done in two parts.
+    # The results are those of one run.
     summary = rows(tmp_path / "it")
     assert summary[:1] == first and [row["epoch"] for row in summary] == ["0", "1", "2"]
     assert yaml.safe_load((tmp_path / "it/config.yaml").read_text(encoding="utf-8"))["epochs"] == 3
@@ -379,7 +379,7 @@ def test_a_finished_run_is_extended(digits_folder: Path, tmp_path: Path, capsys:
     details = json.loads((tmp_path / "it/best/config.json").read_text(encoding="utf-8"))["stvit"]
     assert f"after epoch {int(best['epoch']) + 1}" in details["weights"]
     assert details["metrics"][0]["value"] == pytest.approx(float(best["eval_top1"]))
-    # The same command again has nothing to do; fewer epochs than are done cannot be.
+    # The same command again has nothing to do. Fewer epochs than are done are an error.
     assert train_cls.main([*flags, "--epochs=3"]) == 0
     assert "is finished: 3 epochs are done" in capsys.readouterr().out
     assert train_cls.main([*flags, "--epochs=2"]) == 1
@@ -393,7 +393,7 @@ def test_a_run_in_the_middle_is_extended_and_shortened(
     flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}", "--experiment=it", "--warmup-epochs=0"]
     assert train_cls.main([*flags, "--epochs=2"]) == 0
     end = tmp_path / "it/checkpoints/00002-00000000.pt"
-    end.unlink()  # 1 epoch and 2 of 3 updates are left
+    end.unlink()  # now 1 epoch and 2 of 3 updates are done
     capsys.readouterr()
     assert train_cls.main([*flags, "--epochs=1"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -401,7 +401,7 @@ def test_a_run_in_the_middle_is_extended_and_shortened(
     assert train_cls.main([*flags, "--epochs=3"]) == 0
     assert "extending the run from 2 to 3 epochs" in capsys.readouterr().out
     assert len(rows(tmp_path / "it")) == 3
-    # The run stopped at the end of its second epoch, and three were planned: now two are enough.
+    # Three epochs were planned. Now the run stopped at the end of the second, and four are planned.
     state = load_checkpoint(tmp_path / "it/checkpoints/00003-00000000.pt")
     assert state["recipe"]["epochs"] == 3
     for path in (tmp_path / "it/checkpoints").glob("00003*.pt"):
@@ -413,7 +413,7 @@ def test_a_run_in_the_middle_is_extended_and_shortened(
 
 
 def test_auto_names_the_shorter_run(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that nobody names is not extended: it may be one of several on purpose."""
+    """A run without a name is not extended, because it may be one of several."""
     flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}"]
     assert train_cls.main([*flags, "--epochs=1"]) == 0
     (run,) = tmp_path.iterdir()
@@ -421,7 +421,7 @@ def test_auto_names_the_shorter_run(digits_folder: Path, tmp_path: Path, capsys:
     assert train_cls.main([*flags, "--epochs=2", "--experiment=second"]) == 0
     assert "is the same run" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "second")
-    assert train_cls.main([*flags, "--epochs=2"]) in (0, 1)  # 1 within the second in which the other began
+    assert train_cls.main([*flags, "--epochs=2"]) in (0, 1)  # 1 if both runs began in the same second
     assert f"{run} is the same run with --epochs 1; to change its epochs, pass --experiment {run.name}" in (
         capsys.readouterr().out
     )
@@ -435,7 +435,7 @@ def test_auto_takes_no_run_on_other_images(
     assert train_cls.main([*flags, f"--data-dir={digits_folder}", "--experiment=one"]) == 0
     assert train_cls.main([*flags, f"--data-dir={own_digits_folder}"]) == 0
     assert "resuming" not in capsys.readouterr().out
-    # By its name the run is found wherever its images are now, but they must be the same.
+    # With its name the run is found even if the images have moved, but they must be the same.
     assert train_cls.main([*flags, f"--data-dir={own_digits_folder}", "--experiment=one"]) == 0
     assert "is finished: 2 epochs are done" in capsys.readouterr().out
     next((own_digits_folder / "train").rglob("*.png")).unlink()
@@ -447,7 +447,7 @@ def test_auto_takes_no_run_on_other_images(
 def test_auto_does_not_repeat_what_is_finished(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also without the name of the run, from elsewhere and with the data named in another way."""
+    """The run is found without its name, from another folder and by a relative data path."""
     flags = [*SHORT, f"--output={tmp_path / 'runs'}"]
     assert train_cls.main([*flags, f"--data-dir={digits_folder}"]) == 0
     capsys.readouterr()
@@ -482,7 +482,7 @@ def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
 
 
 def test_checkpoint_runs_no_code(tmp_path: Path) -> None:
-    """An archive may ask for any function to be called on loading: this one would end the process."""
+    """A pickle may name any function to call. This one would end the process."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, Sequence[Any]]:

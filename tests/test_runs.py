@@ -1,4 +1,4 @@
-"""Runs against others: in one folder at the same time, on other images, beside foreign files, from wrong states."""
+"""Run directories: locks, changed images, files of other programs, and wrong checkpoints."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def open_of(*flags: str) -> Images:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """Runs the command, which must fail; returns its only error line."""
+    """Runs the command, which must fail, and returns its only error line."""
     capsys.readouterr()
     assert train_cls.main([*SHORT, *flags]) == 1
     err = capsys.readouterr().err
@@ -55,13 +55,13 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# At the same time
+# Locks
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also when the first was killed, and a process that loads images has not noticed yet."""
+    """The lock ends with the killed process, even if its loader workers still run."""
     flags = [f"--data-dir={digits_folder}", f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
     process = subprocess.Popen([sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags])
     workers = []
@@ -77,7 +77,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
         for resume in ("--resume=auto", f"--resume={tmp_path / 'it'}", "--resume="):
             line = fails(capsys, *flags, resume)
             assert f"another process (process {process.pid} on " in line and f"uses {tmp_path / 'it'}; wait" in line
-        # Reading is fine.
+        # Commands that only read are allowed.
         evaluation = [f"--checkpoint={tmp_path / 'it'}", f"--data-dir={digits_folder}", "--workers=0"]
         assert validate_cls.main(evaluation) == 0
         assert (
@@ -98,7 +98,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
 
 
 def children(pid: int) -> list[int]:
-    """Returns the processes that a process has forked to load images."""
+    """Returns the loader workers of a process."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found if "train_cls" in Path(f"/proc/{child}/cmdline").read_text()]
 
@@ -119,7 +119,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch
         names = [find(lock) for lock in (one, two, three)]
     name = "20260102-030405-test_stvit-32"
     assert names == [name, f"{name}-2", f"{name}-3"]
-    # A run of this second that has ended keeps its results.
+    # A run that began in this second and has ended keeps its results.
     (tmp_path / name / "summary.csv").write_text("")
     with PathLock() as lock:
         assert find(lock) == f"{name}-2"
@@ -127,7 +127,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch
 
 
 def test_one_of_many_holds_the_lock(tmp_path: Path) -> None:
-    """Processes that add to a number in a file under the lock, whose file comes and goes."""
+    """Several processes increase a number in a file under the lock, and lose no increment."""
     number = tmp_path / "number"
     number.write_text("0")
     pids = []
@@ -200,12 +200,12 @@ def test_two_evaluations_do_not_share_a_folder(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On other images
+# Changed images
 
 
 @pytest.fixture(scope="module")
 def finished(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch in `it`, and its images in `data`, for tests to take copies of."""
+    """A run of one epoch in `it`, and its images in `data`. Tests work on copies of it."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(digits_folder, folder / "data")
     assert train_cls.main([*SHORT, f"--data-dir={folder / 'data'}", f"--output={folder}"]) == 0
@@ -272,7 +272,7 @@ def test_changed_images_are_named_and_refused(
     line = fails(capsys, *flags)
     assert said in line and "pass --allow-changed-data" in line
     assert before == {path: path.read_bytes() for path in (own / "it").rglob("*.*") if path.is_file()}
-    # With the flag the run goes on with the present images. The next resume does not need it.
+    # With the flag the run continues with the current images. The next resume does not need it.
     assert train_cls.main([*SHORT, *flags, "--allow-changed-data"]) == 0
     assert "continuing with changed data: " in capsys.readouterr().out
     names = json.loads((own / "it/last/config.json").read_text())["label_names"]
@@ -290,7 +290,7 @@ def test_images_may_move_and_be_packed(own: Path, finished: Path, capsys: pytest
 
 
 def test_checkpoints_of_earlier_versions(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They describe no images."""
+    """They have no fingerprint of the images."""
     (*_, newest) = Checkpoints(own / "it/checkpoints").paths()
     state = load_checkpoint(newest)
     del state["data"]
@@ -350,7 +350,7 @@ def test_sets_without_paths_have_labels(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beside files of others
+# Files of other programs
 
 
 def test_foreign_files_are_neither_read_nor_removed(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,7 +385,7 @@ def test_checkpoints_beyond_the_width_of_their_names_are_in_order(tmp_path: Path
 
 
 def test_runs_of_others_do_not_stop_the_search(own: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--resume auto looks at the recipes of all runs."""
+    """--resume auto reads the recipes of all runs, and ignores invalid ones."""
     flags = [f"--data-dir={finished / 'data'}", f"--output={own}"]
     for number, recipe in enumerate(["a: [", "[" * 3000, "data_dir: [1]", "data_dir: {}", "\0", "- 1"]):
         (own / f"{number}/checkpoints").mkdir(parents=True)
@@ -401,7 +401,7 @@ def test_runs_of_others_do_not_stop_the_search(own: Path, finished: Path, capsys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From wrong states
+# Wrong checkpoints
 
 
 def without(*path: Any) -> Callable[[dict[str, Any]], None]:
@@ -479,7 +479,7 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whole files with wrong contents, as another program could write them."""
+    """Undamaged files with wrong contents, such as those of another program."""
     path = own / "it/checkpoints/00001-00000000.pt"
     right = path.read_bytes()
     flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2", f"--resume={path}"]

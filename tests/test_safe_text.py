@@ -216,7 +216,7 @@ def test_traceback_for_a_report_holds_no_secret(
     def fail(*_: Any) -> None:
         raise LookupError(f"server said {TOKEN}")
 
-    monkeypatch.setattr(train_cls, "_check_args", fail)
+    monkeypatch.setattr(train_cls, "prepare", fail)
     assert train_cls.main(["--model=test_stvit", f"--data-dir={digits_folder}"]) == 1
     said = capsys.readouterr().err
     assert "unforeseen LookupError: server said hf_***; please report it" in said

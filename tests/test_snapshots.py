@@ -233,7 +233,8 @@ def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> N
     [checkpoint] = (tmp_path / "c/checkpoints").glob("00002*")
     checkpoint.unlink()
     other = ["--experiment=c", "--seed=5", "--resume=auto", f"--repo-id={REPO}"]
-    assert f"{REPO} holds another run, with another seed: choose" in train(tmp_path, "--epochs=2", *other, status=1)
+    said = train(tmp_path, "--epochs=2", *other, status=1)
+    assert f"{REPO} contains another run, with a different seed; choose" in said
     assert hub.refs(REPO) == before
     # The same once more, on another machine: it goes on being uploaded.
     train(tmp_path / "new", "--epochs=2", f"--resume=hf-hub:{REPO}@last", f"--repo-id={REPO}")

@@ -1,4 +1,4 @@
-"""Hostile and broken sources of images: programs that they would start, pipes, archives that change, lost processes."""
+"""Hostile and broken datasets: programs, pipes, changing archives, and lost processes."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *flags: str, command: Callable[[list[str]], int] = train_cls.main) -> str:
-    """Runs a command, which must fail; returns its only error line."""
+    """Runs a command, which must fail, and returns its only error line."""
     capsys.readouterr()
     try:
         status = command([*(SHORT if command is train_cls.main else []), *flags])
@@ -56,7 +56,7 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str, command: Callable[[li
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that appears when one of these programs is started."""
+    """Returns a file that appears when one of these programs starts."""
     marker = tmp_path / "started"
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -68,7 +68,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_ghostscript_stands_ready(marker: Path) -> None:
-    """Pillow starts it for the file that the next test hides in sets."""
+    """Pillow starts Ghostscript for the file that the next test uses."""
     with pytest.raises(Exception, match=r".*"):
         Image.open(io.BytesIO(POSTSCRIPT)).load()
     assert marker.exists()
@@ -119,7 +119,7 @@ def test_a_recipe_starts_no_program(
 def test_a_description_of_shards_starts_no_program(
     split: str, digits_folder: Path, marker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Names of shards come from _info.json or the split, and are absolute if the folder is relative to nothing."""
+    """Shard names in _info.json or in the flag of the split cannot run programs either."""
     (tmp_path / "made").mkdir()
     flags = as_shards(digits_folder, tmp_path / "made")
     path = tmp_path / "made/_info.json"
@@ -136,14 +136,14 @@ def test_the_command_line_allows_programs(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_shards(digits_folder, tmp_path)
-    # webdataset appends the name of a file to the folder: here it becomes the argument of a command.
+    # webdataset appends file names to the folder. Here they become arguments of a command.
     flags = ["--dataset=wds/x", f"--data-dir=pipe:cd {tmp_path}; touch ran; cat .", "--num-classes=4"]
     output = f"--output={tmp_path / 'runs'}"
     fails(capsys, *flags, output)
     assert not (tmp_path / "ran").exists()
     assert train_cls.main([*SHORT, *flags, output, "--allow-shard-commands"]) == 0
     assert (tmp_path / "ran").exists()
-    # What the run wrote down for its repetition does not allow them; neither can another recipe.
+    # Neither the recipe that the run wrote nor another recipe can allow programs.
     assert "allow_shard_commands" not in (tmp_path / "runs/it/config.yaml").read_text()
     line = fails(capsys, f"--config={tmp_path / 'runs/it/config.yaml'}", "--experiment=again")
     assert "webdataset runs a program" in line
@@ -178,7 +178,7 @@ def test_releases_of_datasets_that_run_code_are_refused(
 
 
 class Evil:
-    """Writes a file when it is unpickled without care."""
+    """Writes a file when it is unpickled without checks."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("import pathlib; pathlib.Path('unpickled').touch()",)
@@ -219,12 +219,12 @@ def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsy
     assert f"cannot read --config {pipe}: not a regular file" in fails(capsys, f"--config={pipe}")
     assert f"cannot read weights from {pipe}: it is not a file" in fails(capsys, folder, f"--pretrained-path={pipe}")
     assert "not a folder" in fails(capsys, f"--data-dir={pipe}")
-    # Among the images: a link to one counts as an image.
+    # A link to a pipe among the images counts as an image.
     (first(own_digits_folder / "train/digit_1")).unlink()
     (own_digits_folder / "train/digit_1/pipe.png").symlink_to(pipe)
     line = fails(capsys, folder, f"--output={tmp_path}", "--batch-size=60")
     assert "pipe.png: not a regular file" in line
-    # As an archive, a shard, and the description of shards.
+    # A pipe instead of an archive, a shard, and a description of shards.
     (tmp_path / "tar").mkdir()
     os.mkfifo(tmp_path / "tar/train.tar")
     assert "has no folder for --train-split" in fails(capsys, f"--data-dir={tmp_path / 'tar'}")
@@ -237,7 +237,7 @@ def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsy
 
 
 def test_a_pipe_that_a_table_names(tmp_path: Path) -> None:
-    """A Parquet file may hold the path of an image instead of its bytes."""
+    """A Parquet file may contain the path of an image instead of its bytes."""
     import datasets
 
     os.mkfifo(tmp_path / "pipe.png")
@@ -265,7 +265,7 @@ def test_pipes_in_evaluation(digits_folder: Path, tmp_path: Path, capsys: pytest
 
 
 def test_a_signal_ends_what_waits_for_images(digits_folder: Path, tmp_path: Path) -> None:
-    """Shards become pipes during the run, so that the process that loads images waits forever."""
+    """Shards become pipes during the run, so that a loader worker waits forever."""
     flags = [*as_shards(digits_folder, tmp_path), f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
     command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -275,7 +275,7 @@ def test_a_signal_ends_what_waits_for_images(digits_folder: Path, tmp_path: Path
         for path in pipes:
             os.mkfifo(path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
-        writer = wait_for_reader(process, pipes)  # it reads, and gets nothing
+        writer = wait_for_reader(process, pipes)  # the worker waits for data
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
         os.close(writer)
@@ -293,7 +293,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 def wait_for_reader(process: subprocess.Popen[str], pipes: list[Path]) -> int:
-    """Waits until a process reads one of the pipes; returns a descriptor that keeps it waiting."""
+    """Waits until a process reads a pipe. Returns a descriptor that keeps the process waiting."""
     while True:
         assert process.poll() is None
         for path in pipes:
@@ -309,7 +309,7 @@ def test_a_signal_ends_the_preparation_at_once() -> None:
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
-            except Exception:  # as code does that reads foreign images
+            except Exception:  # like code that reads untrusted images
                 pytest.fail("the signal was taken for an error")
         assert stop.signum == signal.SIGTERM
         with pytest.raises(StopNow), stop.at_once():
@@ -334,29 +334,29 @@ def archive(own_digits_folder: Path, tmp_path: Path) -> Path:
 def test_archives_cut_anywhere(archive: Path) -> None:
     whole = archive.read_bytes()
     assert len(ImageTar(archive)) == 20
-    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # of the last image
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # end of the last image
     for size in range(0, end + 1, 512):
         archive.write_bytes(whole[:size])
         with pytest.raises(CommandError, match=r"cannot read the archive .*: copy it again, or recreate it"):
             ImageTar(archive)
 
 
-# As tar writes them: negative (one leads back to its own header, again and again), too large, no number.
+# Sizes in tar headers: negative (one leads back to its own header), too large, not a number.
 SIZES = (b"\xff" * 12, b"\xff" * 10 + b"\xfe\0", b"\x80" + b"\xff" * 11, b"-0000001000\0", b"77777777777\0")
 
 
 def test_archives_with_a_damaged_index(archive: Path) -> None:
-    """Every header, with wrong bytes and with sizes that lead back."""
+    """Each header gets each of the wrong sizes."""
     whole = archive.read_bytes()
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
-    # Of an image and, before it, of what its header has no room for, such as fractions of a second.
+    # Headers of images, and the extended headers before them.
     for offset in sorted({place for member in members for place in (member.offset, member.offset_data - 512)}):
         for size in SIZES:
             header = bytearray(whole[offset : offset + 512])
             header[124:136] = size
             header[148:156] = b" " * 8
-            header[148:156] = b"%06o\0 " % sum(header)  # a checksum that fits
+            header[148:156] = b"%06o\0 " % sum(header)  # a correct checksum
             archive.write_bytes(whole[:offset] + header + whole[offset + 512 :])
             with pytest.raises(CommandError, match="cannot read the archive"):
                 ImageTar(archive)
@@ -395,7 +395,7 @@ def test_archives_that_change_during_the_run(change: str, archive: Path, tmp_pat
             archive.write_bytes(content + bytes(512))
     with pytest.raises(OneProcessError, match=r"was changed while it was in use|any more"):
         images.val.read(19)
-    assert not images.val.bad_images.names()  # no fault of one image
+    assert not images.val.bad_images.names()  # the error does not concern one image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_archives_that_change_during_the_run(change: str, archive: Path, tmp_pat
 
 
 def test_a_killed_loader_is_named(digits_folder: Path, tmp_path: Path) -> None:
-    """As by the system when the memory is full."""
+    """The system kills a worker like this when memory is full."""
     flags = [f"--data-dir={digits_folder}", f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
     command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

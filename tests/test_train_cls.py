@@ -1,4 +1,4 @@
-"""tools/train_cls.py on real images: scikit-learn's digits, in memory and as files."""
+"""Tests of tools/train_cls.py with real images: scikit-learn's digits, in memory and as files."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ from stvit.tools.common.optimization import create_optimizer, learning_rate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs/cls").glob("*.yaml"))
-# Two steps of a small model: enough where the subject is not what it learns.
+# A few steps of a small model, for tests that do not depend on what it learns.
 SHORT = ["--model=test_stvit", "--img-size=32", "--epochs=1", "--batch-size=16", "--workers=0", "--lr=1e-3"]
 
 Run = Callable[..., Path]
@@ -39,7 +39,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test leaves anything in the repository."""
+    """Runs each test in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """Runs the command, which must fail; returns the one line that it says about it."""
+    """Runs the command, which must fail, and returns its only error line."""
     capsys.readouterr()
     try:
         status = train_cls.main([*SHORT, *flags])
@@ -76,7 +76,7 @@ def read_summary(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# What the README promises of `make train`
+# The README's claim about `make train`
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def read_summary(folder: Path) -> list[dict[str, str]]:
     [(1, ["--epochs=4"], 95.0), *(pytest.param(seed, [], 97.0, marks=pytest.mark.long) for seed in (1, 2, 3))],
 )
 def test_digits_recipe_reaches_97_percent(seed: int, flags: list[str], least: float, run: Run) -> None:
-    """In all its epochs; in a third of them it reaches a little less."""
+    """The full recipe must reach 97 %, and a third of its epochs 95 %."""
     folder = run(f"--config={ROOT / 'configs/cls/stvit_pico_digits.yaml'}", f"--seed={seed}", *flags, short=False)
     rows = read_summary(folder)
     recipe = yaml.safe_load((ROOT / "configs/cls/stvit_pico_digits.yaml").read_text())
@@ -93,7 +93,7 @@ def test_digits_recipe_reaches_97_percent(seed: int, flags: list[str], least: fl
     assert best >= least
     assert float(rows[-1]["eval_top1"]) >= least
 
-    # The saved model is that model: what timm makes of it has the accuracy that the summary says.
+    # timm loads the saved weights, and gets the accuracy in the summary.
     model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
     _, held_out = data.digits(seed)
@@ -117,7 +117,7 @@ def test_held_out_digits_are_a_fifth_fixed_by_the_seed() -> None:
 
 
 def test_command_shows_progress_and_says_how_to_load(tmp_path: Path) -> None:
-    """As a user runs it, by file name and from elsewhere; the last line is then run as it stands."""
+    """Runs the file from another folder, and then the Python line that it prints last."""
     command = [sys.executable, str(ROOT / "tools/train_cls.py"), *SHORT, "--dataset=sklearn/digits", "--in-chans=1"]
     command.append("--batch-size=256")
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -204,7 +204,7 @@ def test_another_seed_is_another_run(digits_folder: Path, run: Run, tmp_path: Pa
         ["--channels-last", "--grad-checkpointing", "--in-chans=1"],
         ["--clip-grad=0.02", "--clip-mode=agc", "--opt-betas", "0.9", "0.99", "--opt-eps=1e-8"],
         ["--workers=2", "--validation-batch-size=3"],
-        ["--aa=rand-m10-n4-mstd0.5-inc1", "--epochs=4"],  # timm at full strength asks Pillow for colors of 0 bits
+        ["--aa=rand-m10-n4-mstd0.5-inc1", "--epochs=4"],  # at full strength timm asks Pillow for 0 bits per color
         ["--model=resnet10t"],
         ["--amp", "--grad-accum-steps=2", "--batch-size=8"],
         ["--amp-dtype=float16", "--amp", "--clip-grad=1"],
@@ -223,7 +223,7 @@ def test_flags_train(flags: list[str], digits_folder: Path, run: Run) -> None:
 
 @pytest.mark.long
 def test_compiled_training_learns_alike(digits_folder: Path, run: Run) -> None:
-    """Compiled code sums in another order, and is otherwise the same."""
+    """Compiled code only sums in another order."""
     flags = [f"--data-dir={digits_folder}", "--epochs=3", "--warmup-epochs=0"]
     plain = read_summary(run(*flags))
     compiled = read_summary(run(*flags, "--compile", "--experiment=compiled").parent / "compiled")
@@ -233,7 +233,7 @@ def test_compiled_training_learns_alike(digits_folder: Path, run: Run) -> None:
 
 
 def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path) -> None:
-    """With a learning rate of zero, what comes out is what went in, the classifier of as many classes included."""
+    """With a learning rate of 0, the saved weights are the given ones, including the classifier."""
     source = timm.create_model("test_stvit", num_classes=4)
     torch.save(source.state_dict(), tmp_path / "start.pth")
     zero = ["--lr=0", "--warmup-epochs=0", "--min-lr=0", "--weight-decay=0"]
@@ -244,14 +244,14 @@ def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path
 
 
 def test_drop_path_follows_its_schedule(digits_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the large model's recipe has it: a rate for the first epochs, another for the last."""
+    """The rate changes at the epochs of the schedule, as in the recipe of the large model."""
     seen: list[float] = []
     begin = train_cls.Classification.begin_epoch
 
     def begin_and_look(self: train_cls.Classification, epoch: int) -> None:
         begin(self, epoch)
         rates = [module.drop_prob for module in self.model.modules() if isinstance(module, DropPath)]
-        # Of the blocks the first has none, the last has it all, and those between them lie on a line.
+        # The rate grows linearly from 0 in the first block to its maximum in the last one.
         assert rates == sorted(rates) and min(rates) > 0
         seen.append(max(rates))
 
@@ -275,7 +275,7 @@ def test_frozen_batch_norm_keeps_its_statistics(digits_folder: Path, run: Run, t
 
 
 def test_weight_decay_spares_one_dimensional_parameters(digits_folder: Path, run: Run, tmp_path: Path) -> None:
-    """With no gradient to speak of, decay is all that moves weights."""
+    """Without gradients, only weight decay changes the weights."""
     config = train_cls.parse_args([*SHORT, "--weight-decay=0.1", "--lr=0.5"])
     model = timm.create_model("test_stvit", num_classes=4)
     optimizer, _ = create_optimizer(config.optim, model, 1)
@@ -322,7 +322,7 @@ def test_published_recipes_are_the_papers(tmp_path: Path) -> None:
 
 
 def test_torchvision_dataset(run: Run, tmp_path: Path) -> None:
-    """timm's torch/ prefix, with digits in MNIST's own files."""
+    """Digits in MNIST's file format, opened by timm's torch/ prefix."""
     digits, raw = load_digits(), tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
     for name, part in (("train", slice(0, 64)), ("t10k", slice(64, 96))):
@@ -397,7 +397,7 @@ def test_bad_recipe_is_refused(recipe: str, said: str, tmp_path: Path, capsys: p
 
 
 def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Recipes that are nested too deeply, grow through aliases, are too large, or are not text."""
+    """Recipes that are nested too deeply, expand by aliases, are too large, or are not text."""
     path = tmp_path / "recipe.yaml"
     laughs = "\n".join([f"a0: &a0 [{'x, ' * 9}]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 30))])
     recipes = {
@@ -421,7 +421,7 @@ def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "1073741824 bytes, more than the limit of 1048576" in refused(capsys, f"--config={path}")
     path.write_text(f"epochs: [{'1, ' * 5000}]")
     assert len(refused(capsys, f"--config={path}")) < 400
-    # An alias is no crime.
+    # A harmless alias is accepted.
     path.write_text("mean: &x [0.5]\nstd: *x\n")
     assert train_cls.parse_args([f"--config={path}"]).image.std == [0.5]
 
@@ -438,7 +438,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
     assert said in refused(capsys, *flags)
 
 
-# Everything else that can go wrong, each in one line that says what to do
+# Other errors: each is one line that says what to do
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_unreadable_image(
     spoiled[len(whole) // 2] ^= 0xFF
     content = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no image", "checksum": bytes(spoiled)}
     bad.write_bytes(content[damage])
-    # With two workers, two batches of thirty: every image is read.
+    # Two batches of 30, so that every image is read.
     flags = [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", f"--workers={workers}", "--batch-size=30"]
     line = refused(capsys, *flags)
     assert f"cannot read image {bad}" in line and "repair or remove it" in line
@@ -517,7 +517,7 @@ def test_class_in_one_split_alone(own_digits_folder: Path, capsys: pytest.Captur
 
 
 def test_images_too_deep(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here timm takes the innermost folder for the class, the same for all."""
+    """timm would use the innermost folder as the class, which is the same for all images."""
     for split in ("train", "val"):
         for path in sorted((own_digits_folder / split).rglob("*.png")):
             (path.parent / "images").mkdir(exist_ok=True)
@@ -554,7 +554,7 @@ def test_images_without_class(own_digits_folder: Path, capsys: pytest.CaptureFix
 
 
 def test_missing_split(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here timm takes the folder above for the split that is missing, and evaluates on the training images."""
+    """timm would use the parent folder for the missing split, and evaluate on training images."""
     (own_digits_folder / "val").rename(own_digits_folder / "held-back")
     line = refused(capsys, f"--data-dir={own_digits_folder}")
     assert "has no folder for --val-split validation" in line
@@ -613,7 +613,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_disk_that_is_full(digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """/dev/full stands for it: there every write fails for want of space."""
+    """Every write to /dev/full fails, as on a full disk."""
     (tmp_path / "runs/it").mkdir(parents=True)
     (tmp_path / "runs/it/config.yaml.tmp").symlink_to("/dev/full")
     assert train_cls.main([*SHORT, f"--data-dir={digits_folder}", "--experiment=it"]) == 1

@@ -289,7 +289,7 @@ def test_trouble_is_one_clear_line(
     torch.save(load_file(run_folder / "last/model.safetensors"), tmp_path / "w.pth")
     for flags, said in (
         ([data], "no model: give --checkpoint"),
-        ([last], "no data: give --data-dir"),
+        ([last], "no data; pass --data-dir"),
         ([data, "--checkpoint=org/name"], "no such file or folder; of the Hub it is hf-hub:ORG/NAME"),
         ([data, f"--checkpoint={tmp_path}"], "neither it nor its folder best/ holds a config.json"),
         ([data, weights], "does not say which model it is of: give --model"),
@@ -306,7 +306,7 @@ def test_trouble_is_one_clear_line(
     ):
         assert said in refused(capsys, *flags), flags
     (tmp_path / "names.txt").write_text("a\nb\n")
-    assert "has 2 class names, and the model 4 classes" in refused(
+    assert "has 2 class names, but the model has 4 classes" in refused(
         capsys, data, last, f"--class-map={tmp_path / 'names.txt'}"
     )
 
@@ -316,7 +316,7 @@ def test_images_of_other_classes(run_folder: Path, own_digits_folder: Path, caps
     shutil.rmtree(own_digits_folder / "val/digit_3")
     assert validate_cls.main(["--workers=0", *flags]) == 0  # three of the four that it knows
     (own_digits_folder / "val/digit_2").rename(own_digits_folder / "val/two")
-    assert "the model does not know the class 'two' of the images" in refused(capsys, *flags)
+    assert "the model has no class 'two', which is in the dataset" in refused(capsys, *flags)
 
 
 def test_unreadable_image(run_folder: Path, own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures speed and memory, together with alternatives on the same machine at the same time.
+"""Measures speed and memory, and compares them with alternatives.
 
     python tools/benchmark.py op --img-size 224 640
     python tools/benchmark.py model --ways published eager optimized compiled onnxruntime
@@ -102,7 +102,10 @@ SUBJECTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs the command and returns its exit status.
+
+    0 on success, 1 after an error, 130 after Ctrl-C.
+    """
     logging.getLogger("timm").setLevel(logging.ERROR)
     return run(benchmark, create_parser().parse_args(argv))
 
@@ -125,13 +128,14 @@ def benchmark(args: argparse.Namespace) -> None:
     """
     subject = SUBJECTS[args.subject]
     config = from_flags(subject.config, args)
-    plot, device = getattr(config, "plot", None), torch.device(getattr(config, "device", "cpu"))
+    plot = getattr(config, "plot", None)
     if plot:
         plots.check(Path(plot))  # before minutes of measuring
     rows: list[dict[str, Any]] = []
     for table in subject.measure(config):  # each table is saved before the next one may fail
         print_table(table)
         if config.csv:
+            device = torch.device(getattr(config, "device", "cpu"))
             append(Path(config.csv), [{**circumstances(device), **row} for row in table])
             print(f"appended to {config.csv}", flush=True)
         rows += table

@@ -79,7 +79,10 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs the command and returns its exit status.
+
+    0 on success, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -96,7 +99,9 @@ def create_parser() -> Parser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Parses the command line. It overrides the recipe (`--config`), which overrides the defaults.
+    """Parses the command line.
+
+    It overrides the recipe (`--config`), which overrides the defaults.
 
     Raises:
         SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or has a wrong type.
@@ -117,7 +122,9 @@ def train(config: Config) -> None:
 
 
 def prepare(config: Config, distributed: Distributed) -> "Classification":
-    """Opens the data and creates the model. Settings of None that depend on the data are replaced.
+    """Opens the data and creates the model.
+
+    Settings that are None and depend on the data are replaced.
 
     Raises:
         CommandError: If flags, data or model are wrong.
@@ -132,7 +139,10 @@ def prepare(config: Config, distributed: Distributed) -> "Classification":
 
 
 class Classification(Job):
-    """Image classification with cross-entropy. The best weights have the highest top-1 accuracy."""
+    """Image classification with cross-entropy.
+
+    The best weights are those with the highest top-1 accuracy.
+    """
 
     best_metric = "top1"
     titles = {"top1": "accuracy"}  # noqa: RUF012
@@ -148,7 +158,8 @@ class Classification(Job):
             model: The model, on the device.
         """
         self.config, self.distributed = config, distributed
-        self.images, self.model = images, model
+        self.images = images
+        self.model: Any = model
         settings = {**asdict(config.image), "in_chans": config.model.in_chans}
         self.data_config = resolve_data_config(settings, model)
         check_img_size(model, self.data_config)
@@ -164,7 +175,7 @@ class Classification(Job):
             dtype=dtype,
         )
         self.val_loader = create_val_loader(images.val, config.data, self.data_config, distributed, dtype)
-        self.mixup = create_mixup(config.augment, config.data.batch_size, int(config.model.num_classes or 0))
+        self.mixup = create_mixup(config.augment, config.data.batch_size, model.num_classes)
         reprob, remode = config.augment.reprob, config.augment.remode
         self.erase = RandomErasing(reprob, mode=remode, max_count=1, device=distributed.device) if reprob else None
         criterion = {"smoothing": config.augment.smoothing} if self.mixup is None else {"soft_targets": True}
@@ -197,7 +208,7 @@ class Classification(Job):
         """
         image, labels = batch
         if is_first or self.distributed.device.type == "cpu":  # the check would wait for a GPU
-            check_targets(labels, int(self.config.model.num_classes or 0), "training")
+            check_targets(labels, self.model.num_classes, "training")
         target: Any = labels
         if self.erase is not None:
             image = self.erase(image)
@@ -216,7 +227,10 @@ class Classification(Job):
         return evaluate(model, batches, self.distributed, context, self.config.device.channels_last)
 
     def save(self, model: nn.Module, folder: Path, saved: SavedWeights) -> None:
-        """Writes model.safetensors, and a config.json with class names, preprocessing and accuracy."""
+        """Writes model.safetensors and config.json.
+
+        config.json contains class names, preprocessing and accuracy.
+        """
         data, epochs = self.config.data, self.config.optim.epochs
         data_folder = os.fsencode(Path(data.data_dir or "").name).decode("utf-8", "replace")
         how = (

@@ -1,4 +1,7 @@
-"""Time of super token sampling and upsampling on a GPU, compared with the time to copy the minimum number of bytes."""
+"""Time of super token sampling and upsampling on a GPU.
+
+It is compared with the time to copy the minimum number of bytes.
+"""
 
 import importlib.metadata
 import statistics
@@ -40,7 +43,7 @@ class KernelConfig(BenchmarkConfig):
 
 
 def benchmark(config: KernelConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields a table for each stage and size on a GPU, or one table of byte counts on a CPU."""
+    """Yields a table for each stage and size; on a CPU, one table of byte counts."""
     device = require_device(config.device)
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device {config.device}: pass cuda to measure the kernels, or cpu to only count bytes")
@@ -71,7 +74,7 @@ def benchmark(config: KernelConfig) -> Iterator[list[dict[str, Any]]]:
 
 
 def count_bytes(shape: tuple[int, int, int, int], cell: int, itemsize: int) -> tuple[int, int]:
-    """Returns the minimum number of bytes that pass through memory, forward and backward.
+    """Returns the minimum numbers of bytes to move, forward and backward.
 
     Forward reads x and writes y. It also writes and reads the tokens, because attention needs all of them in between.
     Backward reads the gradient of y, writes the gradient of x, and writes and reads the gradient of the tokens. It also
@@ -98,9 +101,10 @@ def measure_bandwidth(device: torch.device, repeats: int) -> float:
 def make_step(
     way: str, shape: tuple[int, int, int, int], cell: int, dtype: torch.dtype, device: torch.device, part: str
 ) -> Callable[[bool], tuple[torch.Tensor, torch.Tensor | None]]:
-    """Returns a step to measure: a function of `is_backward` that returns the output and the gradient of x or None.
+    """Returns a step to measure.
 
-    Weights, pixels and the gradient of the output are the same for each way.
+    It takes `is_backward`, and returns the output and the gradient of x, or None without backward. Weights, pixels and
+    the gradient of the output are the same for each way.
 
     Args:
         way: One of `WAYS`.
@@ -133,7 +137,7 @@ def make_step(
 
 
 class Functions(nn.Module):
-    """Sampling and upsampling without attention in between, (B, C, H, W) to (B, C, H, W)."""
+    """Sampling and upsampling without attention, (B, C, H, W) to (B, C, H, W)."""
 
     def __init__(self, cell: int, backend: str) -> None:
         super().__init__()
@@ -158,7 +162,10 @@ def _measure(
     device: torch.device,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each part and way, measured in turns. Ratios are relative to the first way."""
+    """Returns a row for each part and way, measured in turns.
+
+    Ratios are relative to the first way.
+    """
     torch._dynamo.reset()
     dtype = DTYPES[config.dtype]
     forward, backward = count_bytes(shape, cell, dtype.itemsize)
@@ -215,7 +222,10 @@ def _capture(step: Callable[[bool], Any], is_backward: bool) -> Callable[[], Any
 
 
 def _time(step: Callable[[], Any]) -> float:
-    """Returns the seconds of a step by the device's events. The cache is cleared before each repetition."""
+    """Returns the seconds of a step, by the device's events.
+
+    The cache is cleared before each repetition.
+    """
     from triton.testing import do_bench
 
     return do_bench(step, warmup=10, rep=50, return_mode="median") / 1e3

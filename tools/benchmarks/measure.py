@@ -1,4 +1,4 @@
-"""Measuring time and memory in turns, and recording the versions and hardware of each row."""
+"""Measures time and memory, and records versions and hardware."""
 
 import csv
 import multiprocessing
@@ -114,7 +114,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
-    """Returns a step that multiplies two large matrices, and its number of floating-point operations.
+    """Returns a step that multiplies large matrices, and its number of operations.
 
     It runs near the highest rate of the device, an upper limit for all other steps.
     """
@@ -190,7 +190,10 @@ def _measure_memory(
 
 
 def _forget_peak() -> int | None:
-    """Resets the peak memory of the process (on Linux). Returns its memory in bytes; None if unknown."""
+    """Resets the peak memory of the process, on Linux.
+
+    Returns the current memory in bytes; None if unknown.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -199,7 +202,10 @@ def _forget_peak() -> int | None:
 
 
 def _process_memory(name: str) -> int | None:
-    """Returns a value of /proc/self/status in bytes; on macOS the peak memory, on Windows None."""
+    """Returns a value of /proc/self/status in bytes.
+
+    On macOS it returns the peak memory, on Windows None.
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

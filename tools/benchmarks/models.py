@@ -1,4 +1,4 @@
-"""Speed and memory of models and of super token attention, compared with the published formulation and timm."""
+"""Speed and memory of models and of super token attention."""
 
 import ast
 import statistics
@@ -133,7 +133,10 @@ class ResolutionConfig(SpeedConfig):
 
 
 def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields a table for the attention of each stage with super tokens, in inference and in training."""
+    """Yields tables for the attention of each stage with super tokens.
+
+    Each stage has one table for inference and one for training.
+    """
     for img_size in config.img_size:
         for model in config.models:
             net = _create(model, "meta", img_size)
@@ -152,19 +155,25 @@ def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
 
 
 def benchmark_model(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields a table of inference for each image size, with all models and ways in turns."""
+    """Yields a table of inference for each image size."""
     for img_size in config.img_size:
         yield _measure(_cases(config, img_size, WAYS), config)
 
 
 def benchmark_train(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields a table of training steps (forward, backward, AdamW) for each image size."""
+    """Yields a table of training steps for each image size.
+
+    A step is forward, backward and AdamW.
+    """
     for img_size in config.img_size:
         yield _measure(_cases(config, img_size, ("published", "eager", "compiled"), is_training=True), config)
 
 
 def benchmark_resolution(config: ResolutionConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields a table of inference for each image size, without the published formulation at large sizes."""
+    """Yields a table of inference for each image size.
+
+    Large sizes leave out the published formulation.
+    """
     for img_size in config.img_size:
         ways = WAYS if img_size <= config.published_up_to else WAYS[1:]
         yield _measure(_cases(config, img_size, ways), config)
@@ -188,7 +197,10 @@ def _cases(config: SpeedConfig, img_size: int, ways: Iterable[str], is_training:
 
 
 def _measure(cases: list[Case], config: SpeedConfig) -> list[dict[str, Any]]:
-    """Returns one table: the time of all cases in turns, then their memory. Ratios are relative to the first case."""
+    """Returns a table with time and memory of all cases.
+
+    Time is measured in turns. Ratios are relative to the first case.
+    """
     device = require_device(config.device)
     torch._dynamo.reset()  # each table is compiled for its own sizes
     peak_step, peak_flops = matrix_peak(device, DTYPES[config.dtype])
@@ -347,7 +359,10 @@ def _input_shape(case: Case) -> tuple[int, int, int, int]:
 
 
 def _gmac(case: Case) -> float:
-    """Returns the multiply-adds of convolutions and matrix products for one image, in 1e9."""
+    """Returns the multiply-adds for one image, in 1e9.
+
+    Only convolutions and matrix products count.
+    """
     one = Case(case.model, "eager", 1, case.img_size, "float32", "cpu", stage=case.stage)
     device = "cpu" if _is_detector(case.model) else "meta"  # a detector's head reads values
     module, image = _module(one, device), torch.zeros(_input_shape(one), device=device)

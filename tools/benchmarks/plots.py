@@ -28,7 +28,10 @@ def check(path: Path) -> None:
 
 
 def draw_models(rows: Rows, path: Path) -> None:
-    """Plots published accuracy over images/s, or bars of images/s if an accuracy is unknown."""
+    """Plots published accuracy over images/s.
+
+    If an accuracy is unknown, it draws bars of images/s instead.
+    """
     if len({row["model"] for row in rows}) > 1 and all(row["top1"] for row in rows):
         _draw_accuracy(rows, path)
     else:
@@ -82,7 +85,10 @@ def draw_bars(rows: Rows, path: Path) -> None:
 
 
 def draw_resolution(rows: Rows, path: Path) -> None:
-    """Plots time and memory over the number of pixels, on logarithmic axes, with linear growth as dotted lines."""
+    """Plots time and memory over the number of pixels.
+
+    Axes are logarithmic. Dotted lines show linear growth.
+    """
     from matplotlib.figure import Figure
 
     quantities = [("ms_p50", 1e-3, "seconds")] + ([("step_mib", 1.0, "MiB per step")] if rows[0]["step_mib"] else [])

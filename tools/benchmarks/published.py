@@ -74,7 +74,7 @@ class PublishedAttention(nn.Module):
         return F.conv2d(x.reshape(B * C, 1, Hs, Ws), self.kernels, padding=1).reshape(B, C * 9, Hs * Ws)
 
     def fold(self, parts: torch.Tensor) -> torch.Tensor:
-        """Sums what cells contribute to their neighbors, (B, 9, Hs, Ws) to (B, 1, Hs, Ws)."""
+        """Sums contributions of cells to neighbors, (B, 9, Hs, Ws) to (B, 1, Hs, Ws)."""
         return F.conv_transpose2d(parts, self.kernels, padding=1)
 
     def average(self, pixels: torch.Tensor, association: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class PublishedAttention(nn.Module):
         return self.fold(parts).reshape(B, C, Hs, Ws) / (weight + 1e-12)
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Applies multi-head self-attention over all positions, (B, C, Hs, Ws) to (B, C, Hs, Ws)."""
+        """Applies multi-head self-attention over all positions of (B, C, Hs, Ws)."""
         B, C, Hs, Ws = tokens.shape
         qkv = self.qkv(tokens).reshape(B, self.num_heads, 3 * C // self.num_heads, Hs * Ws)
         q, k, v = qkv.chunk(3, dim=2)  # each (B, heads, C / heads, N)
@@ -96,7 +96,7 @@ class PublishedAttention(nn.Module):
 
 
 class PublishedLayerNorm(nn.Module):
-    """Layer normalization over the channels of a channel-first tensor, (B, C, H, W) to (B, C, H, W)."""
+    """Layer normalization over the channels of (B, C, H, W)."""
 
     def __init__(self, norm: LayerNorm2d) -> None:
         super().__init__()

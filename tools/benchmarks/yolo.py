@@ -34,7 +34,10 @@ class DetectorConfig(BenchmarkConfig):
 
 
 def benchmark(config: DetectorConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yields one table: size and latency of detectors, with random weights and pixels."""
+    """Yields one table with size and latency of detectors.
+
+    Weights and pixels are random: they do not change the time.
+    """
     models = {name: _create(name) for name in config.models}
     ultralytics = importlib.metadata.version("ultralytics")
     check_detector_size(config.img_size)

@@ -1,1 +1,1 @@
-"""What several commands share: the command line, processes, data, checkpoints, logs."""
+"""Code that several commands share: training engine, data, command line."""

@@ -19,7 +19,9 @@ MAX_BAD_IN_A_ROW = 10
 
 @dataclass
 class BadImages:
-    """Unreadable images, each counted once by all processes of a machine and across resumes.
+    """Unreadable images that were skipped.
+
+    All processes of a machine count each image once, also when a run is resumed.
 
     Attributes:
         limit: Number of images that may be skipped.

@@ -27,7 +27,9 @@ _LEAST: dict[str, Any] = {"progress": {"epoch": 0, "step": 0}, "recipe": {"epoch
 
 
 class Checkpoints:
-    """The checkpoints in the folder `checkpoints` of a run. Other files in the folder are ignored.
+    """The checkpoints in the folder `checkpoints` of a run.
+
+    Other files in the folder are ignored.
 
     Args:
         folder: Folder of the checkpoints.

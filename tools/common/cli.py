@@ -1,4 +1,4 @@
-"""Command line helpers: one-line errors, exit statuses, the parser and its flag types."""
+"""Command line helpers: one-line errors, exit statuses, parser and flag types."""
 
 import argparse
 import ast
@@ -24,9 +24,10 @@ T = TypeVar("T")
 
 
 class CommandError(Exception):
-    """An error that the user can fix. The message is one line: what is wrong and what to do.
+    """An error that the user can fix.
 
-    Secrets and control characters in the message are replaced, whatever names and arguments it contains.
+    The message is one line: what is wrong and what to do. Secrets and control characters in the message are replaced,
+    whatever names and arguments it contains.
 
     Attributes:
         status: Exit status of the command.
@@ -42,7 +43,7 @@ class CommandError(Exception):
 
 
 class OneProcessError(CommandError):
-    """An error that only one of several processes may see, such as an unreadable image."""
+    """An error that only one process may see, such as an unreadable image."""
 
 
 class Interrupted(CommandError):
@@ -118,7 +119,10 @@ def print_any_text() -> None:
 
 
 class _SafeOutput:
-    """Standard output without secrets and control characters. File and class names may contain both."""
+    """Standard output without secrets and control characters.
+
+    File and class names may contain both.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -136,7 +140,10 @@ class _SafeOutput:
 
 
 def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
-    """Returns a progress bar on standard error. Without a terminal it prints a line every few seconds."""
+    """Returns a progress bar on standard error.
+
+    Without a terminal it prints a line every few seconds.
+    """
     return tqdm(
         total=total,
         initial=done,
@@ -152,7 +159,10 @@ def _rank() -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Returns whether a device ran out of memory. PyTorch has no error class for that on mps and CPU."""
+    """Returns whether a device ran out of memory.
+
+    PyTorch has no error class for that on mps and CPU.
+    """
     words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
@@ -165,7 +175,7 @@ _LOST_WORKERS = {
 
 
 def _describe_lost_worker(error: BaseException) -> str | None:
-    """Returns the message for a loader worker that ended unexpectedly; None for any other error."""
+    """Returns the message for a lost loader worker; None for any other error."""
     messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -246,14 +256,17 @@ class KeyValues(argparse.Action):
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """A flag that is off by default. `--no-…` turns it off again if a recipe turned it on."""
+    """A flag that is off by default.
+
+    `--no-…` turns it off again if a recipe turned it on.
+    """
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, **{"default": False, **kwargs})
 
 
 class CommandLineSwitch(Switch):
-    """A switch that recipes cannot set, because it permits something that only the user may decide.
+    """A switch that recipes cannot set, because only the user may decide it.
 
     It applies to one command. The recipe that a run writes does not contain it.
     """

@@ -1,4 +1,4 @@
-"""Settings that several commands share. The command line and the recipes fill them."""
+"""Settings of commands, filled by the command line and by recipes."""
 
 import argparse
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Image datasets: opens the training and validation sets, and reads single images."""
+"""Image datasets: opens training and validation sets, and reads single images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,10 +75,10 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Any, int]:
-        """Returns the image of an index, or of (epoch, place in the epoch, index), transformed.
+        """Returns a transformed image and its class number.
 
-        The augmentation depends only on the seed, the epoch and the place. So it is the same with any number of
-        processes and workers, and in a resumed run.
+        The key is an index, or (epoch, place in the epoch, index) in training. The augmentation depends only on the
+        seed, the epoch and the place. So it is the same with any number of processes and workers, and in a resumed run.
         """
         if isinstance(key, tuple):
             epoch, place, index = key
@@ -96,7 +96,10 @@ class ImageDataset(Dataset):
         return self._apply_transform(image or blank, key), -1 if image is None else target
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
-        """Returns an image and its class number, or (None, -1) for an unreadable image that may be skipped."""
+        """Returns an image and its class number.
+
+        For an unreadable image that may be skipped, it returns (None, -1).
+        """
         given: Any = None
         try:
             given, target = self.source[index]
@@ -157,7 +160,7 @@ class _ParquetImages:
         return BytesIO(image["bytes"]) if image.get("bytes") else image["path"], item[self.reader.label_key]
 
     def filename(self, index: int, absolute: bool = False) -> str | None:
-        """Returns the file name that the dataset records for an image; None if there is none."""
+        """Returns the file name that the dataset records for an image, or None."""
         name: str | None = (self.reader.dataset[index][self.reader.image_key] or {}).get("path")
         return name
 
@@ -332,7 +335,7 @@ def _open_folder(root: str, flag: str, split: str) -> ImageFolder | ImageTar:
 
 
 def _find_split(root: str, split: str, suffix: str = "") -> Path | None:
-    """Returns the folder of a split, or its archive with the suffix; None if it does not exist."""
+    """Returns the folder or archive of a split; None if it does not exist."""
     others = next((names for names in _SPLITS if split in names), ())
     paths = [Path(root) / f"{name}{suffix}" for name in dict.fromkeys([split, *others])]
     return next((path for path in paths if (path.is_file() if suffix else path.is_dir())), None)
@@ -417,7 +420,9 @@ def _class_names(dataset: Any) -> list[str] | None:
 
 
 def check_targets(target: torch.Tensor, num_classes: int, split: str) -> None:
-    """Checks that the model has a class for each class number (B,). -1 means an unreadable image.
+    """Checks that the model has a class for each class number (B,).
+
+    -1 stands for an unreadable image.
 
     Raises:
         OneProcessError: If a number is out of range.

@@ -1,4 +1,4 @@
-"""The processes of a command: their devices, what they exchange, and the precision they compute in."""
+"""The processes of a command: devices, communication and precision."""
 
 import os
 import warnings
@@ -36,7 +36,7 @@ class Distributed:
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process prints messages and writes files."""
+        """True in the process that prints messages and writes files."""
         return self.rank == 0
 
     def print_primary(self, text: str) -> None:
@@ -72,7 +72,7 @@ class Distributed:
         return values[0]
 
     def on_primary(self, function: Callable[[], T]) -> T:
-        """Calls a function in the primary process, and returns its result in every process.
+        """Calls a function in the primary process; returns its result in every process.
 
         Raises:
             CommandError: In every process, if the function raises it.
@@ -90,7 +90,10 @@ class Distributed:
 
     @contextmanager
     def primary_first(self) -> Iterator[None]:
-        """Context that the primary process passes first, so that the others find what it downloads."""
+        """Context that the primary process passes first.
+
+        The others then find the files that it downloaded.
+        """
         if self.size > 1 and not self.is_primary:
             dist.barrier()
         yield
@@ -100,7 +103,7 @@ class Distributed:
 
 @contextmanager
 def join_processes(device: str | None, backend: str | None = None) -> Iterator[Distributed]:
-    """Joins the processes that torchrun or Slurm started; otherwise this process runs alone.
+    """Joins the processes that torchrun or Slurm started, if they did.
 
     Args:
         device: Device name; None for CUDA if it is available, else the CPU.

@@ -1,4 +1,4 @@
-"""The training engine: everything that a training run needs, independent of the task.
+"""The training engine: everything in a training that no task changes.
 
 A training command opens a session, prepares a `Job` in it, and trains it:
 
@@ -47,7 +47,10 @@ PATIENCE_S = 3.0
 
 
 class _Stopped(Exception):
-    """Raised between updates, when the state is complete, after a signal in any process."""
+    """Raised between updates after a signal in any process.
+
+    The state is complete then.
+    """
 
     def __init__(self, stop: StopRequest) -> None:
         self.signum = stop.signum or signal.SIGTERM  # another process may have received the signal
@@ -150,7 +153,7 @@ class Engine:
     """
 
     def __init__(self, session: Session, config: TrainConfig, job: Job) -> None:
-        """Creates optimizer and schedule, finds the run directory, and resumes if asked to.
+        """Creates the optimizer, finds the run directory, and resumes if asked to.
 
         Args:
             session: Processes, signals and lock.
@@ -303,7 +306,10 @@ class Engine:
             raise _Stopped(self.session.stop) from None
 
     def _check_stop(self, is_logged: bool) -> None:
-        """Raises _Stopped after a signal. Several processes agree on it, but only when they log, to save messages."""
+        """Raises _Stopped after a signal.
+
+        Several processes must agree on it. They do so only when they log, to save messages.
+        """
         is_stopped = bool(self.session.stop)
         if self.distributed.size > 1:
             is_stopped = is_logged and self.distributed.any(is_stopped)
@@ -437,8 +443,14 @@ class Engine:
 
     def _create_snapshots(self, event: Callable[[str, dict[str, Any]], None]) -> Snapshots:
         run = self.config.run
-        options: Any = (run.repo_id, run.hub_every, self.folder, run.hub_private)
-        return Snapshots(*options, event=event, is_stopped=lambda: bool(self.session.stop))
+        return Snapshots(
+            str(run.repo_id),
+            run.hub_every,
+            self.folder,
+            run.hub_private,
+            event=event,
+            is_stopped=lambda: bool(self.session.stop),
+        )
 
     def _save_checkpoint(self) -> None:
         """Writes a checkpoint. Every process must call this."""
@@ -476,7 +488,7 @@ class Engine:
         )
 
     def _finish_again(self) -> None:
-        """Reports a run that was complete before this command, and uploads it if that is missing."""
+        """Reports a run that was already complete, and uploads it if necessary."""
         progress, run = self.state.progress, self.config.run
         self.distributed.print_primary(f"{self.folder} is finished: {self.config.optim.epochs} epochs are done")
         if self.distributed.is_primary and self.state.former_epochs is not None:
@@ -513,7 +525,10 @@ class _Speed:
         self._since, self._images, self._processes = time.perf_counter(), images, processes
 
     def measure(self, images: int) -> float:
-        """Returns the speed since the last call, given the number of this process's images."""
+        """Returns the speed since the last call.
+
+        `images` is the number of this process's images.
+        """
         now = time.perf_counter()
         speed = (images - self._images) * self._processes / (now - self._since)
         self._since, self._images = now, images
@@ -521,7 +536,7 @@ class _Speed:
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Puts all BatchNorm layers into evaluation mode, so that their statistics do not change."""
+    """Puts all BatchNorm layers into evaluation mode, which keeps their statistics."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
             module.eval()

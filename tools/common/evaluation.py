@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a dataset. Each image counts once, under the model's number of its class."""
+"""Accuracy of a classifier on a dataset."""
 
 import math
 from collections import OrderedDict
@@ -25,7 +25,7 @@ def add_class_map_argument(group: Any) -> None:
 
 
 def class_names(class_map: str | None, model: Any) -> list[str] | None:
-    """Returns the model's class names in the order of its outputs; None if they are unknown.
+    """Returns the model's class names in order; None if they are unknown.
 
     Args:
         class_map: File of names, one per line; None for the names stored with the weights.
@@ -103,7 +103,9 @@ def evaluate(
     channels_last: bool = False,
     on_batch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> OrderedDict[str, float]:
-    """Evaluates a classifier on the images of all processes. Every process must call this.
+    """Evaluates a classifier on the images of all processes.
+
+    Every process must call this.
 
     Args:
         model: Maps images (B, C, H, W) to logits (B, K). It is put into evaluation mode.

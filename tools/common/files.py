@@ -1,4 +1,4 @@
-"""File access that survives kills and full disks: atomic writes, and bounded reads of text files."""
+"""Atomic writes, and bounded reads of text files."""
 
 import os
 import stat
@@ -13,7 +13,9 @@ _WAITS_S = (0.02, 0.1, 0.3, 0.6)
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically: readers see the old contents or the new ones, never a partial file.
+    """Writes a file atomically.
+
+    Readers see the old contents or the new ones, never a partial file.
 
     Args:
         path: File to write.
@@ -71,7 +73,7 @@ def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Calls `os.replace`, and retries for about a second while another program has the target open."""
+    """Calls `os.replace`, and retries while another program has the target open."""
     for wait in _WAITS_S:
         try:
             os.replace(source, target)
@@ -88,7 +90,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Waits until the file names of a folder are on the disk, if the system supports that."""
+    """Waits until the file names of a folder are on the disk, if possible."""
     with suppress(OSError):  # Windows does not open folders, and some file systems do not sync them
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Fingerprints of image datasets. A resumed run uses them to detect changed images or classes."""
+"""Fingerprints of image datasets, to detect changes when a run is resumed."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,10 @@ def _new_digest() -> Any:
 
 
 def _names_and_labels(dataset: Any) -> Iterator[tuple[str, str]]:
-    """Yields the name (possibly empty) and label of each image, without reading the image."""
+    """Yields the name and label of each image, without reading the image.
+
+    The name may be empty.
+    """
     if isinstance(dataset, ShardDataset):
         info = dataset.reader.split_info
         lengths = info.shard_lengths or [""] * len(info.filenames)
@@ -81,7 +84,7 @@ def _relative(path: str, root: str) -> str:
 
 
 def find_fingerprint_mismatch(value: Any) -> str | None:
-    """Checks the structure of a fingerprint from a file. Returns the first error; None if it is correct."""
+    """Returns the first error in the structure of a fingerprint from a file, or None."""
     mismatch = find_mismatch(value, {split: {"all": "", "labels": {}} for split in ("train", "val")}, "data")
     if mismatch is not None:
         return mismatch

@@ -1,4 +1,7 @@
-"""Dataclass fields as command line flags: each setting has its default, type and help text in one place."""
+"""Dataclass fields as command line flags.
+
+Each setting has its default, type and help text in one place.
+"""
 
 import argparse
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,7 +48,10 @@ def flag(
 
 
 def section(title: str, config: Callable[[], Any]) -> Any:
-    """Declares a dataclass field that contains another dataclass of flags, as a group of the help page."""
+    """Declares a field that contains another dataclass of flags.
+
+    Its flags are a group of the help page.
+    """
     return field(default_factory=config, metadata={"title": title, "section": config})
 
 
@@ -87,9 +93,10 @@ def from_flags(config: type[C], args: argparse.Namespace) -> C:
 
 
 def to_recipe(config: Any) -> dict[str, Any]:
-    """Returns the recipe that repeats a run: all flags except those that apply to one command only.
+    """Returns the recipe that repeats a run.
 
-    Secrets in URLs are removed, because the recipe is uploaded with the run.
+    It contains all flags except those that apply to one command only. Secrets in URLs are removed, because the recipe
+    is uploaded with the run.
     """
     recipe: dict[str, Any] = {}
     for item in _sections(type(config)):

@@ -1,4 +1,4 @@
-"""Image folders and tar archives: finds the images and their classes, and lists ignored files."""
+"""Image folders and tar archives: images, their classes, and ignored files."""
 
 import os
 import posixpath
@@ -49,7 +49,7 @@ class Ignored:
     folders: list[str] = field(default_factory=list)
 
     def describe(self, root: str | Path) -> str | None:
-        """Returns a line that counts and names the ignored files and folders; None if there are none."""
+        """Returns a line about the ignored files and folders; None if there are none."""
         parts = []
         if self.files:
             parts.append(
@@ -71,12 +71,12 @@ def is_foreign(name: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Returns whether a file name has the suffix of a supported image format and is not hidden."""
+    """Returns whether a file name is that of a supported, not hidden image."""
     return name.lower().endswith(SUFFIXES) and not is_foreign(name)
 
 
 def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[list[str], Ignored]:
-    """Finds the images in a folder and its subfolders, in natural order of their paths.
+    """Finds the images in a folder and its subfolders, in natural order.
 
     Args:
         root: The folder. Links are followed.
@@ -116,7 +116,7 @@ def find_image_files(root: str | Path, skipped: Path | None = None) -> tuple[lis
 
 
 class ImageFolder:
-    """Paths and class numbers of the images in a folder with one subfolder for each class.
+    """Images and class numbers of a folder with one subfolder for each class.
 
     Attributes:
         root: The folder.
@@ -183,10 +183,10 @@ class _Member:
 
 
 class ImageTar:
-    """Images and class numbers of a tar archive. The class of an image is the folder that contains it.
+    """Images and class numbers of a tar archive.
 
-    An archive within the archive counts as a folder, as in ImageNet's archive of training images. Several processes can
-    read at the same time.
+    The class of an image is the folder that contains it. An archive within the archive counts as a folder, as in
+    ImageNet's archive of training images. Several processes can read at the same time.
 
     Attributes:
         root: The archive.
@@ -309,7 +309,7 @@ class ImageTar:
         return BytesIO(content), self.class_to_idx[member.path.split("/")[-2]]
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """Returns the path of an image in the archive, with `absolute` including the archive."""
+        """Returns the path of an image, with `absolute` including the archive."""
         path = self._members[index].path
         return os.path.join(self.root, path) if absolute else path
 
@@ -321,7 +321,7 @@ class ImageTar:
 
 
 class TorchImageFolder(TorchvisionImageFolder):
-    """torchvision's image folder, with the image formats and ignored folders of this module.
+    """torchvision's image folder, with this module's formats and ignored folders.
 
     The class of an image is its outermost folder. Classes are in alphabetical order.
 

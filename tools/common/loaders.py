@@ -1,4 +1,4 @@
-"""Batches of images on the device: the order of training images, their augmentation, and the data loaders."""
+"""Batches of images: order, augmentation and data loaders."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +18,11 @@ from .signals import ignore_signals_in_worker
 
 
 class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of one process, as keys of `ImageDataset`, from any step of any epoch on.
+    """Batches of one process, from any step of any epoch on.
 
-    The order of an epoch depends only on the seed and the epoch. Its images are distributed first to the steps, then to
-    the processes of a step. So an update has the same images, however many processes and steps share it. Images that
-    do not fill an update are left out.
+    A batch is a list of keys of `ImageDataset`. The order of an epoch depends only on the seed and the epoch. Its
+    images are distributed first to the steps, then to the processes of a step. So an update has the same images,
+    however many processes and steps share it. Images that do not fill an update are left out.
 
     Attributes:
         steps: Steps of an epoch.
@@ -257,5 +257,8 @@ def _create_transform(data_config: dict[str, Any], is_training: bool, **options:
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Calls timm's posterize with at least 1 bit. timm asks for 0 bits, which Pillow 13 rejects."""
+    """Calls timm's posterize with at least 1 bit.
+
+    timm asks for 0 bits, which Pillow 13 rejects.
+    """
     return auto_augment.posterize(image, max(1, bits), **kwargs)

@@ -1,4 +1,7 @@
-"""Locks on the folders that commands write to. The system releases them when their process ends."""
+"""Locks on the folders that commands write to.
+
+The system releases them when their process ends.
+"""
 
 import contextlib
 import errno

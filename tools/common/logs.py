@@ -1,4 +1,4 @@
-"""Records of a training run: a table, JSON lines, curves, TensorBoard and Weights & Biases."""
+"""Records of a run: table, JSON lines, curves, TensorBoard, Weights & Biases."""
 
 import csv
 import json
@@ -100,7 +100,7 @@ class RunLog:
         self._write(name, values)
 
     def epoch(self, update: int, history: Sequence[Mapping[str, Any]]) -> None:
-        """Records the last epoch of a history, and writes summary.csv and curve.png of all epochs."""
+        """Records the last epoch of a history, and writes summary.csv and curve.png."""
         row = history[-1]
         self._write("epoch", {"update": update, **row})
         self._send(update, "epoch", row)
@@ -187,7 +187,9 @@ def has_matplotlib() -> bool:
 
 
 def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> bool:
-    """Draws a figure with matplotlib. A failure is only a warning, because other files contain the numbers.
+    """Draws a figure with matplotlib.
+
+    A failure is only a warning, because other files contain the numbers.
 
     Args:
         path: PNG file to write.

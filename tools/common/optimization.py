@@ -74,7 +74,7 @@ def backward(
     else:
         loss.backward()
         if is_last:
-            if parameters is not None:
+            if config.clip_grad is not None and parameters is not None:
                 dispatch_clip_grad(parameters, config.clip_grad, config.clip_mode)
             optimizer.step()
     if is_last:
@@ -82,7 +82,10 @@ def backward(
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any] | None:
-    """Returns the state of a schedule. timm's state of a plateau schedule lacks the epochs without progress."""
+    """Returns the state of a schedule.
+
+    timm's state of a plateau schedule lacks the epochs without progress.
+    """
     if scheduler is None:
         return None
     if isinstance(scheduler, PlateauLRScheduler):
@@ -92,7 +95,7 @@ def schedule_state(scheduler: Any) -> dict[str, Any] | None:
 
 
 def resume_schedule(scheduler: Any, state: Any, is_same: bool, epoch: int, update: int) -> None:
-    """Loads the state of a schedule, or moves a changed schedule to the current position.
+    """Loads the state of a schedule, or moves a changed schedule forward.
 
     Args:
         scheduler: The schedule; None if there is none.

@@ -40,7 +40,10 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def seeded_random(*key: int) -> Iterator[None]:
-    """Context whose random numbers depend only on the key. It restores the generators at the end."""
+    """Context whose random numbers depend only on the key.
+
+    It restores the generators at the end.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     low, high = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
     try:  # from here on: a signal may end the context anywhere, and the run saves the restored states

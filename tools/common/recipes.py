@@ -22,7 +22,9 @@ _MAX_YAML_SCALAR = 3500  # Python does not print integers of more than 4,300 dig
 
 
 def parse_with_recipe(create_parser: Callable[[], Parser], argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line. It overrides the recipe (`--config`), which overrides the defaults.
+    """Parses the command line.
+
+    It overrides the recipe (`--config`), which overrides the defaults.
 
     Raises:
         SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or has a wrong type.
@@ -81,7 +83,10 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Counts the values of a YAML document. The values of an alias count each time it is used."""
+    """Counts the values of a YAML document.
+
+    The values of an alias count each time it is used.
+    """
     if node in counts:
         if counts[node] < 0:
             raise ValueError("a value contains itself")

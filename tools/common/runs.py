@@ -1,4 +1,4 @@
-"""Run directories: which directory a training writes to, and which checkpoint it resumes from."""
+"""Run directories: finding, naming and locking them, and what to resume."""
 
 import itertools
 import re
@@ -94,7 +94,7 @@ def find_run(config: RunConfig, recipe: Recipe, label: str, lock: PathLock) -> t
 
 
 def run_label(model: str, img_size: int) -> str:
-    r"""Returns the model and the image size as part of a folder name, valid on every system.
+    r"""Returns model and image size as a folder name that every system accepts.
 
     Args:
         model: Name of the model, also 'local-dir:C:\models\x' or 'hf-hub:org/name'.
@@ -127,7 +127,7 @@ def _open_resumed(resume: str, recipe: Recipe, lock: PathLock) -> tuple[Path, Pa
 
 
 def _find_same_run(output: Path, recipe: Recipe, lock: PathLock) -> tuple[Path, Path] | None:
-    """Locks and returns the newest run of the same recipe, with its checkpoint; None if there is none."""
+    """Locks and returns the newest run of the same recipe, or None."""
     own = _identity(recipe)
     others: dict[Path, Any] = {}  # runs that differ only in the number of epochs, newest first
     for checkpoints in sorted(filter(Path.is_dir, output.glob("*/checkpoints")), key=_changed_at, reverse=True):
@@ -147,7 +147,10 @@ def _find_same_run(output: Path, recipe: Recipe, lock: PathLock) -> tuple[Path, 
 
 
 def _create_unnamed_run(config: RunConfig, output: Path, label: str, lock: PathLock) -> Path:
-    """Creates and locks a directory named after the time and the label, with a number if the name is in use."""
+    """Creates and locks a directory named after the time and the label.
+
+    The name gets a number if it is in use.
+    """
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{label}"
     for number in itertools.count(1):
         folder = output / (name if number == 1 else f"{name}-{number}")
@@ -182,12 +185,15 @@ def _create_folder(folder: Path) -> None:
 
 
 def _contains_run(folder: Path, resume: str | None) -> bool:
-    """Returns whether a folder has results that a new run would overwrite. With `resume`, checkpoints do not count."""
+    """Returns whether a folder has results that a new run would overwrite.
+
+    With `resume`, checkpoints do not count.
+    """
     return (folder / "summary.csv").exists() or ((folder / "checkpoints").exists() and resume is None)
 
 
 def _changed_at(path: Path) -> float:
-    """Returns when a folder was last changed, in seconds since 1970; 0 if it does not exist."""
+    """Returns when a folder was last changed, in seconds; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -199,7 +205,10 @@ def _changed_at(path: Path) -> float:
 
 
 def recipe_key(recipe: Recipe) -> dict[str, Any]:
-    """Returns the flags that a resumed run must share with its checkpoint. `epochs` may change, with a check."""
+    """Returns the flags that a resumed run must share with its checkpoint.
+
+    Only `epochs` may change, within limits.
+    """
     return {key: value for key, value in recipe.items() if key not in RESUME_MUTABLE}
 
 
@@ -210,13 +219,16 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """Returns the flags that distinguish runs without a name. The data folder counts, as an absolute path."""
+    """Returns the flags that distinguish runs without a name.
+
+    The data folder counts, as an absolute path.
+    """
     data = recipe.get("data_dir")
     return recipe_key(recipe) | {"data_dir": None if data is None else str(Path(data).expanduser().resolve())}
 
 
 def _read_identity(folder: Path) -> dict[str, Any] | None:
-    """Returns the identity of the run in a directory; None if no run wrote the recipe there."""
+    """Returns the identity of the run in a directory; None if there is no recipe."""
     try:
         recipe = load_yaml(read_utf8(folder / "config.yaml"))
         return _identity(recipe) if isinstance(recipe, dict) else None
@@ -225,7 +237,9 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_same_recipe(recipe: Recipe, state: dict[str, Any], folder: Path | str) -> None:
-    """Checks that a run can be resumed with these flags. The number of epochs may change.
+    """Checks that a run can be resumed with these flags.
+
+    The number of epochs may change.
 
     Raises:
         CommandError: If another flag differs, or the run has done more epochs already.
@@ -271,7 +285,9 @@ def check_hub(repo_id: str | None) -> None:
 
 
 def check_remote_run(repo_id: str | None, recipe: Recipe, is_resumed: bool) -> None:
-    """Checks that uploads do not overwrite another run. Without a connection, nothing is checked.
+    """Checks that uploads do not overwrite another run.
+
+    Without a connection, nothing is checked.
 
     Raises:
         CommandError: If the repository contains another run.

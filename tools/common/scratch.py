@@ -1,4 +1,7 @@
-"""A private folder for the files of one process: kept small while it runs, and removed when it has ended."""
+"""A private folder for the files of one process.
+
+It is kept small while the process runs, and removed afterwards.
+"""
 
 import os
 import shutil
@@ -22,10 +25,10 @@ _GRACE_S = 60.0
 
 @contextmanager
 def private_folder(prefix: str) -> Iterator[Path]:
-    """Creates a folder that only this user can read, with a file `lock`, and removes it at the end.
+    """Context with a new folder that only this user can read.
 
-    A killed process leaves its folder behind. The next process removes it: the lock in a folder tells whether the
-    process that made the folder still runs.
+    The folder contains a file `lock`. A killed process leaves its folder behind. The next process removes it: the lock
+    in a folder tells whether the process that made the folder still runs.
 
     Args:
         prefix: Of the folder's name, in the system's folder for temporary files. The rest of the name is random.
@@ -104,9 +107,10 @@ class Storage:
         self._lock = threading.Lock()
 
     def sweep(self) -> None:
-        """Deletes files that are too old, and the oldest ones while the files take more than half of the limit.
+        """Deletes files that are too old.
 
-        Files of the last minute stay. What cannot be deleted stays until the next time.
+        While the rest takes more than half of the limit, it also deletes the oldest ones. Files of the last minute
+        stay. What cannot be deleted stays until the next time.
         """
         with self._lock:
             self.stored = self._sweep()

@@ -1,4 +1,4 @@
-"""WebDataset shards (wds/): images in a fixed sequence, opened without running programs."""
+"""WebDataset shards (wds/), opened without running programs."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ from .random_state import seeded_random
 
 
 class ShardDataset(IterableDataset):
-    """Images and class numbers of timm's shard reader, which can only read them in sequence.
+    """Images and class numbers of shards, which can only be read in sequence.
 
     In training each process reads its own shards. In evaluation each process reads all shards and keeps its share of
     the images: there are rarely enough shards to distribute them evenly, and each image must count once.
@@ -80,9 +80,9 @@ class ShardDataset(IterableDataset):
 
 
 def _patch_reader(bad_images: BadImages) -> None:
-    """Makes timm's shard reader open images by `stvit.images`, and record those that it cannot read.
+    """Makes timm's shard reader open images by `stvit.images`.
 
-    Unpatched, the reader skips them with a warning.
+    It then also records images that it cannot read. Unpatched, the reader skips them with a warning.
     """
     from timm.data.readers import reader_wds
 
@@ -114,7 +114,7 @@ _webdataset_schemes: dict[str, Any] = {}
 
 
 def restrict_webdataset(allow_commands: bool) -> None:
-    """Makes webdataset open files on Windows drives, and run programs only if that is allowed.
+    """Makes webdataset open files on drives, and run programs only if allowed.
 
     webdataset treats the letter of a drive as a URL scheme. It opens every scheme except file: with a program.
     """
@@ -146,7 +146,7 @@ def _scheme_problem(url: str) -> str:
 
 
 def _local_path(url: str) -> Path | None:
-    """Returns the path of a shard's address; None if webdataset opens the address with a program."""
+    """Returns the path of an address; None if webdataset opens it with a program."""
     parts = urlparse(url)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))
@@ -172,7 +172,7 @@ def _check_urls(urls: Sequence[str], allow_commands: bool, is_required: bool = T
 
 
 def check_description(root: str, allow_commands: bool) -> None:
-    """Checks the addresses of the description of a wds/ dataset, before timm reads it.
+    """Checks the address of the description of a wds/ dataset, before it is read.
 
     Raises:
         CommandError: If the description would run a program without permission, or is not a regular file.

@@ -10,13 +10,16 @@ from typing import Any
 
 
 class StopNow(BaseException):
-    """Raised by a signal within `StopRequest.at_once`. Not an Exception, which other code could catch."""
+    """Raised by a signal within `StopRequest.at_once`.
+
+    It is not an Exception, which other code could catch.
+    """
 
 
 class StopRequest:
-    """Remembers SIGTERM, Ctrl-C and (on Windows) Ctrl-Break, so that a program stops when its state is complete.
+    """Remembers signals, so that a program stops when its state is complete.
 
-    A second Ctrl-C raises KeyboardInterrupt immediately.
+    The signals are SIGTERM, Ctrl-C and (on Windows) Ctrl-Break. A second Ctrl-C raises KeyboardInterrupt immediately.
 
     Attributes:
         signum: The signal that was received; None if there was none.
@@ -40,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, is_on: bool = True, patience: float = 0.0) -> Iterator[None]:
-        """Context that a signal ends by `StopNow`, even while it waits for a file or another process.
+        """Context that a signal ends by `StopNow`, even while it waits.
 
         Args:
             is_on: Whether signals end the context. Otherwise they are only remembered.

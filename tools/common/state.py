@@ -1,4 +1,4 @@
-"""State of a training run: what a checkpoint contains, and how a run resumes from it exactly."""
+"""State of a training run: saved to checkpoints, and resumed exactly."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,10 @@ class Progress:
 
 
 class EpochSums:
-    """Sums over the images of an epoch, on the device. Reading them waits for the device."""
+    """Sums over the images of an epoch, on the device.
+
+    Reading them waits for the device.
+    """
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
         self._progress = progress
@@ -229,7 +232,7 @@ class TrainState:
         )
 
     def _load_process(self, processes: list[dict[str, Any]]) -> None:
-        """Loads the state of this process, or distributes it to another number of processes."""
+        """Loads the state of this process, also from another number of processes."""
         progress, rank = self.progress, self.distributed.rank
         if len(processes) == self.distributed.size:
             own = processes[rank]
@@ -250,7 +253,7 @@ class TrainState:
         )
 
     def _find_mismatch(self, state: dict[str, Any]) -> str | None:
-        """Compares the structure of a state with the state of this run. Returns the first difference, or None."""
+        """Returns the first structural difference to the state of this run, or None."""
         like = self._shared_state()
         for key in ("recipe", "optimizer", "data"):  # compared below and in `find_run`
             del like[key]
@@ -270,7 +273,7 @@ class TrainState:
         return self._find_wrong_progress(state)
 
     def _find_wrong_progress(self, state: dict[str, Any]) -> str | None:
-        """Returns an impossible value in the progress of a state with the right structure, or None."""
+        """Returns an impossible value in the progress of a state, or None."""
         progress, processes = state["progress"], state["processes"]
         epoch, step, history = progress["epoch"], progress["step"], progress["history"]
         if not processes:

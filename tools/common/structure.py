@@ -1,4 +1,4 @@
-"""Structure checks of values from untrusted files: types, keys, shapes and dtypes."""
+"""Structure checks of values from untrusted files: types, keys and shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +56,7 @@ _LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer",
 
 
 def find_optimizer_mismatch(state: Any, optimizer: torch.optim.Optimizer) -> str | None:
-    """Compares the structure of an optimizer state from a file with that of an optimizer.
+    """Compares the structure of an optimizer state with that of an optimizer.
 
     `Optimizer.load_state_dict` only compares the numbers of parameters. Tensors of wrong shapes would fail in a later
     step.
