@@ -439,7 +439,9 @@ def _write(
     Those that nobody asks to be opened are left out.
     """
     samples = None if images is None else _samples(args, images, data_config)
-    quantize = None if args.dtype != "int8" else partial(_quantized, args=args, images=images, data_config=data_config)
+    quantize = None
+    if args.dtype == "int8" and images is not None:
+        quantize = partial(_quantized, args=args, images=images, data_config=data_config)
     writers: dict[str, Callable[[_Source, Path, Mapping[str, Any]], _Serves]] = {
         "onnx": partial(_write_onnx, opset=args.opset, quantize=quantize),
         "torch-export": _write_torch_export,

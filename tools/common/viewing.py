@@ -165,7 +165,7 @@ def _yolo(name: str) -> Any:
     with _ultralytics():
         from stvit.adapters.yolo import YOLO
 
-        detector = YOLO(name)
+        detector: Any = YOLO(name)
         detector.model.eval()
         return detector
 
