@@ -1,7 +1,7 @@
-"""Text that is safe to show: without secrets, control characters and markup.
+"""Removes secrets, control characters and markup from text before it is shown.
 
-Messages, logs and cards contain names of files and classes, arguments, and answers of servers. Any of these may hold an
-access token, an escape sequence of the terminal, a line break or HTML.
+Messages, logs and cards contain names of files and classes, arguments, and answers of servers. Any of these may contain
+an access token, an escape sequence of the terminal, a line break or HTML.
 """
 
 import base64
@@ -20,14 +20,14 @@ __all__ = ["clipped", "code_span", "escape_markdown", "one_line", "printable", "
 HIDDEN = "***"
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
 _URL_VARIABLES = ("HF_ENDPOINT", "WANDB_BASE_URL", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
-# Shorter values are words that occur everywhere.
+# Shorter values could be ordinary words, which must stay readable.
 _SHORTEST_SECRET = 6
 _PATTERNS = (
-    # Access tokens of the Hub. Names such as hf_hub_download are none.
+    # Access tokens of the Hub, but not names such as hf_hub_download.
     (re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w.-]+|[A-Za-z0-9]{8,})"), f"hf_{HIDDEN}"),
     (re.compile(r"""(?i)\b(authorization["']?\s*[:=]\s*["']?)(?:[a-z]+\s+)?[^\s"',;)\]}]+"""), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-    # User and password of a URL. Neither contains a slash.
+    # User and password in a URL. They contain no slash.
     (re.compile(r"""(?<=://)[^\s/"'\\<>]+@"""), f"{HIDDEN}@"),
     (
         re.compile(
@@ -36,15 +36,15 @@ _PATTERNS = (
         rf"\1{HIDDEN}",
     ),
 )
-# Joiners within emoji and words of some scripts.
+# Joiners, which emoji and words of some scripts contain.
 _HARMLESS_FORMATS = "\u200c\u200d"
 
 
 def redact(text: str) -> str:
     """Replaces access tokens, and users and passwords in URLs, with '***'.
 
-    The secrets are the access token of the Hub in use, the values of variables such as `WANDB_API_KEY`, the user and
-    the password in `HF_ENDPOINT` and in the proxies' addresses, and whatever looks like one of these.
+    Replaced are the access token of the Hub, the values of variables such as `WANDB_API_KEY`, the user and the password
+    in `HF_ENDPOINT` and in the addresses of proxies, and any text that looks like one of these.
     """
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -54,7 +54,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(value: Any) -> Any:
-    """Returns a copy of nested dictionaries and lists with all their text redacted."""
+    """Returns a copy of nested dictionaries and lists in which all text is redacted."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -65,11 +65,11 @@ def redact_values(value: Any) -> Any:
 
 
 def printable(text: str, kept: str = "") -> str:
-    r"""Escapes characters that are not shown: a line break becomes '\n', an escape character '\x1b'.
+    r"""Escapes control characters: a line break becomes '\n', an escape character '\x1b'.
 
     Args:
         text: Any text, such as the name of a file.
-        kept: Control characters that are not escaped.
+        kept: Control characters to leave as they are.
     """
     return "".join(
         char.encode("unicode_escape").decode("ascii") if _is_control(char) and char not in kept else char
@@ -78,12 +78,12 @@ def printable(text: str, kept: str = "") -> str:
 
 
 def one_line(text: object) -> str:
-    """Returns a message as one line without secrets and control characters."""
+    """Returns a message in one line, without secrets and control characters."""
     return printable(redact(str(text).strip()))
 
 
 def clipped(value: Any, length: int = 100) -> str:
-    """Returns a value as Python writes it, cut to a number of characters."""
+    """Returns the `repr` of a value, cut to a number of characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -92,7 +92,7 @@ def clipped(value: Any, length: int = 100) -> str:
 
 
 def code_span(text: object) -> str:
-    """Returns text as code of Markdown, in which neither HTML nor Markdown has an effect, for use in tables too."""
+    """Returns text as inline code of Markdown. Its HTML and Markdown have no effect, in tables either."""
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
@@ -101,7 +101,7 @@ def code_span(text: object) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    """Returns one line of text in which HTML and Markdown have no effect."""
+    """Returns text in one line, with HTML and Markdown escaped."""
     return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
@@ -117,7 +117,7 @@ def _secrets() -> set[str]:
 
 
 def _credentials(url: str) -> Iterator[str]:
-    """Yields user and password of a URL in every form in which a library may repeat them."""
+    """Yields the user and password of a URL in each form that libraries print."""
     match = re.match(r"[\w+.-]+://(.+)@", url)
     if match is None:
         return

@@ -1,11 +1,11 @@
-"""A Hugging Face Hub on 127.0.0.1, in memory: real requests of the real clients, uploads and faults, no network.
+"""A Hugging Face Hub on 127.0.0.1, in memory. The real clients send it real requests, without a network.
 
     with Hub() as hub:
         hub.add_user("someone", "hf_someone")
         hub.enter(monkeypatch, tmp_path / "home", "hf_someone")  # this process; `environment` is for another one
         HfApi().create_repo("someone/digits")
 
-Its state is what `Hub.files`, `refs`, `history` and `requests` say, whatever the clients make of it.
+`Hub.files`, `refs`, `history` and `requests` return the state of the server itself, not a client's view of it.
 """
 
 import base64
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 REPOSITORY = "someone/digits"
 COMMIT = "0" * 40
-# Of the users that the tests' own Hub knows.
+# Tokens of the users that the fixture `hub` creates.
 OWNER, READER, STRANGER = "hf_owner_secret", "hf_reader_secret", "hf_stranger_secret"
 
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 _LFS = (".safetensors", ".pt", ".bin", ".pth", ".png", ".jpg")
 _FAULTS = re.compile(r"cut|reset|lost|truncate|flip|pointer|html|hang|echo|slow:[0-9.]+|status:[1-5]\d\d")
 _PAGE = b"<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in to use this network.</body></html>\n"
-# What would lead a process elsewhere, or keep it from asking at all.
+# Variables that would point a process to another Hub, or keep it offline.
 _LEFT_OUT = (
     *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HUGGINGFACE_CO_STAGING", "HF_OIDC_RESOURCE"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
@@ -54,7 +54,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Request:
-    """One that came; `status` is 0 where no answer was sent: "hang", and "cut" of an upload."""
+    """A request that the server received. `status` is 0 if it sent no answer."""
 
     method: str
     path: str  # as sent: quoted, with its query
@@ -165,7 +165,7 @@ class _Repository:
         return self.commits[revision]
 
     def head(self, revision: str) -> str:
-        """The name of what a commit can be made on: a branch or a pull request."""
+        """Returns the full name of a branch or a pull request, on which a commit can be made."""
         name = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
         if name not in self.refs or name.startswith("refs/tags/"):
             raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -174,7 +174,7 @@ class _Repository:
     def add(
         self, ref: str, parent: _Commit | None, files: dict[str, _Blob], title: str, message: str = "", **more: str
     ) -> _Commit:
-        # The count makes two commits of the same files two.
+        # The count gives two commits of the same files different ids.
         content = [len(self.commits), parent and parent.id, title, {path: blob.oid for path, blob in files.items()}]
         commit_id = more.pop("id", hashlib.sha1(json.dumps(content).encode()).hexdigest())
         commit = _Commit(commit_id, parent, files, title, message, **more)
@@ -204,7 +204,7 @@ def _file(blob: _Blob, commit_id: str) -> _Reply:
 
 
 def _spoiled(reply: _Reply, fault: str) -> _Reply:
-    """The answer with the faults that change what it says."""
+    """Applies a fault that changes the contents of an answer."""
     middle = len(reply.body) // 2
     if fault == "html":
         return _Reply(200, _PAGE, {"Content-Type": "text/html; charset=utf-8"})
@@ -220,7 +220,7 @@ def _spoiled(reply: _Reply, fault: str) -> _Reply:
 
 
 def _part(reply: _Reply, wanted: str | None) -> _Reply:
-    """What a Range asks for; without it a download that broke off would begin anew."""
+    """Returns the part of an answer that a Range header requests. Clients use it to resume a download."""
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
     if not match or not reply.blob:
         return reply
@@ -241,7 +241,7 @@ def _blob(path: str, content: bytes) -> _Blob:
 
 
 def _is_ignored(path: str, rules: str) -> bool:
-    """By the simple ones of .gitignore's rules: names with wildcards, of files and folders."""
+    """Returns whether .gitignore excludes a path. Only names with wildcards are supported."""
     names = [*path.split("/"), path]
     return any(fnmatch.fnmatch(name, rule.strip("/ ")) for rule in rules.splitlines() for name in names)
 
@@ -249,7 +249,7 @@ def _is_ignored(path: str, rules: str) -> bool:
 class _Handler(BaseHTTPRequestHandler):
     server: "_Server"
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are sent apart: 40 ms of each answer otherwise
+    disable_nagle_algorithm = True  # saves 40 ms per answer, because head and body are sent separately
 
     def _handle(self) -> None:
         hub = self.server.hub
@@ -276,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "lost":
             hub._log(self.command, self.path, 0, who)
             return self._hang_up("reset")
-        # Before it is sent, or a test could look before it is there.
+        # Logged before it is sent, because the test may look at once.
         hub._log(self.command, self.path, reply.status, who)
         self.send_response(reply.status)
         request_id = {"X-Request-Id": self.headers.get("X-Amzn-Trace-Id", "none")}
@@ -293,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self, fault: str = "") -> None:
         self.close_connection = True
         if fault == "reset":
-            # Closed without lingering, and not by the server, which would end the stream in good order first.
+            # The server would end the stream in good order first; without lingering the connection breaks.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
 
@@ -320,11 +320,11 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away; what the Hub itself gets wrong is answered with status 500 and its traceback."""
+        """Ignores clients that hang up. A bug in this file gives status 500 with its traceback."""
 
 
 class Hub:
-    """The server, its state, and what a test does with it."""
+    """The server, its state, and methods for tests to change it."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -344,34 +344,34 @@ class Hub:
         self.heal()
         self._server.shutdown()
         self._server.server_close()
-        # A client's pool keeps connections open, and they would go on being answered.
+        # The server would go on answering the open connections of a client's pool.
         for connection in list(self._server.connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
 
-    # What a test does without a request
+    # Methods for tests, which send no request
 
     def add_user(self, name: str, token: str, role: str = "write", orgs: Sequence[str] = ()) -> None:
-        """Makes a token of a user, who may have several.
+        """Adds a token of a user. A user may have several tokens.
 
         Args:
-            name: Of the user, and of the user's own namespace.
-            token: Any other one is refused.
-            role: "read" or "write", in that namespace and those of `orgs`.
-            orgs: Organizations the user is a member of.
+            name: Name of the user and of the user's namespace.
+            token: Access token. Unknown tokens are refused.
+            role: "read" or "write", in the user's namespace and those of `orgs`.
+            orgs: Organizations that the user is a member of.
         """
         with self._lock:
             self._users[token] = _User(name, role, tuple(orgs))
 
     def create_repo(self, repo_id: str, private: bool = False, kind: str = "model", gated: bool = False) -> None:
-        """Makes a repository with what the Hub puts into one: a commit with `.gitattributes`."""
+        """Creates a repository with one commit that contains `.gitattributes`, like the Hub."""
         with self._lock:
             self._repositories[_PREFIXES[kind] + repo_id] = _Repository(repo_id, kind, private, gated)
 
     def commit(self, repo_id: str, files: Mapping[str, bytes | None], revision: str = "main") -> str:
-        """Changes files of a branch, None to delete one; gives the commit's id."""
+        """Commits files to a branch (None deletes a file) and returns the id of the commit."""
         with self._lock:
             repo = self._find(repo_id)
             ref = repo.head(revision)
@@ -382,33 +382,40 @@ class Hub:
             return repo.add(ref, repo.refs[ref], blobs, "commit of the test").id
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The files that stand at a branch, tag, pull request or commit."""
+        """Returns the files of a branch, tag, pull request or commit."""
         with self._lock:
             return {path: blob.content for path, blob in sorted(self._find(repo_id).at(revision).files.items())}
 
     def refs(self, repo_id: str) -> dict[str, str]:
-        """The commits of branches, tags and pull requests ("refs/pr/1")."""
+        """Returns the commits of branches, tags and pull requests ("refs/pr/1")."""
         with self._lock:
             refs = sorted(self._find(repo_id).refs.items(), reverse=True)  # a branch over a tag of the same name
             return {re.sub("^refs/(heads|tags)/", "", name): commit.id for name, commit in refs}
 
     def history(self, repo_id: str, revision: str = "main") -> list[str]:
-        """The ids of commits, newest first."""
+        """Returns the ids of all commits, newest first."""
         with self._lock:
             return [commit.id for commit in self._find(repo_id).at(revision).line()]
 
     def fail(self, pattern: str, how: str, times: int | None = None) -> None:
-        """Makes requests go wrong; where several patterns fit one, the first given counts.
+        """Makes matching requests fail. If several patterns match a request, the first call counts.
 
         Args:
-            pattern: Searched in "METHOD /path?query" as sent, quoted.
-            how: "cut" (half of the body, of the answer or of an upload, then the connection's end, as by a proxy
-                that gives up; "reset" the same as by a network that breaks), "lost" (done, without an answer),
-                "slow:SECONDS", "status:CODE", "echo" (status 400, with the header of authorization in its message),
-                "truncate" (half, with headers that agree), "flip" (one bit), "pointer" (the text Git LFS keeps in
-                place of a file), "html" (the page of a captive portal), or "hang" (until `heal`).
-            times: So many requests, then no more. A download is HEAD and GET: "cut", "reset" and "flip" leave HEAD
-                alone, which has no body; of the others the pattern says whether both are meant.
+            pattern: Regular expression, searched in "METHOD /path?query" as it is sent.
+            how: Fault:
+                "cut": half of the body of the answer or upload, then the connection ends;
+                "reset": the same, but the connection breaks;
+                "lost": the request is executed, but not answered;
+                "hang": no answer until `heal`;
+                "slow:SECONDS": the answer is late;
+                "status:CODE": the answer has this status;
+                "echo": status 400, with the Authorization header in the message;
+                "truncate": half of the body, with matching headers;
+                "flip": one bit of the body is flipped;
+                "pointer": the pointer of Git LFS instead of the file;
+                "html": the login page of a public network.
+            times: Number of requests that fail; None for all. A download sends HEAD and GET. The faults "cut", "reset"
+                and "flip" skip HEAD, which has no body.
         """
         if not _FAULTS.fullmatch(how):
             raise ValueError(f"No such fault: {how}")
@@ -417,22 +424,22 @@ class Hub:
             self._faults.append((re.compile(pattern), how, turns))
 
     def heal(self) -> None:
-        """Ends all faults, and those under way: what hangs is closed."""
+        """Ends all faults. Hanging connections are closed."""
         with self._lock:
             self._faults.clear()
             self._healed.set()
             self._healed = threading.Event()
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The environment of a process that finds this Hub and nothing else, with its caches in `home`."""
+        """Returns the environment of a process that uses this Hub only, with its caches in `home`."""
         env = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT and "proxy" not in key.lower()}
-        # Without Xet, which the client takes for granted where the package is installed.
+        # The client would use Xet if the package is installed, and this server does not support it.
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         return env | ({"HF_TOKEN": token} if token else {})
 
     def enter(self, monkeypatch: "pytest.MonkeyPatch", home: Path, token: str | None = None) -> None:
-        """Makes this process find this Hub and nothing else, with its caches in `home`, until the test ends."""
-        # Loaded first: a module that is loaded later would keep its copies of what is patched.
+        """Makes this process use this Hub only, with its caches in `home`, until the test ends."""
+        # Imported first: a module imported later would keep copies of the patched values.
         from huggingface_hub import constants, hf_api, hf_file_system
         from huggingface_hub.utils import _cache_manager, _git_credential, _http  # noqa: F401
 
@@ -476,7 +483,7 @@ class Hub:
         return self._repositories[found[0]]
 
     def _log(self, method: str, path: str, status: int, token: str | None) -> None:
-        # Which agents there are the client may ask at any time: it says nothing of what a test does.
+        # The client may send this request at any time, whatever a test does.
         if path != "/api/agent-harnesses":
             with self._lock:
                 self.requests.append(Request(method, path, status, token))
@@ -495,7 +502,7 @@ class Hub:
                 return self._route(method, path, body, token)
         except _RefusedError as error:
             return error.reply
-        except Exception:  # a bug of this file: for the test to see
+        except Exception:  # a bug in this file, which the test shows
             return _json({"error": traceback.format_exc()}, 500)
 
     def _route(self, method: str, path: str, body: bytes, token: str | None) -> _Reply:
@@ -533,7 +540,7 @@ class Hub:
         repo = self._repositories.get(name)
         owner = repo is not None and user is not None and user.owns(repo.id)
         if user is None and (repo is None or repo.private or write):
-            # Of HTTPS addresses the client knows what a 401 means, of others it must be told.
+            # The client interprets a 401 from HTTPS addresses itself; from others it needs the code.
             raise _RefusedError(401, "Invalid username or password.", "RepoNotFound")
         if repo is None or (repo.private and not owner):
             raise _RefusedError(404, "Repository not found", "RepoNotFound")
@@ -569,7 +576,7 @@ class Hub:
         return _file(commit.files[path], commit.id)
 
     def _batch(self, name: str, user: _User | None, data: dict[str, Any]) -> _Reply:
-        # Without a revision it is for a pull request, which those may open who may not write.
+        # A request without a revision is for a pull request, which needs no right to write.
         repo = self._repository(name, user, write=True, pull="ref" not in data)
         objects = []
         for item in data["objects"]:
@@ -671,7 +678,7 @@ class Hub:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """The revision and the path at the end of an address; pull requests come quoted or not."""
+    """Splits the end of an address into revision and path. Pull requests are quoted or not."""
     match = re.fullmatch(r"(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.*))?", rest)
     return (unquote(match[1]), unquote(match[2] or "")) if match else (unquote(rest), "")
 
@@ -709,11 +716,11 @@ def _upload_mode(commit: _Commit, item: dict[str, Any], rules: str) -> dict[str,
 
 @contextmanager
 def serve(folder: Path, home: Path) -> Iterator[dict[str, str]]:
-    """Serves the files of a folder as REPOSITORY; gives the environment of a process that is to find it there.
+    """Context manager: serves a folder as REPOSITORY and yields the environment of a process that uses it.
 
     Args:
-        folder: Of a model or a dataset.
-        home: Where that process caches.
+        folder: Folder of a model or a dataset.
+        home: Cache folder of the process.
     """
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with Hub() as hub:

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from stvit import hub
+from stvit.hub.files import file_sha256
 from stvit.tools import convert_checkpoint, train_cls
 from stvit.tools.common.model import open_file
 from stvit.weights.official import official_key
@@ -83,9 +83,8 @@ def test_authors_checkpoint(
     convert: Convert, tmp_path: Path, use_ema: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = authors(tmp_path / "small.pth")
-    assert (
-        "holds the weights (model) and their moving average (model_ema): choose, --no-use-ema or --use-ema"
-        in refused(capsys, tmp_path / "small.pth", f"--output={tmp_path / 'out'}")
+    assert "contains weights (model) and their moving average (model_ema); pass --no-use-ema or --use-ema" in refused(
+        capsys, tmp_path / "small.pth", f"--output={tmp_path / 'out'}"
     )
     assert not (tmp_path / "out").exists()
     folder = convert(tmp_path / "small.pth", "--use-ema" if use_ema else "--no-use-ema")
@@ -95,8 +94,8 @@ def test_authors_checkpoint(
     for key, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, weights[key] * factor if value.is_floating_point() else weights[key]), key
     assert "test_stvit: 354,392 parameters, 1000 classes, images 3x160x160" in said
-    assert f"weights: {'moving average (EMA)' if use_ema else 'as trained, not their average'}" in said
-    assert f"sha256 {hub.file_sha256(folder / 'model.safetensors')}  model.safetensors" in said
+    assert f"weights: {'moving average (EMA)' if use_ema else 'as trained, not the moving average'}" in said
+    assert f"sha256 {file_sha256(folder / 'model.safetensors')}  model.safetensors" in said
     code = said.strip().splitlines()[-1]
     names: dict[str, Any] = {}
     exec(code, names)
@@ -109,7 +108,7 @@ def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.Capt
     folder = convert(tmp_path / "base.pth", "--use-ema")
     said = capsys.readouterr().out
     assert "stvit_base: 51,691,288 parameters" in said
-    assert "if these are the authors' published weights, --model stvit_base.in1k says so in the card" in said
+    assert "if these are the published weights, pass --model stvit_base.in1k to state it in the card" in said
     card = (folder / "README.md").read_text()
     assert "Not measured." in card and "imagenet" not in card.lower() and "license: not stated" in card
 
@@ -121,16 +120,16 @@ def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.Capt
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
     card = (folder / "README.md").read_text()
     assert "license: mit" in card and "- imagenet-1k" in card
-    assert "| top-1 | 85.00 % | ImageNet-1k | by the authors, as the paper gives it; not measured again" in card
+    assert "| top-1 | 85.00 % | ImageNet-1k | reported in the paper; not measured again" in card
 
     model = timm.create_model("stvit_small", num_classes=10)
     torch.save({"model": official(model)}, tmp_path / "ten.pth")
     output = f"--output={tmp_path / 'new'}"
-    assert "cannot be the published stvit_small.in1k, of 1000 classes and images of 3x224x224: it has 10" in refused(
+    assert "cannot be the published stvit_small.in1k: expected 1000 classes and images of 3x224x224, got 10" in refused(
         capsys, tmp_path / "ten.pth", output, "--model=stvit_small.in1k"
     )
     flags = ["--use-ema", "--model=stvit_small.in1k", "--img-size=96"]
-    assert "it has 1000 classes and 3x96x96" in refused(capsys, tmp_path / "small.pth", output, *flags)
+    assert "got 1000 classes and 3x96x96" in refused(capsys, tmp_path / "small.pth", output, *flags)
 
 
 def test_flags_of_the_run(convert: Convert, tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def test_foreign_model(convert: Convert, tmp_path: Path, capsys: pytest.CaptureF
     model = timm.create_model("test_resnet", num_classes=4)
     save_file(model.state_dict(), tmp_path / "r.safetensors")
     source = tmp_path / "r.safetensors"
-    assert "those of no model of stvit; of another model of timm's give --model NAME" in refused(
+    assert "the shapes fit no model of stvit; for another timm model, pass --model NAME" in refused(
         capsys, source, f"--output={tmp_path / 'out'}"
     )
     folder = convert(source, "--model=test_resnet")
@@ -181,7 +180,7 @@ def test_checkpoint_of_our_training(
     more = f"--output={tmp_path} --experiment=run --mean 0.4 --std 0.3 --data-dir={digits_folder}"
     assert train_cls.main([*flags.split(), *more.split()]) == 0
     [checkpoint] = (tmp_path / "run/checkpoints").glob("*.pt")
-    assert "choose, --no-use-ema or --use-ema" in refused(capsys, checkpoint, f"--output={tmp_path / 'out'}")
+    assert "pass --no-use-ema or --use-ema" in refused(capsys, checkpoint, f"--output={tmp_path / 'out'}")
     for flag, part in (("--no-use-ema", "last"), ("--use-ema", "last_ema")):
         folder = convert(checkpoint, flag, name=part)
         ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / part / "model.safetensors")
@@ -218,7 +217,7 @@ def test_hostile_files_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "w.pth", f"--output={tmp_path / 'out'}"
-    assert f"{source}: there is no such file or folder" in refused(capsys, source, output)
+    assert f"{source}: no such file or folder" in refused(capsys, source, output)
     for content, said in (
         (b"nothing", "it is no file of weights, or a damaged one"),
         (b"", "is empty"),
@@ -235,20 +234,20 @@ def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.Captur
     assert "it holds a Tensor, not weights by name" in refused(capsys, source, output)
     weights = timm.create_model("test_stvit").state_dict()
     torch.save(weights, source)
-    assert "'A b' is no identifier of the Hub's" in refused(capsys, source, output, "--license=A b")
+    assert "'A b' is not an identifier of the Hub" in refused(capsys, source, output, "--license=A b")
     assert "holds no moving average" in refused(capsys, source, output, "--use-ema")
     assert "mismatches, they are those of test_stvit" in refused(capsys, source, output, "--model=stvit_pico")
     assert "did you mean stvit_pico" in refused(capsys, source, output, "--model=stvit_pic")
     torch.save({**weights, "stem.0.bias": torch.full((16,), torch.nan)}, source)
-    assert "test_stvit: stem.0.bias hold NaN or infinity: the weights are broken" in refused(capsys, source, output)
-    assert "neither it nor its folder best/ holds a config.json" in refused(capsys, tmp_path, output)
+    assert "test_stvit: NaN or infinity in stem.0.bias; use an earlier checkpoint" in refused(capsys, source, output)
+    assert f"no config.json in {tmp_path} or {tmp_path / 'best'}" in refused(capsys, tmp_path, output)
     torch.save(weights, source)
     folder = convert(source)
     (folder / "own.txt").write_text("mine")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert f"--output {folder} is there already: choose another" in refused(capsys, source, output)
+    assert f"--output {folder} already exists; choose another" in refused(capsys, source, output)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert "says itself what it holds: leave --use-ema, --img-size out" in refused(
+    assert "which stores its own configuration; remove --use-ema, --img-size" in refused(
         capsys, folder, f"--output={tmp_path / 'new'}", "--use-ema", "--img-size=64"
     )
 

@@ -981,7 +981,7 @@ def test_card_of_a_space_promises_no_super_tokens(tmp_path: Path) -> None:
     flags = [str(tmp_path / "net"), "--space", "--repo-id=org/net", "--dry-run", f"--output={tmp_path / 'space'}"]
     assert push_to_hub.main(flags) == 0
     card = (tmp_path / "space/README.md").read_text(encoding="utf-8")
-    assert "super token" not in card.lower() and "What test_resnet sees in your image." in card
+    assert "super token" not in card.lower() and "see what test_resnet sees in it." in card
 
 
 def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -999,18 +999,18 @@ def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[s
     assert "stvit/tools/common/old.py" not in files and "mine.txt" in files
     # One that could never run is not pushed.
     assert push_to_hub.main(["hf-hub:org/missing", "--space", "--repo-id=org/other"]) == 1
-    assert "cannot take org/missing" in capsys.readouterr().err
+    assert "cannot read org/missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["runs/vehicles", "--example=a.jpg"], "--example is for a detector's card"),
-        (["hf-hub:a b"], "is no name of a repository"),
-        (['hf-hub:org/a@v"1'], "is no name of a branch or tag"),
-        (["runs/detect/train/weights/best.pt"], "give --yolo"),
-        (["hf-hub:org/a", "--img-size=32"], "leave --img-size out"),
-        (["missing"], "there is no such file or folder"),
+        (["runs/vehicles", "--example=a.jpg"], "--example is for the card of a detector"),
+        (["hf-hub:a b"], "is not a repository id"),
+        (['hf-hub:org/a@v"1'], "is not the name of a branch or tag"),
+        (["runs/detect/train/weights/best.pt"], "pass --yolo"),
+        (["hf-hub:org/a", "--img-size=32"], "remove --img-size"),
+        (["missing"], "no such file or folder"),
     ],
 )
 def test_bad_flags_of_a_space_are_named(

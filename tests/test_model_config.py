@@ -11,6 +11,7 @@ import torch
 
 import stvit
 from stvit import hub
+from stvit.hub.folder import read_config
 from stvit.tools import push_to_hub
 from stvit.weights.config import ModelTooLargeError, check_model_args, check_pretrained_cfg, limit_parameters
 
@@ -135,7 +136,7 @@ def test_files_that_are_no_configuration(folders: dict[str, Path]) -> None:
         with pytest.raises(stvit.PretrainedError, match=said):
             stvit.create_model(f"local-dir:{folder}")
         with pytest.raises(hub.HubError, match=said):
-            hub.read_config(folder)
+            read_config(folder)
 
 
 def test_a_command_says_it_in_one_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from safetensors.torch import load, load_file, save_file
 import stvit
 from stvit import hub as hub_module
 from stvit.hub import files as hub_files
+from stvit.hub.card import CARD_MARK
+from stvit.hub.push import compare_model_with_hub
 from stvit.tools import push_to_hub, train_cls, validate_cls
 
 REPO = "org/net"
@@ -31,7 +33,11 @@ Push = Callable[..., str]
 def folder(tmp_path: Path) -> Path:
     """A converted folder."""
     torch.manual_seed(3)
-    hub_module.save(timm.create_model("test_stvit", num_classes=4), tmp_path / "net", details={"weights": "as trained"})
+    hub_module.save(
+        timm.create_model("test_stvit", num_classes=4),
+        tmp_path / "net",
+        details=hub_module.Details(weights="as trained"),
+    )
     return tmp_path / "net"
 
 
@@ -63,7 +69,7 @@ def test_push_and_load(hub: Hub, folder: Path, push: Push) -> None:
     assert "pushed 3 files" in said and "the card states no license" in said
     commit = hub.refs(REPO)["main"]
     count = len(load_file(folder / "model.safetensors"))
-    assert f"loaded back by commit {commit}: all {count} tensors and the checksums are equal" in said
+    assert f"loaded commit {commit} from the Hub: all {count} tensors and the checksums are equal" in said
     names: dict[str, Any] = {}
     exec(said.strip().splitlines()[-1], names)
     image = torch.randn(1, 3, 64, 64)
@@ -79,7 +85,7 @@ def test_pushing_the_same_again_sends_nothing(hub: Hub, folder: Path, push: Push
     push(folder, "--license=mit")
     before, requests = hub.history(REPO), len(hub.requests)
     said = push(folder, "--license=mit")
-    assert f"nothing to push, {REPO} has all of it already" in said and "are equal" in said
+    assert f"nothing to push, {REPO} already has all files" in said and "are equal" in said
     assert hub.history(REPO) == before
     assert not [r for r in hub.requests[requests:] if r.method in ("POST", "PUT") and "validate-yaml" not in r.path]
     weights = load_file(folder / "model.safetensors")
@@ -103,10 +109,10 @@ def test_card(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
     assert names["model"].num_classes == 4 and len(names["backbone"](torch.randn(1, 3, 64, 64))) == 4
     # Changed on the Hub, it stays; changed in the folder, it goes as it is.
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
-    assert "the card on the Hub was changed by hand, and stays as it is" in push(folder, "--license=apache-2.0")
+    assert "the card on the Hub was edited by a person, and is kept" in push(folder, "--license=apache-2.0")
     assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nOther words.\n")
-    assert "changed by hand, and goes as it is" in push(folder)
+    assert "was edited by a person, and is pushed unchanged" in push(folder)
     assert hub.files(REPO)["README.md"].endswith(b"Other words.\n")
 
 
@@ -116,7 +122,7 @@ def test_only_the_card_of_an_stvit_names_stvit(hub: Hub, push: Push, tmp_path: P
     hub_module.save(timm.create_model(name, num_classes=4), tmp_path / "net")
     push(tmp_path / "net")
     text = hub.files(REPO)["README.md"].decode()
-    own = text.replace(hub_module.CARD_MARK, "").replace("fastvit", "")
+    own = text.replace(CARD_MARK, "").replace("fastvit", "")
     assert not any(word in own.lower() for word in ("stvit", "super token", "super-token", "huang", "citation"))
     assert ModelCard(text).data.tags == ["image-classification", "timm"] and "An image classifier for timm." in text
     snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
@@ -149,9 +155,13 @@ def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: P
     assert validate_cls.main([f"--checkpoint={tmp_path / 'run'}", data, "--workers=0", f"--output={report}"]) == 0
     push(tmp_path / "run", f"--results={report / 'results.json'}")
     results, card = json.loads((report / "results.json").read_text()), hub.files(REPO)["README.md"].decode()
-    assert f"| top-5 | {results['top5']:.2f} %" in card and "95 % confidence" in card and torch.__version__ in card
+    assert (
+        f"| top-5 | {results['top5']:.2f} %" in card
+        and "95 % confidence interval" in card
+        and torch.__version__ in card
+    )
     (report / "results.json").write_text("{}")
-    assert "it must be the results.json of tools/validate_cls.py" in push(
+    assert "pass a results.json of tools/validate_cls.py" in push(
         tmp_path / "run", f"--results={report / 'results.json'}", fails=True
     )
 
@@ -159,7 +169,7 @@ def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: P
 def test_a_checkpoint(hub: Hub, tmp_path: Path, push: Push) -> None:
     model = timm.create_model("test_stvit")
     torch.save({"model": model.state_dict(), "model_ema": model.state_dict()}, tmp_path / "it.pth")
-    assert "choose, --no-use-ema or --use-ema" in push(tmp_path / "it.pth", fails=True)
+    assert "pass --no-use-ema or --use-ema" in push(tmp_path / "it.pth", fails=True)
     assert "weights: moving average (EMA)" in push(tmp_path / "it.pth", "--use-ema")
     pushed = load(hub.files(REPO)["model.safetensors"])
     assert all(torch.equal(value, pushed[key]) for key, value in model.state_dict().items())
@@ -175,12 +185,12 @@ def test_dry_run_sends_nothing(
     out = tmp_path / "hub" / REPO
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     for file in out.iterdir():
-        assert re.search(rf"{file.stat().st_size:,} bytes  sha256 {hub_module.file_sha256(file)}  {file.name}\n", said)
+        assert re.search(rf"{file.stat().st_size:,} bytes  sha256 {hub_files.file_sha256(file)}  {file.name}\n", said)
     assert (out / "README.md").read_text() in said and "nothing was sent" in said
     push(folder, "--dry-run", "--license=apache-2.0")  # again, in place of it
     assert "license: apache-2.0" in (out / "README.md").read_text()
     (out / "own.txt").write_text("mine")
-    assert "is there already: choose another" in push(folder, "--dry-run", fails=True)
+    assert "already exists; choose another" in push(folder, "--dry-run", fails=True)
     push(folder, "--dry-run", f"--output={tmp_path / 'elsewhere'}")
     assert len(list((tmp_path / "elsewhere").iterdir())) == 3 and hub.requests == []
 
@@ -199,8 +209,8 @@ def test_revision_tag_and_message(hub: Hub, folder: Path, push: Push) -> None:
     push(folder, "--license=mit", "--revision=next", "--tag=v2")  # once more is nothing
     assert hub.refs(REPO) == refs
     said = push(folder, "--license=apache-2.0", "--tag=v1", fails=True)
-    assert f"tag 'v1' of {REPO} is on another commit, {main}: choose another tag" in said
-    assert "'v1' of org/net is a tag or a commit, which do not move: give a branch" in push(
+    assert f"tag 'v1' of {REPO} is on another commit, {main}; choose another tag" in said
+    assert "'v1' of org/net is a tag or a commit, which cannot receive files; pass a branch" in push(
         folder, "--revision=v1", fails=True
     )
     assert hub.refs(REPO) == refs
@@ -217,14 +227,14 @@ def test_pull_request(hub: Hub, folder: Path, push: Push) -> None:
     said = push(folder, "--license=mit", "--create-pr")
     now = hub.refs(REPO)
     assert now["main"] == refs["main"] and "license: mit" in hub.files(REPO, now["refs/pr/1"])["README.md"].decode()
-    assert f"loaded back by commit {now['refs/pr/1']}" in said and "/discussions/1" in said
-    assert "nothing to push" in (said := push(folder, "--create-pr")) and "no pull request was made" in said
+    assert f"loaded commit {now['refs/pr/1']}" in said and "/discussions/1" in said
+    assert "nothing to push" in (said := push(folder, "--create-pr")) and "no pull request was opened" in said
     count = len(hub.requests)
     for flags, why in (
-        (["--create-pr", "--tag=v1"], "leave revision and tag out"),
-        (["--tag=a b"], "tag 'a b' is no name of a branch or tag"),
-        (["--revision=../x"], "revision '../x' is no name"),
-        (["--license=a: b"], "license 'a: b' is no identifier"),
+        (["--create-pr", "--tag=v1"], "remove revision and tag, or create_pr"),
+        (["--tag=a b"], "tag 'a b' is not the name of a branch or tag"),
+        (["--revision=../x"], "revision '../x' is not the name"),
+        (["--license=a: b"], "license 'a: b' is not an identifier"),
     ):
         for dry in ([], ["--dry-run"]):
             assert why in push(folder, *flags, *dry, fails=True)
@@ -241,7 +251,9 @@ def test_private(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyP
     assert stvit.create_model(f"hf-hub:{REPO}", pretrained=True).num_classes == 4
     push(folder, "--private")  # it is already
     hub.create_repo("org/open")
-    assert "org/open is there and public: leave private out" in push(folder, "--private", repo="org/open", fails=True)
+    assert "org/open already exists and is public; push without private" in push(
+        folder, "--private", repo="org/open", fails=True
+    )
 
 
 def test_tokens(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,16 +262,16 @@ def test_tokens(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_TOKEN", READER)
     assert "the Hub forbids it (403" in (said := push(folder, fails=True)) and "of the kind 'write'" in said
     monkeypatch.setenv("HF_TOKEN", STRANGER)
-    assert "the Hub forbids it" in (said := push(folder, fails=True)) and f"{REPO} is as it was" in said
+    assert "the Hub forbids it" in (said := push(folder, fails=True)) and f"{REPO} is unchanged" in said
     assert "the Hub forbids it" in push(folder, repo="org/new", fails=True)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "the Hub does not know the token that was sent" in push(folder, fails=True)
     monkeypatch.delenv("HF_TOKEN")
     count = len(hub.requests)
-    assert "no token: log in with `hf auth login`, or set HF_TOKEN" in push(folder, fails=True)
+    assert "no token; log in with `hf auth login`, or set HF_TOKEN" in push(folder, fails=True)
     assert len(hub.requests) == count and hub.history(REPO) == before
     for flags in (["--token", "hf_wrong"], ["--token=hf_wrong"], ["--hf-token=hf_wrong"]):
-        assert "a token is no option" in push(folder, *flags, fails=True)
+        assert "a token on the command line is visible" in push(folder, *flags, fails=True)
     token = "hf_" + "wrong" * 7
     assert "unrecognized arguments: --hub-token hf_***" in push(folder, "--hub-token", token, fails=True)
 
@@ -288,7 +300,7 @@ def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push:
     save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
     hub.fail(*fault.split())
     said = push(folder, "--revision=other" if "main" not in fault else "--tag=v1", fails=True)
-    assert f"cannot push to {REPO}: " in said and "is as it was, and the same can be pushed again" in said
+    assert f"cannot push to {REPO}: " in said and "is unchanged, and the same push can be repeated" in said
     assert hub.files(REPO) == before and hub.refs(REPO) == refs
     hub.heal()
     assert "pushed 2 files" in push(folder)
@@ -309,7 +321,7 @@ def test_a_commit_whose_answer_is_lost_has_arrived(hub: Hub, folder: Path, push:
     hub.fail("POST .*/commit/", "lost")
     hub.fail("GET .*/refs", "slow:0", times=1)
     hub.fail("GET .*/refs", "status:500")
-    assert "whether the commit arrived all the same cannot be seen" in push(folder, fails=True)
+    assert "it is unknown whether the commit arrived" in push(folder, fails=True)
     hub.heal()
     assert "nothing to push" in push(folder)
 
@@ -352,7 +364,7 @@ def test_what_somebody_else_pushes_meanwhile_stays(
 
 def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: Path, push: Push) -> None:
     hub.fail("POST .*/tag/", "status:500")
-    assert "the files are there as commit" in push(folder, "--tag=v1", fails=True)
+    assert "the files were pushed as commit" in push(folder, "--tag=v1", fails=True)
     hub.heal()
     assert "nothing to push" in push(folder, "--tag=v1")
     assert hub.refs(REPO)["v1"] == hub.refs(REPO)["main"]
@@ -360,10 +372,10 @@ def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: P
 
 def test_what_reads_back_otherwise_is_an_error(hub: Hub, folder: Path, push: Push) -> None:
     hub.fail("GET .*model.safetensors", "flip")
-    assert "pushed, but it does not load back: " in (said := push(folder, fails=True)) and "bits have flipped" in said
+    assert "pushed, but loading it failed: " in (said := push(folder, fails=True)) and "bits have flipped" in said
     hub.heal()
     hub.fail("model.safetensors$", "truncate")
-    assert "pushed, but it does not load back: " in (said := push(folder, fails=True)) and "is truncated" in said
+    assert "pushed, but loading it failed: " in (said := push(folder, fails=True)) and "is truncated" in said
 
 
 def test_unreachable(hub: Hub, folder: Path, push: Push) -> None:
@@ -372,17 +384,17 @@ def test_unreachable(hub: Hub, folder: Path, push: Push) -> None:
 
 
 def test_what_it_refuses_to_push(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
-    assert "'a b' is no name of a repository" in push(folder, repo="a b", fails=True)
-    assert "there is no such file or folder" in push(tmp_path / "none", fails=True)
-    assert "--example is for a detector" in push(folder, "--example=a.jpg", fails=True)
+    assert "'a b' is not a repository id" in push(folder, repo="a b", fails=True)
+    assert "no such file or folder" in push(tmp_path / "none", fails=True)
+    assert "--example needs a detector" in push(folder, "--example=a.jpg", fails=True)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "holds no model.safetensors: convert the file of weights instead" in push(folder, fails=True)
+    assert "no model.safetensors in" in push(folder, fails=True)
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     assert "config.json" in push(folder, fails=True)
     assert hub.requests == []
     (folder / "extra.pt").write_bytes(b"x")
-    with pytest.raises(hub_module.HubError, match=r"holds extra.pt: pickles are not pushed"):
+    with pytest.raises(hub_module.HubError, match=r"contains pickles, which can run code: extra\.pt; remove"):
         hub_module.push(folder, REPO)
     assert hub.requests == []
 
@@ -425,8 +437,10 @@ def test_every_tensor_is_compared(hub: Hub, folder: Path, push: Push) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["stages.0.blocks.0.mlp.fc1.bias"][0] += 1
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(hub_module.HubError, match=r"1 tensors of hf-hub:.* otherwise: stages.0.blocks.0.mlp.fc1.bias"):
-        hub_module.compare_with_hub(folder, REPO, hub.refs(REPO)["main"])
+    with pytest.raises(
+        hub_module.HubError, match=r"1 tensors of hf-hub:.* differ from the folder: stages.0.blocks.0.mlp.fc1.bias"
+    ):
+        compare_model_with_hub(folder, REPO, hub.refs(REPO)["main"])
 
 
 def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
@@ -439,7 +453,7 @@ def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path,
         outside = (folder / name).rename(secret / name)
         (folder / name).symlink_to(outside)
         said = push(folder, fails=True)
-        assert f"{name} in {folder} is a link to {outside}: links are not followed" in said and "cp -RL" in said
+        assert f"{name} in {folder} is a link to {outside}; links are not followed" in said and "cp -RL" in said
         (folder / name).unlink()
         outside.rename(folder / name)
     assert not [request for request in hub.requests if request.method in ("POST", "PUT")]
@@ -458,7 +472,7 @@ def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path,
     refused("odd/more in .* is a link")
     (odd / "more").unlink()
     os.mkfifo(odd / "more")
-    refused("odd/more in .* is not a file but a pipe")
+    refused("odd/more in .* is not a regular file but a pipe")
     (odd / "more").unlink()
     assert not [request for request in hub.requests if request.method in ("POST", "PUT")]
 
@@ -493,7 +507,7 @@ def test_a_file_that_becomes_a_link_during_the_push(
     (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(own)
     with monkeypatch.context() as patch:  # after the check of a file, and before it is opened
-        patch.setattr(hub_files, "_opened_file", swap(hub_files._opened_file))
+        patch.setattr(hub_files, "_open_file", swap(hub_files._open_file))
         with pytest.raises(hub_module.HubError, match=r"config\.json in .* is a link"):
             hub_module.push(folder, REPO)
     assert b"secret" not in b"".join(hub.files(REPO).values())

@@ -17,6 +17,7 @@ from PIL import Image
 
 import stvit
 from stvit import hub as hub_module
+from stvit.hub.card import model_card
 from stvit.safe_text import code_span, escape_markdown, one_line, printable, redact, redact_values
 from stvit.tools import convert_checkpoint, push_to_hub, train_cls, validate_cls
 from stvit.tools.common.cli import CommandError, OneProcessError
@@ -148,18 +149,18 @@ def test_names_of_classes_and_files_reach_neither_terminal_nor_card(
     said = capsys.readouterr()
     assert "\x1b" not in said.out and "\x07" not in said.out
     hub_module.save(timm.create_model("test_stvit", num_classes=3), tmp_path / "net", label_names=names)
-    card = hub_module.model_card(tmp_path / "net", "hf-hub:org/x")
+    card = model_card(tmp_path / "net", "hf-hub:org/x")
     assert "classes: 3 (`<script>alert(1)</script>`, " in card and r"``\x1b]0;owned\x07\|`x```" not in card
     assert "\x1b" not in card and "`[a](javascript:b)`" in card
 
 
 def test_card_of_a_folder_from_elsewhere(tmp_path: Path) -> None:
     model = timm.create_model("test_stvit", num_classes=3)
-    details = {"weights": f"<b>x</b>\n# y {TOKEN}", "source": "https://u:p@host/x | y"}
+    details = hub_module.Details(weights=f"<b>x</b>\n# y {TOKEN}", source="https://u:p@host/x | y")
     hub_module.save(model, tmp_path / "net", details=details)
-    card = hub_module.model_card(tmp_path / "net", "hf-hub:org/x")
+    card = model_card(tmp_path / "net", "hf-hub:org/x")
     assert r"- weights: &lt;b&gt;x&lt;/b&gt;\\n# y hf_\*\*\*" in card
-    assert r"- made from: https://\*\*\*@host/x \| y" in card and TOKEN not in card
+    assert r"- converted from: https://\*\*\*@host/x \| y" in card and TOKEN not in card
 
 
 # The Hub

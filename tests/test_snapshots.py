@@ -128,8 +128,8 @@ def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeyp
     assert f"{hub.url} cannot be reached" in train(tmp_path, *flags, "--experiment=b")
     # What can never work is said before anything is trained.
     monkeypatch.delenv("HF_TOKEN")
-    assert "error: --repo-id: no token: log in" in train(tmp_path, *flags, "--experiment=c", status=1)
-    assert "is no name of a repository" in train(tmp_path, "--epochs=1", "--repo-id=a b", status=1)
+    assert "error: --repo-id: no token; log in" in train(tmp_path, *flags, "--experiment=c", status=1)
+    assert "is not a repository id" in train(tmp_path, "--epochs=1", "--repo-id=a b", status=1)
     assert not (tmp_path / "c").exists()
 
 
@@ -162,7 +162,7 @@ def test_a_hub_that_never_answers(
     monkeypatch.setattr(snapshots, "STALLED_S", 0.1)
     hub.fail("POST .*/commit/main", "hang", times=1)
     said = train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
-    assert "warning: the snapshot after epoch 1 was not uploaded: it has not ended in 0.1 s" in said
+    assert "warning: the snapshot after epoch 1 was not uploaded: it did not end within 0.1 s" in said
     assert len(events(tmp_path / "it", "epoch")) == 4
 
     hub.fail("POST .*/commit/main", "hang")
@@ -178,7 +178,7 @@ def test_a_hub_that_never_answers(
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "after epoch 1 was not uploaded: it was left unfinished" in said, said
+    assert process.returncode == 0 and "after epoch 1 was not uploaded: the upload was abandoned" in said, said
     assert (tmp_path / "hung/best/model.safetensors").exists()
 
 
@@ -197,11 +197,11 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
         assert [path for path in out.glob("*") if path.name != "other"] == []
         return said
 
-    assert "no checkpoint there, as --repo-id uploads it; its branch is last" in refused(f"--resume=hf-hub:{REPO}")
+    assert "no checkpoint of a run with --repo-id; pass the branch last" in refused(f"--resume=hf-hub:{REPO}")
     assert f"cannot download {REPO} (revision v9): it has no revision 'v9'" in refused(f"--resume=hf-hub:{REPO}@v9")
     assert "it does not exist, or is private" in refused("--resume=hf-hub:org/none@last")
     assert "was started with other flags (drop 0.1, now 0.5)" in refused(f"--resume=hf-hub:{REPO}@last", "--drop=0.5")
-    assert "is there already: go on with it by --resume auto --experiment it" in refused(
+    assert "already exists; resume it with --resume auto --experiment it" in refused(
         f"--resume=hf-hub:{REPO}@last", output=tmp_path
     )
     content = next(content for name, content in hub.files(REPO, "last").items() if name.startswith("checkpoints/"))
@@ -212,7 +212,7 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
     assert "is not a checkpoint of this program" in refused(f"--resume=hf-hub:{REPO}@last")
     hub.commit(REPO, {"checkpoints/00001-00000000.pt": content}, revision="last")
     hub.fail("GET .*checkpoints", "flip")
-    assert "differ from the Hub's record, bits have flipped" in refused(f"--resume=hf-hub:{REPO}@last")
+    assert "differ from the Hub's record of their checksums; download again" in refused(f"--resume=hf-hub:{REPO}@last")
     hub.heal()
     evil = {"config.yaml": b"experiment: ../../outside\n"}
     hub.commit(REPO, evil, revision="last")
@@ -249,7 +249,7 @@ def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Pa
     hub.fail("POST .*/commit/", "status:500")
     flags[-1] = "--repo-id=org/other"
     said = train(tmp_path / "b", *flags)
-    assert "org/other lacks the end of the run: the same command with --resume auto uploads it" in said
+    assert "the end of the run is not on the Hub (org/other); run the same command with --resume auto" in said
     hub.heal()
     for attempt in range(2):
         heads = hub.refs("org/other")
@@ -299,7 +299,7 @@ def test_a_snapshot_takes_no_file_from_outside_the_run(hub: Hub, train: Train, t
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(tmp_path / "secret")
         with pytest.raises(stvit.hub.HubError, match=f"{name} in .* is a link to .*secret"):
-            snapshots._set_aside(run, tmp_path / "aside")
+            snapshots._copy_run(run, tmp_path / "aside")
         (run / name).unlink()
     (run / "best").rename(tmp_path / "moved")
     (run / "best").symlink_to(tmp_path / "moved")

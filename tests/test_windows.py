@@ -17,6 +17,7 @@ from test_data import as_shards
 
 import stvit
 from stvit import hub
+from stvit.hub.card import model_card
 from stvit.tools import train_cls, visualize
 from stvit.tools.benchmarks import measure
 from stvit.tools.common import cli
@@ -265,7 +266,7 @@ def test_card_of_a_windows_folder(tmp_path: Path) -> None:
     """The lines of Python in a card name the folder as Python reads it."""
     hub.save(stvit.create_model("test_stvit", num_classes=2), tmp_path)
     name = r"local-dir:C:\Users\new\flowers"
-    card = hub.model_card(tmp_path, name)
+    card = model_card(tmp_path, name)
     code = card.partition("```python\n")[2].partition("```")[0]
     values = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert values.count(name) == 2

@@ -21,7 +21,8 @@ from ultralytics.utils import ASSETS
 
 from stvit import PretrainedDownloadError, PretrainedError
 from stvit.adapters.yolo import YOLO
-from stvit.adapters.yolo.hub import _OrderedPickler, _without_paths, open_safely
+from stvit.adapters.yolo.checkpoint import open_safely
+from stvit.adapters.yolo.hub import _OrderedPickler, _without_paths
 from stvit.tools import push_to_hub
 from stvit.tools import yolo as yolo_command
 
@@ -162,14 +163,14 @@ def test_a_checkpoint_to_go_on_from_goes_without_what_that_takes(
 def test_dry_run_and_own_example(hub: Hub, run: Path, push: Push, tmp_path: Path, photos: Path) -> None:
     picture = sorted((photos.parent / "images").glob("zidane_*.jpg"))[0]
     said = push(run / "best.pt", "--dry-run", f"--output={tmp_path / 'out'}", f"--example={picture}")
-    assert hub.requests == [] and f"![What it sees in {picture.name}]" in said
+    assert hub.requests == [] and f"![Results on {picture.name}]" in said
     with Image.open(picture) as shown, Image.open(tmp_path / "out/example.jpg") as example:
         assert example.size == shown.size
-    assert "there is no such picture" in push(run / "best.pt", "--example=none.jpg", fails=True)
-    assert "a detector's checkpoint says itself what it holds: leave --img-size out" in push(
+    assert "picture none.jpg does not exist" in push(run / "best.pt", "--example=none.jpg", fails=True)
+    assert "--img-size cannot be combined with a checkpoint of a detector, which stores its own configuration" in push(
         run / "best.pt", "--img-size=64", fails=True
     )
-    assert "there is no such file" in push(run / "none.pt", fails=True)
+    assert "none.pt does not exist" in push(run / "none.pt", fails=True)
 
 
 def test_the_command_and_the_other_doors(
@@ -214,7 +215,9 @@ def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None
         torch.save(spoiled, evil)
         hub.commit("org/evil", {"best.pt": evil.read_bytes()})
         for load in (YOLO, lambda name: YOLO("yolo26n-stvit_pico.yaml").load(name)):
-            with pytest.raises(PretrainedError, match=r"org/evil.*wants to run posix.mkdir, which is no module"):
+            with pytest.raises(
+                PretrainedError, match=r"org/evil.*wants to run posix.mkdir, which is not part of a detector"
+            ):
                 load("hf-hub:org/evil")
         assert "wants to run posix.mkdir" in push(evil, fails=True)
     assert not harm.exists()
@@ -321,11 +324,11 @@ def test_what_is_no_detector(hub: Hub, run: Path) -> None:
     for spoiled, said in (
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-        (content[: len(content) // 2], "is no checkpoint of Ultralytics"),
+        (content[: len(content) // 2], "is not a checkpoint of Ultralytics"),
     ):
         shutil.rmtree(constants.HF_HUB_CACHE)
         hub.commit("org/some", {"b.pt": spoiled})
         assert said in fails("org/some")
     torch.save({"model": torch.ones(2)}, run.parent / "tensor.pt")
     hub.commit("org/some", {"b.pt": (run.parent / "tensor.pt").read_bytes()})
-    assert "it holds no model" in fails("org/some")
+    assert "it contains no model" in fails("org/some")

@@ -18,8 +18,8 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from stvit import PretrainedError
 from stvit.adapters.yolo import YOLO
+from stvit.adapters.yolo.checkpoint import check_local, is_trusting, open_safely, trusting
 from stvit.adapters.yolo.engine import DetectionTrainer
-from stvit.adapters.yolo.hub import check_local, is_trusting, open_safely, trusting
 from stvit.adapters.yolo.weights import load_stock
 from stvit.tools import yolo as yolo_command
 
@@ -134,7 +134,7 @@ def test_trust_opens_it(evil: Path, harm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_trust_reaches_the_processes_of_a_training(evil: Path, harm: Path) -> None:
-    script = "import sys; from stvit.adapters.yolo.hub import check_local; check_local(sys.argv[1])"
+    script = "import sys; from stvit.adapters.yolo.checkpoint import check_local; check_local(sys.argv[1])"
     for trust, status in ((True, 0), (False, 1)):
         with trusting(trust):
             assert is_trusting() is trust

@@ -238,15 +238,10 @@ class Classification(Job):
             f"{self.data_config['crop_pct']:g}, {self.data_config['interpolation']}; tools/train_cls.py after epoch "
             f"{saved.epoch} of {epochs}{', the best of the run on these images' if saved.is_best else ''}"
         )
-        metric = {
-            "name": "top-1",
-            "value": saved.value,
-            "dataset": data.dataset or f"images in {data_folder}",
-            "split": data.val_split,
-            "how": how,
-        }
-        kind = "moving average (EMA)" if saved.is_ema else "as trained"
-        details = {"weights": f"{kind}, after epoch {saved.epoch}", "metrics": [metric]}
+        details = hub.Details(
+            weights=f"{'moving average (EMA)' if saved.is_ema else 'as trained'}, after epoch {saved.epoch}",
+            metrics=[hub.Metric("top-1", saved.value, data.dataset or f"images in {data_folder}", data.val_split, how)],
+        )
         hub.save(model, folder, label_names=self.images.class_names, data_config=self.data_config, details=details)
 
     def usage(self, folder: Path) -> str:

@@ -110,7 +110,7 @@ def configured_classes(options: dict[str, Any]) -> dict[str, type]:
     import ultralytics
 
     from stvit.adapters.yolo import YOLO
-    from stvit.adapters.yolo.hub import check_local
+    from stvit.adapters.yolo.checkpoint import check_local
 
     class ConfiguredYOLO(YOLO):
         def __init__(self, model: Any, task: str | None = None) -> None:

@@ -19,8 +19,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from stvit.weights.config import SPARE_PARAMETERS, limit_parameters
 
 from . import modules
+from .checkpoint import PREFIXES, check_local, fetch_checkpoint, trusting
 from .config import RATES, check_config, check_rates, model_file, write_config
-from .hub import PREFIXES, check_local, fetch_checkpoint, trusting
 from .registration import allow_modules
 from .weights import align, find_backbone, load_backbone, load_stock, transfer
 

@@ -1,303 +1,123 @@
-"""Detectors on the Hugging Face Hub: their checkpoint, made fit to be seen, and opened safely from there."""
+"""Publishes detectors on the Hugging Face Hub: a checkpoint in half precision, an example picture and a card."""
 
-import os
 import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType, MethodType, SimpleNamespace
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torchvision
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from torch import nn
-from ultralytics.nn import tasks
-from ultralytics.nn.tasks import torch_safe_load
-from ultralytics.utils import ASSETS, SETTINGS, checks
-from ultralytics.utils.downloads import attempt_download_asset
+from huggingface_hub import ModelCardData
+from ultralytics.utils import ASSETS
 
+from stvit.hub import HubError, Pushed
+from stvit.hub.card import CARD, NOT_MEASURED, TAGS, Card, class_list, table
+from stvit.hub.files import file_sha256
+from stvit.hub.push import mismatched_tensors
 from stvit.ops import SuperTokenAttention
-from stvit.weights.check import WeightsFileError, check_file, find_corruption
-from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error
+from stvit.safe_text import code_span, escape_markdown
+from stvit.weights.create import verify
+from stvit.weights.errors import PretrainedError
 
-from .registration import allow_modules
+from .checkpoint import CHECKPOINT, fetch_checkpoint, open_safely
 
-__all__ = [
-    "PREFIXES",
-    "check_local",
-    "fetch_checkpoint",
-    "is_trusting",
-    "open_safely",
-    "prepare_checkpoint",
-    "trusting",
-]
+__all__ = ["EXAMPLE", "Detector", "compare_with_hub", "prepare_checkpoint", "write_detector"]
 
-PREFIXES = ("hf-hub:", "hf_hub:")
-CHECKPOINT = "model.pt"
-# What a checkpoint keeps for going on with training, and what tells of the machine that it was made on.
+EXAMPLE = "example.jpg"
+# Entries of a checkpoint for resuming, and about the machine of the training.
 _LEFT_OUT = ("optimizer", "scaler", "stopper", "updates", "ema", "best_fitness", "git")
+# Ultralytics' tasks, and the names of the Hub.
+_PIPELINES = {
+    "detect": "object-detection",
+    "obb": "object-detection",
+    "segment": "image-segmentation",
+    "semantic": "image-segmentation",
+    "pose": "keypoint-detection",
+    "depth": "depth-estimation",
+    "classify": "image-classification",
+}
 
 
-def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The checkpoint of a detector on the Hub, downloaded, and safe to open.
+@dataclass(frozen=True)
+class Detector:
+    """Facts about a published checkpoint, for the card.
+
+    Attributes:
+        task: Ultralytics' name of the task.
+        names: Class names, in order.
+        parameters: Number of parameters.
+        imgsz: Training resolution in pixels; None if unknown.
+        data: File name of the dataset's configuration; None if unknown.
+        model: File name of the model's configuration; None if unknown.
+        metrics: Results of the last validation, from 0 to 1, by Ultralytics' names.
+        license: License in the checkpoint, in the Hub's spelling; None if unknown.
+        version: Version of Ultralytics that wrote the checkpoint; None if unknown.
+        image: File name of the example picture.
+        is_stvit: Whether a layer is super token attention.
+    """
+
+    task: str
+    names: list[str]
+    parameters: int
+    imgsz: int | None
+    data: str | None
+    model: str | None
+    metrics: dict[str, float]
+    license: str | None
+    version: str | None
+    image: str
+    is_stvit: bool
+
+
+def write_detector(
+    source: Path, folder: Path, repo_id: str, *, license: str | None = None, example: Path | None = None
+) -> str:
+    """Writes a folder with the checkpoint, an example picture and the card.
 
     Args:
-        name: 'hf-hub:org/name' or 'hf-hub:org/name@revision'. Its checkpoint is model.pt, best.pt or the only .pt file.
-        cache_dir: The cache; None for huggingface_hub's.
+        source: Checkpoint of Ultralytics, such as best.pt.
+        folder: Folder to write.
+        repo_id: Id of the repository that the folder will be pushed to, for the card.
+        license: License of the weights, in the Hub's spelling; None for the license in the checkpoint.
+        example: Picture to draw the results on; None for Ultralytics' picture of a bus.
 
     Returns:
-        Its path in the cache.
+        Name of the model.
 
     Raises:
-        PretrainedError: If it cannot be had (`PretrainedDownloadError`), or is no checkpoint of Ultralytics whose
-            classes are all known; no code of it is run.
+        PretrainedError: If the checkpoint is not safe to open.
+        ValueError: If the picture cannot be read.
+        OSError: If a file cannot be written.
     """
-    repo_id, _, revision = name.partition(":")[2].partition("@")
-    what = f"{name}: cannot load the detector of the Hub repository {repo_id} (revision {revision or 'main'})"
-    try:
-        path = Path(_download(repo_id, revision or None, cache_dir))
-    except PretrainedError as error:
-        raise PretrainedError(f"{what}: {error}") from error
-    except Exception as error:  # of the libraries below
-        raise PretrainedDownloadError(f"{what}: {describe_hub_error(error, repo_id, revision)}") from error
-    try:
-        open_safely(path)
-    except PretrainedError as error:
-        raise PretrainedError(f"{what}: {error}") from error
-    return path
+    detector = prepare_checkpoint(source, folder, example)
+    (folder / CARD).write_text(_card(folder, repo_id, detector, license), encoding="utf-8")
+    return Path(str(detector.model)).stem
 
 
-def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> str:
-    def download(file: str) -> str:
-        return hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
+def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) -> Detector:
+    """Writes model.pt, a checkpoint to publish, and example.jpg, a picture with its results.
 
-    try:
-        return download(CHECKPOINT)
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        files = [file for file in HfApi().list_repo_files(repo_id, revision=revision) if file.endswith(".pt")]
-        if "best.pt" not in files and len(files) != 1:
-            found = f"these files end in .pt: {', '.join(files)}" if files else "no file ends in .pt"
-            raise PretrainedError(f"it has no {CHECKPOINT}, and {found}. Give one that holds a detector") from None
-        return download("best.pt" if "best.pt" in files else files[0])
-
-
-# Set while files are trusted: training opens them in other processes too, one for each GPU.
-_TRUST_VARIABLE = "STVIT_YOLO_TRUST"
-
-
-def check_local(name: Any, trust: bool = False) -> None:
-    """Checks a checkpoint before Ultralytics opens it, which runs whatever code is in the file.
+    The checkpoint is in the form that Ultralytics publishes: half precision, without the state for resuming. Paths
+    among the arguments of the training are reduced to file names, because they tell about the machine.
 
     Args:
-        name: What Ultralytics takes for a model: a path, a name such as 'yolo26n.pt' or a URL, which is downloaded
-            first. Anything but the name of a checkpoint (.pt) is left to Ultralytics.
-        trust: Whether to leave the file to Ultralytics as well.
+        source: Checkpoint of Ultralytics, such as best.pt.
+        folder: Folder to write.
+        image: Picture to draw the results on; None for Ultralytics' picture of a bus.
 
     Raises:
-        PretrainedError: If the file is damaged or holds more than `open_safely` allows; names it, and `trust`.
-    """
-    if trust or is_trusting() or not isinstance(name, str | Path):
-        return
-    text = str(name).strip()
-    if text.lower().startswith(checks.REMOTE_FILE_PREFIXES):
-        text = str(checks.check_file(text, download_dir=SETTINGS["weights_dir"]))
-    text = str(checks.check_model_file_from_stem(text))
-    if Path(text).suffix.lower() != ".pt":
-        return
-    path = Path(attempt_download_asset(text))
-    if not path.is_file():  # Ultralytics reports the missing file
-        return
-    try:
-        open_safely(path)
-    except PretrainedError as error:
-        raise PretrainedError(
-            f"{error}. A file that is not safe to open runs code on your machine: if you trust who made it, pass "
-            "trust=True"
-        ) from error
-
-
-@contextmanager
-def trusting(trust: bool) -> Iterator[None]:
-    """Context manager: `check_local` lets every file pass, in this process and in those that it starts."""
-    before = os.environ.get(_TRUST_VARIABLE)
-    if trust:
-        os.environ[_TRUST_VARIABLE] = "1"
-    try:
-        yield
-    finally:
-        if trust and before is None:
-            os.environ.pop(_TRUST_VARIABLE, None)
-
-
-def is_trusting() -> bool:
-    """Returns whether the program is within `trusting(True)`, or was started there."""
-    return os.environ.get(_TRUST_VARIABLE) == "1"
-
-
-def open_safely(path: Path) -> dict[str, Any]:
-    """Returns the contents of a checkpoint of Ultralytics; runs no code of it.
-
-    Only tensors and modules of PyTorch, timm, Ultralytics and this package are restored, with plain containers, a plain
-    configuration, and the losses and transforms that Ultralytics keeps with its models. Hooks are refused. Ultralytics
-    opens the file once more in its ordinary way, and training builds the model again.
-
-    Raises:
-        PretrainedError: If the file is damaged, could exhaust the memory or holds anything else; names what.
-    """
-    broken = find_corruption(path)
-    if broken is not None:
-        raise PretrainedError(f"{path} {broken}")
-    try:
-        check_file(path)
-    except WeightsFileError as error:
-        raise PretrainedError(
-            f"{path} is no checkpoint of Ultralytics that can be opened: it {error.problem}"
-        ) from error
-    try:
-        allow_modules(path)
-        checkpoint = torch_safe_load(path, safe_only=True)[0]
-    except Exception as error:  # unpickling what is no checkpoint raises nearly everything
-        try:
-            names = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _RESTRICTED)
-        except Exception:  # not of PyTorch's present format
-            names = []
-        if names:
-            raise PretrainedError(
-                f"{path} wants to run {', '.join(names[:10])}, which is no module of a detector; none of it was run"
-            ) from error
-        raise PretrainedError(f"{path} is no checkpoint of Ultralytics ({type(error).__name__})") from error
-    if type(checkpoint) is not dict or not any(isinstance(checkpoint.get(key), nn.Module) for key in ("ema", "model")):
-        raise PretrainedError(f"{path} is no checkpoint of Ultralytics: it holds no model")
-    if checkpoint.get("modelopt") is not None:
-        raise PretrainedError(f"{path} is of quantized training, which needs code of its own to be restored")
-    for key in ("ema", "model"):
-        if isinstance(checkpoint.get(key), nn.Module):
-            _check_module(path, checkpoint[key])
-    return checkpoint
-
-
-def _check_module(path: Path, module: nn.Module) -> None:
-    """Refuses a module that is more than its class, its tensors and plain data.
-
-    Restoring sets a module's attributes as the file says: containers and hooks of another kind would answer for it.
-
-    Raises:
-        PretrainedError: If it is.
-    """
-    own = vars(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        if type(own.get(name)) not in (dict, OrderedDict) or _attributes(own[name]):
-            raise PretrainedError(f"{path}: {name} of a {type(module).__name__} are no plain mapping")
-    hooks = [name for name, value in own.items() if "_hooks" in name and value]
-    replaced = [name for name, value in own.items() if callable(value) and not _is_own_callable(module, name, value)]
-    if hooks or replaced:
-        raise PretrainedError(
-            f"{path}: {', '.join([*hooks, *replaced])} of a {type(module).__name__} wants to run in place of what its "
-            "class does; none of it was run"
-        )
-    config = getattr(module, "yaml", None)
-    if config is not None:
-        _check_config(path, config)
-    for child in own["_modules"].values():
-        if child is not None:
-            if not isinstance(child, nn.Module):
-                raise PretrainedError(f"{path}: a {type(module).__name__} holds a {type(child).__name__} as a module")
-            _check_module(path, child)
-
-
-def _is_own_callable(module: nn.Module, name: str, value: Any) -> bool:
-    """Returns whether a callable attribute is one that a version of Ultralytics saves with its modules."""
-    where = f"{type(value).__module__}."
-    if name in ("criterion", "transforms"):  # of training, and of classifiers
-        return where.startswith(("ultralytics.utils.loss.", "torchvision.transforms."))
-    if name == "detect":  # of heads for segmentation, poses and boxes: the forward of the head that they extend
-        return (
-            isinstance(value, FunctionType)
-            and value.__name__ == "forward"
-            and value.__module__ == "ultralytics.nn.modules.head"
-        )
-    # A fused layer: one method of the class in place of another.
-    return (
-        name == "forward"
-        and isinstance(value, MethodType)
-        and value.__self__ is module
-        and value.__func__.__name__ in ("forward", "forward_fuse")
-    )
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """Attributes of an object; none where it can have none."""
-    return getattr(value, "__dict__", {})
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is of Python's own types alone, whose subclasses may answer otherwise."""
-    if type(value) is dict:
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    if type(value) in (list, tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or type(value) in (str, int, float, bool)
-
-
-def _check_config(path: Path, config: Any) -> None:
-    """Refuses a configuration that is more than layers: training builds the model from it, and evaluates parts of it.
-
-    Raises:
-        PretrainedError: If its activation is more than a module of PyTorch's with numbers, or a layer is no module.
-    """
-    if type(config) is not dict or not _is_plain(config):
-        raise PretrainedError(f"{path}: its configuration is more than plain data")
-    activation = config.get("activation")
-    if activation is not None:
-        call = re.fullmatch(r"(?:torch\.)?nn\.(\w+)\([\w\s=.,+-]*\)", str(activation))
-        if call is None or not _is_module(getattr(nn, call[1], None)):
-            raise PretrainedError(f"{path} wants to run {activation!r} as its activation; none of it was run")
-    for row in [*config.get("backbone", []), *config.get("head", [])]:
-        name = str(row[2]) if isinstance(row, list | tuple) and len(row) > 2 else str(row)
-        if name.startswith("nn."):
-            layer = getattr(nn, name[3:], None)
-        elif name.startswith("torchvision.ops."):
-            layer = getattr(torchvision.ops, name[16:], None)
-        else:
-            layer = getattr(tasks, name, None)
-        if not _is_module(layer) or not f"{layer.__module__}.".startswith(_LAYERS):
-            raise PretrainedError(f"{path} wants to run {name!r} as a layer, which is none; none of it was run")
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
-
-
-def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) -> dict[str, Any]:
-    """Writes model.pt and example.jpg: a checkpoint for others, and what it sees.
-
-    As Ultralytics publishes them: half precision, without what is for going on with training. What tells of the machine
-    is left out too: of the paths among the training's arguments the last parts alone stay.
-
-    Args:
-        source: Checkpoint of Ultralytics, best.pt.
-        folder: Where to.
-        image: To show its results on; None for Ultralytics' own picture of a bus.
-
-    Returns:
-        What a card needs: `task`, `names`, `parameters`, `imgsz`, `data`, `model`, `metrics` (by
-        Ultralytics' names, fractions), `license`, `version`, `image`, `has_super_tokens`
-        (whether a layer is super token attention).
-
-    Raises:
-        PretrainedError: If the checkpoint cannot be opened safely.
-        ValueError: If the image cannot be read.
+        PretrainedError: If the checkpoint is not safe to open.
+        ValueError: If the picture cannot be read.
     """
     from .engine import YOLO
 
     if not source.is_file():
-        raise PretrainedError(f"{source}: there is no such file")
+        raise PretrainedError(f"checkpoint {source} does not exist")
+    shown = image or ASSETS / "bus.jpg"
+    if not shown.is_file():
+        raise ValueError(f"picture {shown} does not exist")
     checkpoint = open_safely(source)
     model: Any = (checkpoint.get("ema") or checkpoint["model"]).half()
     model.criterion = None
@@ -316,56 +136,109 @@ def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) ->
         pickle_module=_ORDERED_PICKLE,
     )
     open_safely(folder / CHECKPOINT)
-    shown = image or ASSETS / "bus.jpg"
-    if not shown.is_file():
-        raise ValueError(f"{shown}: there is no such picture")
     detector = YOLO(folder / CHECKPOINT)
     results: Any = detector.predict(str(shown), verbose=False, save=False)
-    results[0].save(str(folder / "example.jpg"))
-    metrics = {
-        key.removeprefix("metrics/"): float(value)
-        for key, value in (checkpoint.get("train_metrics") or {}).items()
-        if key.startswith("metrics/")
-    }
-    return {
-        "task": model.task if hasattr(model, "task") else detector.task,
-        "names": dict(model.names),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "imgsz": arguments.get("imgsz"),
-        "data": arguments.get("data"),
-        "model": (getattr(model, "yaml", None) or {}).get("yaml_file", arguments.get("model")),
-        "metrics": metrics,
-        "license": "agpl-3.0" if "AGPL" in str(checkpoint.get("license")) else None,
-        "version": checkpoint.get("version"),
-        "image": shown.name,
-        "has_super_tokens": any(isinstance(module, SuperTokenAttention) for module in model.modules()),
-    }
+    results[0].save(str(folder / EXAMPLE))
+    return Detector(
+        task=str(model.task if hasattr(model, "task") else detector.task),
+        names=[str(name) for name in model.names.values()],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        imgsz=arguments.get("imgsz"),
+        data=arguments.get("data"),
+        model=(getattr(model, "yaml", None) or {}).get("yaml_file", arguments.get("model")),
+        metrics={
+            key.removeprefix("metrics/"): float(value)
+            for key, value in (checkpoint.get("train_metrics") or {}).items()
+            if key.startswith("metrics/")
+        },
+        license="agpl-3.0" if "AGPL" in str(checkpoint.get("license")) else None,
+        version=checkpoint.get("version"),
+        image=shown.name,
+        is_stvit=any(isinstance(module, SuperTokenAttention) for module in model.modules()),
+    )
 
 
-# Globals that Ultralytics restores in a restricted form.
-_RESTRICTED = {"builtins.getattr", "numpy.dtype"}
-# Where layers are defined; whole models, which build themselves from a configuration of their own, are elsewhere.
-_LAYERS = ("torch.nn.", "torchvision.ops.", "ultralytics.nn.modules.", "stvit.adapters.yolo.")
+def _card(folder: Path, repo_id: str, detector: Detector, license: str | None) -> str:
+    pipeline = _PIPELINES.get(detector.task, "object-detection")
+    return Card(
+        metadata=ModelCardData(
+            license=license or detector.license,
+            library_name="ultralytics",
+            pipeline_tag=pipeline,
+            tags=[pipeline, "ultralytics", *(TAGS if detector.is_stvit else ())],
+        ),
+        title=repo_id.rsplit("/", 1)[-1],
+        summary=f"An Ultralytics model for the task {code_span(detector.task)}, in half precision. Its configuration "
+        f"is {code_span(detector.model)}.",
+        code="from stvit.adapters.yolo import YOLO\n\n"
+        f'model = YOLO("hf-hub:{repo_id}")  # runs no code from the checkpoint\n'
+        'results = model.predict("photos")',
+        image=f"![Results on {escape_markdown(detector.image)}]({EXAMPLE})",
+        facts=[
+            f"{detector.parameters / 1e6:.2f} M parameters",
+            f"{len(detector.names)} classes: {class_list(detector.names, 20)}",
+            f"sha256 of {CHECKPOINT}: `{file_sha256(folder / CHECKPOINT)}`",
+        ],
+        results=_results(detector),
+        is_stvit=detector.is_stvit,
+    ).render()
+
+
+def _results(detector: Detector) -> str:
+    if not detector.metrics:
+        return NOT_MEASURED
+    how = (
+        f"Measured by Ultralytics {escape_markdown(detector.version)} during training, on the validation images of "
+        f"{code_span(detector.data)} at {escape_markdown(detector.imgsz)} pixels. The same images chose the best "
+        "epoch. Values are from 0 to 1."
+    )
+    rows = [[escape_markdown(name), f"{value:.4f}"] for name, value in detector.metrics.items()]
+    return f"{how}\n\n{table(['metric', 'value'], rows)}"
+
+
+def compare_with_hub(folder: Path, pushed: Pushed) -> int:
+    """Loads a pushed detector by its commit into an empty cache, and compares every tensor and checksum.
+
+    Returns:
+        Number of equal tensors: all tensors.
+
+    Raises:
+        stvit.hub.HubError: If a tensor or file differs or the detector cannot be loaded.
+    """
+    name = f"hf-hub:{pushed.repo_id}@{pushed.commit}"
+    with TemporaryDirectory() as cache:
+        try:
+            there = open_safely(fetch_checkpoint(name, cache))["model"].state_dict()
+            wrong = verify(pushed.repo_id, pushed.commit, cache)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HubError(f"pushed, but loading it failed: {error}") from error
+    here = open_safely(folder / CHECKPOINT)["model"].state_dict()
+    wrong += mismatched_tensors(here, there)
+    if wrong:
+        raise HubError(f"pushed, but {name} differs from the folder: {', '.join(wrong[:5])}")
+    return len(here)
+
+
 _PythonPickler: Any = pickle._Pickler
 
 
 class _OrderedPickler(_PythonPickler):
-    """Writes sets in order: the same model is then the same file, whose push sends nothing.
+    """Pickler that writes sets in order. The same model gives the same file, and pushing it again uploads nothing.
 
-    Python's own pickler in place of the one in C, which asks nobody about sets.
+    Python's own pickler is used, because the one in C does not let a subclass save sets.
     """
 
     def _save_set(self, obj: set[Any]) -> None:
         self.save_reduce(set, (sorted(obj, key=repr),), obj=obj)
 
-    dispatch = {**_PythonPickler.dispatch, set: _save_set}  # noqa: RUF012  # as there
+    dispatch = {**_PythonPickler.dispatch, set: _save_set}  # noqa: RUF012  # as in the base class
 
 
 _ORDERED_PICKLE = SimpleNamespace(__name__="pickle", Pickler=_OrderedPickler)
 
 
 def _without_paths(value: Any) -> Any:
-    """The same with the last part of each path, of whatever system, in place of it."""
+    """Returns a nested value with each path reduced to its last part, for the paths of any system."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -16,7 +16,7 @@ import stvit
 from stvit.weights.check import check_file
 from stvit.weights.official import strip_prefix_of
 
-from .hub import PREFIXES, check_local, fetch_checkpoint
+from .checkpoint import PREFIXES, check_local, fetch_checkpoint
 from .modules import TimmBackbone, lists_to_tuples, prune
 
 # Ends of the names of files of weights.

@@ -1,41 +1,54 @@
-"""Pushing folders to the Hugging Face Hub, comparing them with it, and downloading them."""
+"""Pushes folders to the Hugging Face Hub, compares them with it, and downloads them."""
 
-import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors.torch import load_file
 
-from stvit.hub.card import CARD, CARD_MARK
-from stvit.hub.files import HubError, file_sha256, list_files, own_files
+from stvit.hub.card import CARD, is_edited
+from stvit.hub.files import HubError, list_files, private_copy
+from stvit.hub.folder import WEIGHTS
 from stvit.safe_text import redact
 from stvit.weights.create import create_model
 from stvit.weights.errors import describe_hub_error, is_network_error
 
+__all__ = [
+    "Pushed",
+    "Repository",
+    "check_license",
+    "check_push_options",
+    "check_repo_id",
+    "check_token",
+    "compare_model_with_hub",
+    "mismatched_tensors",
+    "push",
+]
+
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
+_REF_NAME = re.compile(r"(?!.*(\.\.|//|/$|\.$))[A-Za-z0-9_][A-Za-z0-9_./+-]*")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push led to.
+    """Result of a push.
 
     Attributes:
-        repo_id: 'org/name', whole.
-        commit: Commit that holds the files.
-        url: Of the commit, or of the pull request.
-        changed: Whether anything was sent; False if all of it was there already.
-        files: How many files were sent.
-        kept_card: Whether the card there was left as it is, for a person has written or changed it.
+        repo_id: Id of the repository, 'org/name'.
+        commit: Commit with the files.
+        url: Address of the commit, or of the pull request.
+        changed: Whether a commit was created. False if the repository already had all files.
+        files: Number of uploaded files.
+        kept_card: Whether the card on the Hub was kept, because a person wrote or edited it.
     """
 
     repo_id: str
@@ -46,248 +59,426 @@ class Pushed:
     kept_card: bool
 
 
-def check_push(folder: Path, repo_id: str, *, pickles: bool = False) -> dict[str, int]:
-    """The files that a push would send, and their sizes in bytes; asks nobody.
-
-    Args:
-        folder: What to push.
-        repo_id: 'org/name', or 'name' for one's own.
-        pickles: Whether files of Python's pickle format are meant to be there.
-
-    Raises:
-        HubError: If the name is none, or the folder is empty, holds a link, or holds a pickle that is not meant to be
-            there.
-    """
-    check_repo_id(repo_id)
-    files = list_files(folder)
-    if not files:
-        raise HubError(f"{folder} holds no files to push")
-    unsafe = [path for path in files if Path(path).suffix in PICKLES]
-    if unsafe and not pickles:
-        raise HubError(f"{folder} holds {', '.join(unsafe)}: pickles are not pushed, move them away")
-    return files
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Refuses what cannot be the name of a repository.
-
-    Raises:
-        HubError: If it is none.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except errors.HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name of a repository: give it as ORG/NAME ({error})") from error
-
-
-def check_options(revision: str | None, tag: str | None, create_pr: bool, license: str | None = None) -> None:
-    """Refuses what a push cannot do, before anything is made or asked.
-
-    Raises:
-        HubError: If the options contradict each other, or a name is none.
-    """
-    if create_pr and (tag or revision):
-        raise HubError("a pull request goes to main and has no tag: leave revision and tag out, or the pull request")
-    for kind, name in (("revision", revision), ("tag", tag)):
-        if name is not None and not re.fullmatch(r"(?!.*(\.\.|//|/$|\.$))[A-Za-z0-9_][A-Za-z0-9_./+-]*", name):
-            raise HubError(f"{kind} {name!r} is no name of a branch or tag: use letters, digits and . _ - / +")
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise HubError(f"license {license!r} is no identifier of the Hub's, such as mit, apache-2.0 or other")
-
-
-def check_there(repo_id: str, revision: str | None) -> None:
-    """Refuses a repository of a model that cannot be had.
-
-    Raises:
-        HubError: If it, or the revision, is missing or out of reach.
-    """
-    try:
-        HfApi(library_name="stvit").model_info(repo_id, revision=revision)
-    except Exception as error:  # of any of the libraries below
-        why = describe_hub_error(error, repo_id, revision, from_cache=False)
-        raise HubError(f"cannot take {repo_id} (revision {revision or 'main'}): {why}") from error
-
-
-def check_token() -> None:
-    """Refuses to go on without a token of the environment or the login.
-
-    Raises:
-        HubError: If there is none.
-    """
-    if not get_token():
-        raise HubError("no token: log in with `hf auth login`, or set HF_TOKEN, of an account that may write there")
-
-
 def push(
-    folder: Path,
+    folder: str | Path,
     repo_id: str,
     *,
     revision: str | None = None,
     tag: str | None = None,
     private: bool = False,
     create_pr: bool = False,
-    message: str | None = None,
-    pickles: bool = False,
+    message: str = "Add model",
+    allow_pickles: bool = False,
     delete: Sequence[str] = (),
-    repo_type: str = "model",
+    repo_type: Literal["model", "space"] = "model",
 ) -> Pushed:
-    """Pushes the files of a folder in one commit, unless they are there already.
+    """Pushes the files of a folder in one commit, unless the repository already has them.
 
-    No link is followed. All files are set aside first, so that what is checked is what is sent.
-
-    The token is that of the environment (HF_TOKEN) or of the login. Files travel first, the branch is made next, and
-    the commit comes last: until it stands, no file of the repository is changed, and a push that was cut off can be
-    repeated. What may be left of it is a new repository, empty, or a new branch, as its beginning.
+    Links are refused. The files are copied to a private folder first (as hard links), so that the uploaded files are
+    the checked files. `Repository.push` explains the order of the steps.
 
     Args:
-        folder: What to push.
-        repo_id: 'org/name', or 'name' for one's own; made if it is missing.
-        revision: Branch, made if it is missing; None for main.
-        tag: Tag to put on the commit. One that is there must stand there already: tags do not move.
+        folder: Folder to push.
+        repo_id: Id of the repository, 'org/name', or 'name' in your own namespace. A missing repository is created.
+        revision: Branch; None for main. A missing branch is created.
+        tag: Tag for the commit. An existing tag is never moved.
         private: Whether a new repository is private.
-        create_pr: Whether to open a pull request instead of committing.
-        message: Of the commit.
-        pickles: Whether files of Python's pickle format are meant to be there.
-        delete: Patterns of files to delete there, as for `Path.match`, that are not in the folder.
-        repo_type: 'model', or 'space' for a page of Gradio.
+        create_pr: Whether to open a pull request instead of committing to main.
+        message: Commit message.
+        allow_pickles: Whether the folder may contain files in Python's pickle format.
+        delete: Patterns of files to delete in the repository if the folder does not contain them, as for `fnmatch`.
+        repo_type: 'model', or 'space' for a Gradio page.
 
     Raises:
-        HubError: If the folder holds a link or something else that is not pushed, or the push fails.
+        HubError: If the folder contains a link, a pickle or nothing at all, or if the push fails.
     """
-    files = check_push(folder, repo_id, pickles=pickles)
-    check_options(revision, tag, create_pr)
+    repository = Repository(repo_id, repo_type)
+    files = _check_files(Path(folder), allow_pickles)
+    check_push_options(revision, tag, create_pr)
     check_token()
-    api = HfApi(library_name="stvit")
-    of_type: dict[str, Any] = {"repo_type": repo_type}
-    outcome = f"{repo_id} is as it was, and the same can be pushed again"
-    with _explained(repo_id, revision, outcome), own_files(folder, files) as own:
-        repo_id = _prepare_repository(api, repo_id, private, repo_type)
-        refs = api.list_repo_refs(repo_id, **of_type)
-        branches = {ref.name: ref.target_commit for ref in refs.branches}
-        tags = {ref.name: ref.target_commit for ref in refs.tags}
-        branch = revision or "main"
-        if branch in tags or (branch not in branches and re.fullmatch("[0-9a-f]{40}", branch)):
-            raise HubError(f"revision {branch!r} of {repo_id} is a tag or a commit, which do not move: give a branch")
-        is_new = branch not in branches
-        head = branches.get("main" if is_new else branch)  # where a new branch begins
-        there = _files_there(api, repo_id, head, repo_type)
-        sent = _changed(own, files, there)
-        kept_card = CARD in sent and CARD in there and _is_own_card(api, repo_id, head, own / CARD, repo_type)
-        if kept_card:
-            sent.remove(CARD)
-        gone = [path for path in there if path not in files and any(Path(path).match(pattern) for pattern in delete)]
-        if tag in tags and (sent or gone or tags[tag] != head):
-            raise HubError(
-                f"tag {tag!r} of {repo_id} is on another commit, {tags[tag]}: choose another tag, tags do not move"
+    with repository._explain_failure(revision), private_copy(Path(folder), files) as copy:
+        return repository.push(
+            copy, revision=revision, tag=tag, private=private, create_pr=create_pr, message=message, delete=delete
+        )
+
+
+class Repository:
+    """A repository on the Hugging Face Hub, accessed with the token of the environment (HF_TOKEN) or the login.
+
+    Attributes:
+        repo_id: Id of the repository, 'org/name', or 'name' in the namespace of the token.
+        repo_type: 'model' or 'space'.
+        api: Client of huggingface_hub.
+
+    Raises:
+        HubError: If the id is not valid.
+    """
+
+    def __init__(self, repo_id: str, repo_type: Literal["model", "space"] = "model") -> None:
+        check_repo_id(repo_id)
+        self.repo_id = repo_id
+        self.repo_type = repo_type
+        self.api = HfApi(library_name="stvit")
+
+    def push(
+        self,
+        folder: Path,
+        *,
+        revision: str | None = None,
+        tag: str | None = None,
+        private: bool = False,
+        create_pr: bool = False,
+        message: str = "Add model",
+        delete: Sequence[str] = (),
+    ) -> Pushed:
+        """Pushes a private folder; `stvit.hub.push` pushes any folder and documents the arguments.
+
+        The files are uploaded first, then the branch is created, and the commit comes last. An interrupted push thus
+        changes no file of the repository, and the same push can be repeated. It may leave an empty repository or a new
+        branch behind.
+
+        Args:
+            folder: Folder that no other program writes to, without links.
+            revision: See `stvit.hub.push`, also for the other arguments.
+            tag: Tag for the commit.
+            private: Whether a new repository is private.
+            create_pr: Whether to open a pull request.
+            message: Commit message.
+            delete: Patterns of files to delete.
+
+        Raises:
+            HubError: If the push fails.
+        """
+        with self._explain_failure(revision):
+            self._create(private)
+            refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
+            tags = {ref.name: ref.target_commit for ref in refs.tags}
+            branch = self._find_branch(revision or "main", refs)
+            change = self._find_change(folder, branch.head, delete)
+            if tag in tags and (change or tags[tag] != branch.head):
+                raise HubError(
+                    f"tag {tag!r} of {self.repo_id} is on another commit, {tags[tag]}; choose another tag, as tags "
+                    "are never moved"
+                )
+            if change or branch.head is None:
+                commit, url = self._commit(change, branch, message, create_pr)
+            else:
+                commit, url = branch.head, self._commit_url(branch.head)
+                if branch.is_new:
+                    self.api.create_branch(self.repo_id, branch=branch.name, revision=commit, repo_type=self.repo_type)
+        if tag and tag not in tags:
+            with self._explain_failure(revision, f"the files were pushed as commit {commit}, but the tag is missing"):
+                self.api.create_tag(self.repo_id, tag=tag, revision=commit, repo_type=self.repo_type)
+        return Pushed(self.repo_id, commit, url, bool(change), len(change.additions), change.keeps_card)
+
+    def compare_files(self, folder: Path, pushed: Pushed) -> int:
+        """Compares the checksum of each pushed file with the Hub's record.
+
+        Returns:
+            Number of equal files: all files, except a card that was kept.
+
+        Raises:
+            HubError: If a file differs or is missing, or if the Hub does not answer.
+        """
+        files = list_files(folder)
+        with self._explain_failure(pushed.commit, "the files were pushed, but not compared"):
+            with private_copy(folder, files) as copy:
+                wrong = self._find_changed(copy, pushed.commit)
+        if pushed.kept_card:
+            files.pop(CARD, None)
+        wrong = [name for name in wrong if name in files]
+        if wrong:
+            raise HubError(f"pushed, but {', '.join(wrong[:5])} in {pushed.repo_id} differ from the folder; push again")
+        return len(files)
+
+    def download(self, folder: Path, patterns: Sequence[str], revision: str | None = None) -> str:
+        """Downloads files to a folder and compares their checksums with the Hub's record.
+
+        Args:
+            folder: Folder to write.
+            patterns: Patterns of the files, as for `fnmatch`.
+            revision: Branch, tag or commit; None for main.
+
+        Returns:
+            Commit of the files.
+
+        Raises:
+            HubError: If the download fails or a file differs from the record.
+        """
+        try:
+            commit = self._info(revision).sha
+            self.api.snapshot_download(
+                self.repo_id, revision=commit, local_dir=folder, allow_patterns=list(patterns), repo_type=self.repo_type
             )
-        if head is not None and not sent and not gone:
-            commit, url = head, _commit_url(api, repo_id, head, repo_type)
-            if is_new:
-                api.create_branch(repo_id, branch=branch, revision=head, **of_type)
-        else:
-            commit, url = _commit(api, repo_id, own, sent, gone, branch, head, is_new, message, create_pr, repo_type)
-    if tag and tag not in tags:
-        with _explained(repo_id, revision, f"the files are there as commit {commit}, without the tag"):
-            api.create_tag(repo_id, tag=tag, revision=commit, **of_type)
-    return Pushed(repo_id, commit, url, bool(sent or gone), len(sent), kept_card)
+            found = self.api.verify_repo_checksums(
+                self.repo_id, revision=commit, local_dir=folder, repo_type=self.repo_type
+            )
+        except Exception as error:  # of any library below
+            why = describe_hub_error(error, self.repo_id, revision, from_cache=False)
+            raise HubError(f"cannot download {self.repo_id} (revision {revision or 'main'}): {why}") from error
+        if found.mismatches:
+            files = ", ".join(file["path"] for file in found.mismatches)
+            raise HubError(f"{files} of {self.repo_id} differ from the Hub's record of their checksums; download again")
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
+        return str(commit)
+
+    def read_file(self, name: str, revision: str | None = None) -> bytes | None:
+        """Returns the contents of a file; None if the file, revision or repository is missing or out of reach."""
+        with TemporaryDirectory() as cache:
+            try:
+                # The download alone would try again and again if the Hub is down.
+                self._info(revision, timeout=10)
+                path = self.api.hf_hub_download(
+                    self.repo_id, name, revision=revision, cache_dir=cache, repo_type=self.repo_type
+                )
+            except Exception:  # of any library below
+                return None
+            return Path(path).read_bytes()
+
+    def check_exists(self, revision: str | None = None) -> None:
+        """Checks that the repository and the revision exist and can be read.
+
+        Raises:
+            HubError: If one is missing or out of reach.
+        """
+        try:
+            self._info(revision)
+        except Exception as error:  # of any library below
+            why = describe_hub_error(error, self.repo_id, revision, from_cache=False)
+            raise HubError(f"cannot read {self.repo_id} (revision {revision or 'main'}): {why}") from error
+
+    def _info(self, revision: str | None = None, timeout: float | None = None) -> Any:
+        return self.api.repo_info(self.repo_id, revision=revision, timeout=timeout, repo_type=self.repo_type)
+
+    def _create(self, private: bool) -> None:
+        """Creates the repository if it is missing, and completes its id."""
+        if "/" not in self.repo_id:
+            self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+        info: Any = None
+        with suppress(errors.RepositoryNotFoundError):  # the chain of a later error must not contain this one
+            info = self._info()
+        if info is None:
+            sdk = "gradio" if self.repo_type == "space" else None
+            self.api.create_repo(self.repo_id, private=private, exist_ok=True, repo_type=self.repo_type, space_sdk=sdk)
+        elif private and not info.private:
+            raise HubError(
+                f"{self.repo_id} already exists and is public; push without private, choose another name, or make it "
+                "private on the Hub"
+            )
+
+    def _find_branch(self, name: str, refs: Any) -> "_Branch":
+        heads = {ref.name: ref.target_commit for ref in refs.branches}
+        if name in {ref.name for ref in refs.tags} or (name not in heads and _COMMIT.fullmatch(name)):
+            raise HubError(
+                f"revision {name!r} of {self.repo_id} is a tag or a commit, which cannot receive files; pass a branch"
+            )
+        is_new = name not in heads
+        return _Branch(name, heads.get("main" if is_new else name), is_new)
+
+    def _find_change(self, folder: Path, head: str | None, delete: Sequence[str]) -> "_Change":
+        """Compares a folder with a commit."""
+        additions = self._find_changed(folder, head)
+        if head is None:
+            return _Change(folder, additions)
+        keeps_card = CARD in additions and not is_edited(folder / CARD) and self._has_edited_card(head)
+        if keeps_card:
+            additions.remove(CARD)
+        gone: list[str] = []
+        if delete:
+            there = self.api.list_repo_files(self.repo_id, revision=head, repo_type=self.repo_type)
+            gone = [
+                name for name in filter_repo_objects(there, allow_patterns=list(delete)) if not (folder / name).exists()
+            ]
+        return _Change(folder, additions, gone, keeps_card)
+
+    def _find_changed(self, folder: Path, commit: str | None) -> list[str]:
+        """Returns the files of a folder that a commit lacks or has with another checksum."""
+        if commit is None:
+            return list(list_files(folder))
+        found = self.api.verify_repo_checksums(
+            self.repo_id, revision=commit, local_dir=folder, repo_type=self.repo_type
+        )
+        return sorted([*(file["path"] for file in found.mismatches), *found.extra_paths])
+
+    def _has_edited_card(self, commit: str) -> bool:
+        """Returns whether a person wrote or edited the card in a commit."""
+        with TemporaryDirectory() as cache:
+            try:
+                path = self.api.hf_hub_download(
+                    self.repo_id, CARD, revision=commit, cache_dir=cache, repo_type=self.repo_type
+                )
+            except errors.RemoteEntryNotFoundError:
+                return False
+            return is_edited(Path(path))
+
+    def _commit(self, change: "_Change", branch: "_Branch", message: str, create_pr: bool) -> tuple[str, str]:
+        """Creates a commit; returns its id and address.
+
+        The commit fails if the branch has moved. Files that somebody else pushed meanwhile are never mixed with ours.
+        """
+        repo: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        additions = [CommitOperationAdd(name, str(change.folder / name)) for name in change.additions]
+        # A missing branch is created after the upload; until then main stands in for it.
+        target = "main" if branch.is_new else branch.name
+        self.api.preupload_lfs_files(additions=additions, revision=target, create_pr=create_pr, **repo)
+        if branch.is_new:
+            self.api.create_branch(branch=branch.name, revision=branch.head, **repo)
+        try:
+            info = self.api.create_commit(
+                operations=[*additions, *map(CommitOperationDelete, change.deletions)],
+                commit_message=message,
+                revision=branch.name,
+                create_pr=create_pr,
+                parent_commit=branch.head,
+                **repo,
+            )
+        except Exception as error:
+            if create_pr:
+                raise
+            head = self._find_head_after(branch, error)
+            if head == branch.head and branch.is_new:
+                with suppress(Exception):  # the error of the commit says more
+                    self.api.delete_branch(branch=branch.name, **repo)
+            if head != branch.head and not set(change.additions) & set(self._find_changed(change.folder, head)):
+                return head, self._commit_url(head)  # the commit arrived, and only the answer was lost
+            raise
+        return info.oid, info.pr_url or info.commit_url
+
+    def _find_head_after(self, branch: "_Branch", error: Exception) -> str:
+        """Returns the head of a branch after a failed commit.
+
+        Raises:
+            HubError: If the commit got no answer, and the head cannot be read either.
+        """
+        try:
+            branches = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type).branches
+            return next(ref.target_commit for ref in branches if ref.name == branch.name)
+        except Exception:
+            if not is_network_error(error):
+                return str(branch.head)  # the Hub answered and refused the commit
+            why = describe_hub_error(error, self.repo_id, branch.name, from_cache=False)
+            raise HubError(
+                f"cannot push to {self.repo_id}: {why}; it is unknown whether the commit arrived; push again, which "
+                "uploads nothing if it did"
+            ) from error
+
+    def _commit_url(self, commit: str) -> str:
+        prefix = "spaces/" if self.repo_type == "space" else ""
+        return redact(f"{self.api.endpoint}/{prefix}{self.repo_id}/commit/{commit}")
+
+    @contextmanager
+    def _explain_failure(self, revision: str | None, outcome: str | None = None) -> Iterator[None]:
+        """Context manager that turns any error into a `HubError` with the state of the repository."""
+        try:
+            yield
+        except HubError:
+            raise
+        except Exception as error:  # of any library below
+            why = describe_hub_error(error, self.repo_id, revision, from_cache=False)
+            outcome = outcome or f"{self.repo_id} is unchanged, and the same push can be repeated"
+            raise HubError(f"cannot push to {self.repo_id}: {why}; {outcome}") from error
 
 
-def compare_with_hub(folder: Path, repo_id: str, commit: str) -> int:
-    """Loads a pushed model back by its commit, into a cache of its own, and compares every tensor and checksum.
+@dataclass(frozen=True)
+class _Branch:
+    """Branch to push to. `head` is its commit, or the commit that a new branch starts from."""
+
+    name: str
+    head: str | None
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Difference between a folder and a commit; false if there is none."""
+
+    folder: Path
+    additions: list[str]
+    deletions: Sequence[str] = ()
+    keeps_card: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.additions or self.deletions)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Checks the id of a repository.
+
+    Raises:
+        HubError: If the id is not valid.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not a repository id; pass ORG/NAME ({error})") from error
+
+
+def check_push_options(revision: str | None = None, tag: str | None = None, create_pr: bool = False) -> None:
+    """Checks the options of a push without access to the Hub.
+
+    Raises:
+        HubError: If a branch or tag has no valid name, or if the options contradict each other.
+    """
+    if create_pr and (tag or revision):
+        raise HubError("a pull request is always based on main and has no tag; remove revision and tag, or create_pr")
+    for kind, name in (("revision", revision), ("tag", tag)):
+        if name is not None and not _REF_NAME.fullmatch(name):
+            raise HubError(f"{kind} {name!r} is not the name of a branch or tag; use letters, digits and . _ - / +")
+
+
+def check_license(license: str | None) -> None:
+    """Checks the spelling of a license.
+
+    Raises:
+        HubError: If it is not an identifier of the Hub.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise HubError(
+            f"license {license!r} is not an identifier of the Hub; pass mit, apache-2.0 or other, for example"
+        )
+
+
+def check_token() -> None:
+    """Checks that the environment or the login has a token.
+
+    Raises:
+        HubError: If there is no token.
+    """
+    if not get_token():
+        raise HubError(
+            "no token; log in with `hf auth login`, or set HF_TOKEN to a token with write access to the repository"
+        )
+
+
+def compare_model_with_hub(folder: Path, repo_id: str, commit: str) -> int:
+    """Loads a pushed model by its commit into an empty cache, and compares every tensor and checksum.
 
     Args:
-        folder: What was pushed.
-        repo_id: 'org/name'.
+        folder: Folder that was pushed.
+        repo_id: Id of the repository, 'org/name'.
         commit: Commit of the push.
 
     Returns:
-        How many tensors are equal: all of them.
+        Number of equal tensors: all tensors.
 
     Raises:
-        HubError: If one differs, or it cannot be loaded.
+        HubError: If a tensor differs or the model cannot be loaded.
     """
     name = f"hf-hub:{repo_id}@{commit}"
     with TemporaryDirectory() as cache:
         try:
             model = create_model(name, pretrained=True, verify=True, cache_dir=cache)
         except (OSError, RuntimeError, ValueError) as error:
-            raise HubError(f"pushed, but it does not load back: {error}") from error
-        here, there = load_file(folder / "model.safetensors"), model.state_dict()
-        wrong = mismatched_tensors(here, there)
+            raise HubError(f"pushed, but loading it failed: {error}") from error
+        tensors = load_file(folder / WEIGHTS)
+        wrong = mismatched_tensors(tensors, model.state_dict())
     if wrong:
-        raise HubError(f"pushed, but {len(wrong)} tensors of {name} read back otherwise: {', '.join(wrong[:5])}")
-    return len(here)
-
-
-def compare_files_with_hub(folder: Path, pushed: Pushed, repo_type: str) -> int:
-    """Compares each file's checksum with the Hub's record of the commit.
-
-    Args:
-        folder: What was pushed.
-        pushed: What the push led to.
-        repo_type: As for `push`.
-
-    Returns:
-        How many files are equal: all of them, but for a card that was left as it is.
-
-    Raises:
-        HubError: If one differs, or the Hub cannot be asked.
-    """
-    with _explained(pushed.repo_id, pushed.commit, "the files were sent, and could not be compared"):
-        there = _files_there(HfApi(library_name="stvit"), pushed.repo_id, pushed.commit, repo_type)
-    files = [path for path in list_files(folder) if not (pushed.kept_card and path == CARD)]
-    wrong = _changed(folder, files, there)
-    if wrong:
-        raise HubError(f"pushed, but {', '.join(wrong[:5])} of {pushed.repo_id} are otherwise there: push again")
-    return len(files)
-
-
-def fetch(repo_id: str, revision: str | None, folder: Path, patterns: Sequence[str]) -> str:
-    """Downloads files of a repository to a folder, and compares each with the Hub's record of its checksum.
-
-    Args:
-        repo_id: 'org/name'.
-        revision: Branch, tag or commit; None for main.
-        folder: Where to.
-        patterns: Which files, as for `fnmatch`.
-
-    Returns:
-        The commit they are of.
-
-    Raises:
-        HubError: If they cannot be had, or differ from the record.
-    """
-    check_repo_id(repo_id)
-    api = HfApi(library_name="stvit")
-    try:
-        commit = api.model_info(repo_id, revision=revision).sha
-        api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=list(patterns))
-        wrong = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder).mismatches
-    except Exception as error:  # of any of the libraries below
-        why = describe_hub_error(error, repo_id, revision, from_cache=False)
-        raise HubError(f"cannot download {repo_id} (revision {revision or 'main'}): {why}") from error
-    if wrong:
-        files = ", ".join(file["path"] for file in wrong)
-        raise HubError(f"{files} of {repo_id} differ from the Hub's record, bits have flipped: download again")
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
-    return str(commit)
-
-
-def read_file(repo_id: str, name: str, revision: str | None = None) -> bytes | None:
-    """What a file of a repository holds; None if there is no such repository, revision or file, or no way to ask."""
-    api = HfApi(library_name="stvit")
-    with TemporaryDirectory() as cache:
-        try:
-            # Asked first, for a download tries a Hub that is down again and again.
-            api.model_info(repo_id, revision=revision, timeout=10)
-            path = api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
-        except Exception:  # of any of the libraries below; who needs the file asks again
-            return None
-        return Path(path).read_bytes()
+        raise HubError(f"pushed, but {len(wrong)} tensors of {name} differ from the folder: {', '.join(wrong[:5])}")
+    return len(tensors)
 
 
 def mismatched_tensors(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not on both sides the same, dtype and every element."""
+    """Returns the names of tensors that differ in dtype or in any value, or are only in one state dict."""
     return [
         key
         for key in here.keys() | there.keys()
@@ -298,132 +489,16 @@ def mismatched_tensors(here: Mapping[str, torch.Tensor], there: Mapping[str, tor
     ]
 
 
-def _prepare_repository(api: HfApi, repo_id: str, private: bool, repo_type: str) -> str:
-    """The whole id of the repository, which is made if it is missing."""
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    try:
-        info: Any = api.repo_info(repo_id, repo_type=repo_type)
-    except errors.RepositoryNotFoundError:
-        info = None
-    if info is None:
-        of_space: dict[str, Any] = {"space_sdk": "gradio"} if repo_type == "space" else {}
-        return api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, **of_space).repo_id
-    if private and not info.private:
-        raise HubError(
-            f"{repo_id} is there and public: leave private out, choose another name, or make it private on the Hub"
-        )
-    return repo_id
-
-
-def _files_there(api: HfApi, repo_id: str, commit: str | None, repo_type: str) -> dict[str, str]:
-    """Hash of each file of a commit: sha256 of those in LFS, else Git's."""
-    if commit is None:
-        return {}
-    return {
-        entry.path: entry.blob_id if entry.lfs is None else entry.lfs.sha256
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)
-        if isinstance(entry, RepoFile)
-    }
-
-
-def _is_own_card(api: HfApi, repo_id: str, commit: str | None, card: Path, repo_type: str) -> bool:
-    """Whether the card there is a person's work, and the one to push is not."""
-    if CARD_MARK not in card.read_text(encoding="utf-8"):
-        return False
-    with TemporaryDirectory() as cache:
-        path = api.hf_hub_download(repo_id, CARD, revision=commit, cache_dir=cache, repo_type=repo_type)
-        return CARD_MARK not in Path(path).read_text(encoding="utf-8")
-
-
-def _commit_url(api: HfApi, repo_id: str, commit: str | None, repo_type: str) -> str:
-    return redact(f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}/commit/{commit}")
-
-
-def _changed(folder: Path, paths: Iterable[str], there: Mapping[str, str]) -> list[str]:
-    """Those files of a folder that the Hub does not have as they are here, by its hashes."""
-    return [path for path in paths if there.get(path) != _hash_as(folder / path, there.get(path))]
-
-
-def _hash_as(path: Path, there: str | None) -> str | None:
-    """A file's hash, of the kind that the Hub has of it."""
-    if there is None:
-        return ""
-    if len(there) == 64:
-        return file_sha256(path)
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    folder: Path,
-    sent: Sequence[str],
-    gone: Sequence[str],
-    branch: str,
-    head: str | None,
-    is_new: bool,
-    message: str | None,
-    create_pr: bool,
-    repo_type: str,
-) -> tuple[str, str]:
-    """Commit and its URL. Onto `head` alone: where somebody else has pushed meanwhile nothing is mixed with theirs."""
-    of_type: dict[str, Any] = {"repo_type": repo_type}
-    additions = [CommitOperationAdd(path, str(folder / path)) for path in sent]
-    # Of a branch that is not there yet main takes its place while the files travel.
-    api.preupload_lfs_files(repo_id, additions, revision="main" if is_new else branch, create_pr=create_pr, **of_type)
-    if is_new:
-        api.create_branch(repo_id, branch=branch, revision=head, **of_type)
-    try:
-        info = api.create_commit(
-            repo_id,
-            [*additions, *(CommitOperationDelete(path) for path in gone)],
-            commit_message=message or "Add model",
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=head,
-            **of_type,
-        )
-    except Exception as error:
-        if create_pr:
-            raise
-        now = _head_after(api, repo_id, branch, head, error, repo_type)
-        if now != head:
-            if not _changed(folder, sent, _files_there(api, repo_id, now, repo_type)):
-                return now, _commit_url(api, repo_id, now, repo_type)  # it stands, and only the answer was lost
-        elif is_new:
-            with suppress(Exception):  # what was wrong with the commit says more
-                api.delete_branch(repo_id, branch=branch, **of_type)
-        raise
-    return info.oid, info.pr_url or info.commit_url
-
-
-def _head_after(api: HfApi, repo_id: str, branch: str, head: str | None, error: Exception, repo_type: str) -> str:
-    """The branch's commit after a commit that failed, or whose answer was lost.
+def _check_files(folder: Path, allow_pickles: bool) -> dict[str, int]:
+    """Returns the files of a folder and their sizes.
 
     Raises:
-        HubError: If the Hub cannot be asked.
+        HubError: If the folder is empty or contains a link, or a pickle that is not allowed.
     """
-    try:
-        branches = api.list_repo_refs(repo_id, repo_type=repo_type).branches
-        return next(ref.target_commit for ref in branches if ref.name == branch)
-    except Exception:
-        if not is_network_error(error):
-            return str(head)  # the Hub has refused it, in an answer
-        why = describe_hub_error(error, repo_id, branch, from_cache=False)
-        raise HubError(
-            f"cannot push to {repo_id}: {why}; whether the commit arrived all the same cannot be seen: push again, "
-            "which sends nothing if it has"
-        ) from error
-
-
-@contextmanager
-def _explained(repo_id: str, revision: str | None, outcome: str) -> Iterator[None]:
-    try:
-        yield
-    except HubError:
-        raise
-    except Exception as error:  # of any of the libraries below
-        why = describe_hub_error(error, repo_id, revision, from_cache=False)
-        raise HubError(f"cannot push to {repo_id}: {why}; {outcome}") from error
+    files = list_files(folder)
+    if not files:
+        raise HubError(f"{folder} contains no files to push")
+    pickled = [name for name in files if Path(name).suffix in PICKLES]
+    if pickled and not allow_pickles:
+        raise HubError(f"{folder} contains pickles, which can run code: {', '.join(pickled)}; remove them")
+    return files

@@ -1,33 +1,33 @@
-"""Weights from wherever they are, as a folder that timm loads and the Hub takes."""
+"""Opens weights from a run, a folder or a file, as a release: a model with its metadata."""
 
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Set
+import shutil
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
-from timm.data import resolve_input_data_config
-from torch import nn
 
-from stvit import hub
-from stvit.safe_text import code_span, escape_markdown
-from stvit.tools.common.checkpoint import load_checkpoint
-from stvit.tools.common.cli import CommandError, KeyValues, positive, reason
-from stvit.tools.common.config import INTERPOLATIONS, ImageConfig
-from stvit.tools.common.data import resolve_data_config
-from stvit.tools.common.files import atomic_replace_dir
-from stvit.tools.common.flags import add_flags
-from stvit.tools.common.model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
-from stvit.weights import find_variant, verify
+from stvit.hub import Details, HubError, Metric, Release
+from stvit.hub.card import CARD, is_edited
+from stvit.hub.files import file_sha256, list_files
+from stvit.hub.folder import CONFIG, WEIGHTS
+from stvit.weights import PretrainedError, find_variant
 
-# Top-1 on ImageNet-1k in percent that the paper gives for the authors' weights (tables 2 and 3).
+from .checkpoint import load_checkpoint
+from .cli import CommandError, KeyValues, positive, reason
+from .config import INTERPOLATIONS, ImageConfig
+from .data import resolve_data_config
+from .files import atomic_replace_dir
+from .flags import add_flags
+from .model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
+
+# Top-1 accuracy on ImageNet-1k in percent that the paper reports for the published weights (tables 2 and 3).
 PAPER_TOP1 = {
     "stvit_small.in1k": 83.6,
     "stvit_small.in1k_384": 85.0,
@@ -36,393 +36,209 @@ PAPER_TOP1 = {
     "stvit_large.in1k": 85.3,
     "stvit_large.in1k_384": 86.4,
 }
-WRITTEN = {"model.safetensors", "config.json", "model.pt", "example.jpg", hub.CARD}
+# Files that the commands write for a classifier or a detector.
+MODEL_FILES = {WEIGHTS, CONFIG, CARD, "model.pt", "example.jpg"}
 _FIRST_CONV = ("stem.0.weight", "patch_embed.proj.0.weight")
+_NO_ARCHITECTURE = (
+    "the shapes fit no model of stvit; for another timm model, pass --model NAME and its arguments as --model-kwargs"
+)
+
+
+@dataclass(frozen=True)
+class WeightsFlags:
+    """Flags of `add_source_arguments`: weights, and facts about them that the file does not store.
+
+    Attributes:
+        source: Run directory, model folder or file.
+        use_ema: Whether to take the moving average of a file that has both; None if the user did not choose.
+        model: Model or tag of timm; None to detect it.
+        model_kwargs: Further arguments of the model.
+        in_chans: Image channels; None for those of the weights.
+        img_size: Image height and width in pixels; None for the model's.
+        mean: Mean of each channel; None for the model's.
+        std: Standard deviation of each channel; None for the model's.
+        interpolation: Resizing filter; None for the model's.
+        crop_pct: Center crop; None for the model's.
+        results: Path of a results.json; None for no results.
+    """
+
+    source: str
+    use_ema: bool | None = None
+    model: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    in_chans: int | None = None
+    img_size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    results: str | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "WeightsFlags":
+        """Takes the values from parsed flags."""
+        return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
+
+    def check_unused(self, source: str, allowed: Set[str] = frozenset()) -> None:
+        """Checks that no flag repeats what a source already stores.
+
+        Args:
+            source: Name of the source, for the message.
+            allowed: Names of flags that can be used with this source.
+
+        Raises:
+            CommandError: If a flag is set.
+        """
+        names = [item.name for item in fields(self) if item.name != "source" and item.name not in allowed]
+        used = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, {})]
+        if used:
+            raise CommandError(
+                f"{', '.join(used)} cannot be combined with {source}, which stores its own configuration; remove "
+                f"{', '.join(used)}"
+            )
 
 
 def add_source_arguments(parser: Any) -> None:
-    """The flags that say what the weights are of, alike in every command that makes a folder of them."""
-    parser.add_argument("source", metavar="SOURCE", help="run, folder or file of weights: the authors', timm's, ours")
+    """Adds the flags of `WeightsFlags` to a parser."""
+    parser.add_argument("source", metavar="SOURCE", help="run directory, model folder or file of weights")
     group = parser.add_argument_group("model")
     group.add_argument(
         "--use-ema",
         action=argparse.BooleanOptionalAction,
-        help="take the moving average of a file that holds both, or with --no-use-ema the weights themselves",
+        help="use the moving average of a file that has both, or the weights themselves (--no-use-ema)",
     )
+    group.add_argument("--model", metavar="NAME", help="any timm model or tag (default: detected from the shapes)")
     group.add_argument(
-        "--model", metavar="NAME", help="model or tag, any of timm's (default: recognized by the shapes)"
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="further arguments of the model"
     )
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its")
     group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
     add_flags(group, ImageConfig)
     group.add_argument("--results", metavar="FILE", help="results.json of tools/validate_cls.py, for the card")
 
 
-def refuse_flags(args: argparse.Namespace, source: str, *more: str) -> None:
-    """Refuses the flags of `add_source_arguments` that a source answers itself.
-
-    Raises:
-        CommandError: If one is given.
-    """
-    names = ("use_ema", "model", "in_chans", "img_size", "mean", "std", "interpolation", "crop_pct", *more)
-    refused = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    refused += ["--model-kwargs"] if args.model_kwargs else []
-    if refused:
-        raise CommandError(f"{source} says itself what it holds: leave {', '.join(refused)} out")
-
-
-@dataclass
-class Release:
-    """What becomes a folder.
-
-    Attributes:
-        model: With the weights.
-        data_config: How it wants its images.
-        label_names: Of the classes, in order; None if nobody knows.
-        details: What is known of the weights, for the card.
-        files: Folder whose files are taken as they are instead, None for none.
-    """
-
-    model: nn.Module
-    data_config: dict[str, Any]
-    label_names: list[str] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    files: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """timm's name of the model, with the tag if the weights are those published under it."""
-        cfg: Any = self.model.pretrained_cfg
-        tag = self.details.get("tag")
-        return f"{cfg['architecture']}.{tag}" if tag else str(cfg["architecture"])
-
-
-def open_release(args: argparse.Namespace, part: str = "best") -> Release:
-    """The weights of the flags of `add_source_arguments`, checked by a forward pass.
+def open_release(flags: WeightsFlags, part: str = "best") -> Release:
+    """Opens weights and checks them with a forward pass.
 
     Args:
-        args: The flags.
-        part: Folder of a run to take: 'best', 'last' or 'last_ema'.
+        flags: Weights and facts about them.
+        part: Folder of a run directory: 'best', 'last' or 'last_ema'.
 
     Raises:
-        CommandError: If they cannot be read, are of no model that is known, or the choice is not clear.
+        CommandError: If the weights cannot be read, their model is unknown, or a flag is missing.
     """
-    path = Path(args.source).expanduser()
-    if path.is_dir():
-        release = _open_folder(path, args, part)
-    elif path.is_file():
-        release = _open_file(path, args)
-    else:
-        raise CommandError(f"{path}: there is no such file or folder")
-    if args.results:
-        release.details["metrics"] = _read_results(Path(args.results))
-    _check_forward(release)
+    path = Path(flags.source).expanduser()
+    try:
+        if path.is_dir():
+            release = _open_folder(path, flags, part)
+        elif path.is_file():
+            release = _open_file(path, flags)
+        else:
+            raise CommandError(f"{path}: no such file or folder")
+        if flags.results:
+            release.details.metrics = read_results(Path(flags.results))
+        release.check()
+    except (HubError, PretrainedError) as error:
+        raise CommandError(str(error)) from error
     return release
 
 
-def write_release(release: Release, folder: Path, name: str, license: str | None = None) -> bool:
-    """Writes model.safetensors, config.json and the card, and checks that they load to the same results.
-
-    Args:
-        release: What to write.
-        folder: Where to.
-        name: By which timm will load it, for the card.
-        license: Of the weights; None for what is known of them.
-
-    Returns:
-        Whether the card was written: False if a person has changed the one that was there.
+def write_release(release: Release, output: "Output", name: str, license: str | None = None) -> bool:
+    """Writes a model folder to an output; `Release.save` documents the other arguments and the returned value.
 
     Raises:
-        CommandError: If they cannot be written, or load to other results.
+        CommandError: If the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            fresh = Path(temporary) / "fresh"
-            if release.files is None:
-                hub.save(
-                    release.model,
-                    fresh,
-                    label_names=release.label_names,
-                    data_config=release.data_config,
-                    details=release.details,
-                )
-            else:
-                fresh.mkdir()
-                for file in ("model.safetensors", "config.json", hub.CARD):
-                    if os.path.lexists(release.files / file):
-                        hub.copy_file(release.files, file, fresh / file)
-                hub.remove_repeated_arguments(fresh)
-                config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
-                if release.details != config.get("stvit", {}):
-                    text = json.dumps({**config, "stvit": release.details}, indent=2)
-                    (fresh / "config.json").write_text(text, encoding="utf-8")
-            again: Any = create_model(f"local-dir:{fresh}", pretrained=True)
-            image = _image(release)
-            with torch.inference_mode():
-                same = torch.equal(again.eval()(image), release.model(image))
-            if not same:
-                raise CommandError(f"{release.name} gives other results when it is loaded from its folder")
-            is_card_ours = hub.write_card(fresh, name, license=license)
-            _put_in_place(fresh, folder)
-            return is_card_ours
-    except hub.HubError as error:
+        return release.save(output.fresh, name, license)
+    except (HubError, PretrainedError) as error:
         raise CommandError(str(error)) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise CommandError(f"cannot write {folder}: {reason(error)}") from error
-
-
-@contextmanager
-def fresh_folder(path: str | None, replace: bool = False, ours: Set[str] = WRITTEN) -> Iterator[Path]:
-    """A folder to write to: of that name, which holds nothing yet, or one that is gone afterwards.
-
-    Args:
-        path: Its name; None for one that is gone afterwards.
-        replace: Whether it may hold what these commands have written, and nothing else.
-        ours: Names of what they have.
-
-    Raises:
-        CommandError: If something is in it.
-    """
-    if path is None:
-        with TemporaryDirectory(prefix="stvit-") as temporary:
-            yield Path(temporary) / "model"
-        return
-    folder = Path(path).expanduser()
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    links = sorted(name for name in names if (folder / name).is_symlink())
-    if links:  # writing would follow them
-        raise CommandError(f"--output {folder} holds a link, {links[0]}: remove it, or choose another folder")
-    card = folder / hub.CARD
-    is_ours = names <= ours and card.is_file() and hub.CARD_MARK in card.read_text(encoding="utf-8")
-    if folder.is_file() or (names and not (replace and is_ours)):
-        raise CommandError(f"--output {folder} is there already: choose another, or move it away")
-    yield folder
-
-
-def _put_in_place(fresh: Path, folder: Path) -> None:
-    """Moves the files of a folder into another, which then holds no older ones of ours beside them."""
-    stale = WRITTEN - {file.name for file in fresh.iterdir()}
-    atomic_replace_dir(fresh, folder)
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-
-
-def describe_files(folder: Path) -> str:
-    """A line for each file: its size and its sha256."""
-    return "\n".join(
-        f"  {size:>12,} bytes  sha256 {hub.file_sha256(folder / path)}  {path}"
-        for path, size in hub.list_files(folder).items()
-    )
+        raise CommandError(f"cannot write {output.path or output.fresh}: {reason(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Detectors
-
-_PIPELINES = {
-    "detect": "object-detection",
-    "obb": "object-detection",
-    "segment": "image-segmentation",
-    "semantic": "image-segmentation",
-    "pose": "keypoint-detection",
-    "depth": "depth-estimation",
-    "classify": "image-classification",
-}
+# Opening
 
 
-def write_detector(
-    source: Path, folder: Path, repo_id: str, *, license: str | None = None, example: Path | None = None
-) -> str:
-    """Writes a detector's checkpoint, an example picture and the card.
-
-    Args:
-        source: Checkpoint of Ultralytics.
-        folder: Where to.
-        repo_id: 'org/name'.
-        license: Of the weights; None for what the checkpoint says.
-        example: Picture to show its results on; None for Ultralytics' own.
-
-    Returns:
-        Name of the model.
-
-    Raises:
-        CommandError: If Ultralytics is missing, the checkpoint cannot be opened safely, or nothing can be written.
-    """
-    try:
-        from stvit.adapters.yolo.hub import prepare_checkpoint
-
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            fresh = Path(temporary) / "fresh"
-            facts = prepare_checkpoint(source, fresh, example)
-            (fresh / hub.CARD).write_text(_detector_card(fresh, repo_id, facts, license), encoding="utf-8")
-            _put_in_place(fresh, folder)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
-    return Path(str(facts["model"])).stem
-
-
-def _detector_card(folder: Path, repo_id: str, facts: Mapping[str, Any], license: str | None) -> str:
-    title, license = repo_id.rsplit("/", 1)[-1], license or facts["license"]
-    pipeline = _PIPELINES.get(facts["task"], "object-detection")
-    data = ModelCardData(
-        license=license,
-        library_name="ultralytics",
-        pipeline_tag=pipeline,
-        tags=[pipeline, "ultralytics", *(["stvit", "super-token-attention"] if facts["has_super_tokens"] else [])],
-    )
-    names = [str(name) for name in facts["names"].values()]
-    rows = [f"| {escape_markdown(name)} | {value:.4f} |" for name, value in facts["metrics"].items()]
-    how = (
-        f"By Ultralytics {facts['version']} in its validation while it trained, on the validation images of "
-        f"{code_span(facts['data'])} at {escape_markdown(facts['imgsz'])} pixels, which chose the epoch too; fractions "
-        "of 1."
-    )
-    measured = "\n".join([how, "", "| | |", "|---|---:|", *rows]) if rows else "Not measured."
-    text = f"""
-{hub.CARD_MARK}
-
-# {title}
-
-A model of Ultralytics in half precision, made from {code_span(facts["model"])}, for the task
-{code_span(facts["task"])}.
-
-```python
-from stvit.adapters.yolo import YOLO
-
-model = YOLO("hf-hub:{repo_id}")  # no code of the checkpoint is run
-results = model.predict("photos")
-```
-
-![What it sees in {escape_markdown(facts["image"])}](example.jpg)
-
-- {facts["parameters"] / 1e6:.2f} M parameters
-- {len(names)} classes: {", ".join(map(code_span, names[:20]))}{", …" if len(names) > 20 else ""}
-- sha256 of model.pt: `{hub.file_sha256(folder / "model.pt")}`
-
-## Results
-
-{measured}
-{hub.CITATION_SECTION if facts["has_super_tokens"] else ""}"""
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
-
-
-def compare_detector_with_hub(folder: Path, pushed: hub.Pushed) -> int:
-    """Loads a pushed detector back by its commit, into a cache of its own, and compares every tensor and checksum.
-
-    Returns:
-        How many tensors are equal: all of them.
-
-    Raises:
-        stvit.hub.HubError: If one differs, or it cannot be loaded.
-    """
-    from stvit.adapters.yolo.hub import fetch_checkpoint, open_safely
-
-    name = f"hf-hub:{pushed.repo_id}@{pushed.commit}"
-    with TemporaryDirectory() as cache:
-        try:
-            there = open_safely(fetch_checkpoint(name, cache))["model"].state_dict()
-            wrong = verify(pushed.repo_id, pushed.commit, cache)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise hub.HubError(f"pushed, but it does not load back: {error}") from error
-    here = open_safely(folder / "model.pt")["model"].state_dict()
-    wrong += hub.mismatched_tensors(here, there)
-    if wrong:
-        raise hub.HubError(f"pushed, but {name} reads back otherwise: {', '.join(wrong[:5])}")
-    return len(here)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where weights are
-
-
-def _open_folder(path: Path, args: argparse.Namespace, part: str) -> Release:
-    folder = next((place for place in (path, path / part) if (place / "config.json").is_file()), None)
+def _open_folder(path: Path, flags: WeightsFlags, part: str) -> Release:
+    folder = next((place for place in (path, path / part) if (place / CONFIG).is_file()), None)
     if folder is None:
-        raise CommandError(f"{path}: neither it nor its folder {part}/ holds a config.json")
-    if not (folder / "model.safetensors").is_file():
-        raise CommandError(f"{folder} holds no model.safetensors: convert the file of weights instead")
-    refuse_flags(args, str(folder))
-    model: Any = create_model(f"local-dir:{folder}", pretrained=True)
-    try:
-        config = hub.read_config(folder)
-    except hub.HubError as error:
-        raise CommandError(str(error)) from error
-    return Release(
-        model.eval(),
-        resolve_input_data_config(model),
-        label_names=config.get("label_names"),
-        details=dict(config.get("stvit", {})),
-        files=folder,
-    )
+        raise CommandError(f"no {CONFIG} in {path} or {path / part}")
+    if not (folder / WEIGHTS).is_file():
+        raise CommandError(f"no {WEIGHTS} in {folder}; pass the file of weights instead of the folder")
+    flags.check_unused(str(folder), allowed={"results"})
+    return Release.from_folder(folder)
 
 
-def _open_file(path: Path, args: argparse.Namespace) -> Release:
+def _open_file(path: Path, flags: WeightsFlags) -> Release:
     content = open_file(path)
     is_run = {"progress", "recipe", "model"} <= content.keys()
     if is_run:
-        content = load_checkpoint(path)  # which looks at its checksums
+        content = load_checkpoint(path)  # checks the checksums of the file, too
     plain, ema = weights_in(content)
-    if plain is not None and ema is not None and args.use_ema is None:
+    if plain is not None and ema is not None and flags.use_ema is None:
         raise CommandError(
-            f"{path} holds the weights ({plain}) and their moving average ({ema}): choose, --no-use-ema or --use-ema"
+            f"{path} contains weights ({plain}) and their moving average ({ema}); pass --no-use-ema or --use-ema"
         )
-    weights, is_ema = pick_weights(content, path, args.use_ema)
-    recipe = _recipe(content, is_run)
-    name = args.model or _find_model(path, weights, content, recipe)
+    weights, is_ema = pick_weights(content, path, flags.use_ema)
+    recipe = _read_recipe(content, is_run)
+    name = flags.model or _find_model(path, weights, content, recipe)
     weights = strip_weights(name, weights)
-    size = args.img_size or recipe.get("img_size")
+    is_published = name in PAPER_TOP1
+    size = flags.img_size or (None if is_published else recipe.get("img_size"))
     first = next((weights[key] for key in _FIRST_CONV if key in weights), None)
-    in_chans = args.in_chans or recipe.get("in_chans") or (None if first is None else first.shape[1])
+    in_chans = flags.in_chans or recipe.get("in_chans") or (None if first is None else first.shape[1])
     model: Any = create_model(
         name,
         pretrained=True,
         weights=weights,
         in_chans=in_chans,
-        img_size=size if name not in PAPER_TOP1 else args.img_size,
-        model_kwargs={**(recipe.get("model_kwargs") or {}), **args.model_kwargs},
+        img_size=size,
+        model_kwargs={**(recipe.get("model_kwargs") or {}), **flags.model_kwargs},
     ).eval()
-    images = {key: getattr(args, key, None) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
-    images |= {"in_chans": in_chans, "img_size": size if name not in PAPER_TOP1 else args.img_size}
-    data_config = resolve_data_config(images, model)
-    details: dict[str, Any] = {
-        "weights": "moving average (EMA)" if is_ema else "as trained" + (", not their average" if ema else ""),
-        "source": f"{path.name}, sha256 {hub.file_sha256(path)}",
-    }
+    images = {key: getattr(flags, key) or recipe.get(key) for key in RECIPE_KEYS if key != "num_classes"}
+    data_config = resolve_data_config({**images, "in_chans": in_chans, "img_size": size}, model)
+    details = Details(
+        weights="moving average (EMA)" if is_ema else "as trained" + (", not the moving average" if ema else ""),
+        source=f"{path.name}, sha256 {file_sha256(path)}",
+    )
     if is_run:
-        details["weights"] += f", after epoch {content['progress']['epoch']}"
-    if name in PAPER_TOP1:
+        details.weights = f"{details.weights}, after epoch {content['progress']['epoch']}"
+    if is_published:
         _check_published(path, name, model, data_config)
-        details |= {
-            "tag": name.partition(".")[2],
-            "license": "mit",
-            "datasets": ["imagenet-1k"],
-            "metrics": [
-                {
-                    "name": "top-1",
-                    "value": PAPER_TOP1[name],
-                    "dataset": "ImageNet-1k",
-                    "split": "validation",
-                    "how": "by the authors, as the paper gives it; not measured again for this file",
-                }
-            ],
-        }
-    return Release(model, data_config, _label_names(path) if is_run else None, details)
+        _add_published_details(details, name)
+    return Release(model, data_config, _find_label_names(path) if is_run else None, details)
 
 
 def _check_published(path: Path, name: str, model: Any, data_config: Mapping[str, Any]) -> None:
-    """Refuses to call weights published that cannot be."""
+    """Checks the number of classes and the resolution of weights that are said to be published ones.
+
+    Raises:
+        CommandError: If they are different.
+    """
     size = 384 if name.endswith("384") else 224
     found = (model.num_classes, tuple(data_config["input_size"]))
     if found != (1000, (3, size, size)):
         raise CommandError(
-            f"{path} cannot be the published {name}, of 1000 classes and images of 3x{size}x{size}: it has {found[0]} "
-            f"classes and {'x'.join(map(str, found[1]))}; give --model {name.partition('.')[0]} for weights of your own"
+            f"{path} cannot be the published {name}: expected 1000 classes and images of 3x{size}x{size}, got "
+            f"{found[0]} classes and {'x'.join(map(str, found[1]))}; for weights of your own, pass --model "
+            f"{name.partition('.')[0]}"
         )
 
 
-def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
-    """What a checkpoint tells of its model and its images: our recipe, or the flags of the authors' or timm's runs."""
+def _add_published_details(details: Details, name: str) -> None:
+    details.tag = name.partition(".")[2]
+    details.license = "mit"
+    details.datasets = ["imagenet-1k"]
+    how = "reported in the paper; not measured again for this file"
+    details.metrics = [Metric("top-1", PAPER_TOP1[name], "ImageNet-1k", "validation", how)]
+
+
+def _read_recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
+    """Returns what a checkpoint stores about the model and the images.
+
+    Checkpoints of our runs have a recipe. Those of the authors and of timm have the flags of the training.
+    """
     if is_run:
         return {key: content["recipe"].get(key) for key in (*RECIPE_KEYS, "model", "model_kwargs")}
     flags = content.get("args")
@@ -452,27 +268,29 @@ def _recipe(content: Mapping[str, Any], is_run: bool) -> dict[str, Any]:
 def _find_model(path: Path, weights: Mapping[str, Any], content: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     try:
         found = recipe.get("model") or find_variant(weights) or content.get("arch")
-    except ValueError as error:  # several prefixes
+    except ValueError as error:  # several models under different prefixes
         raise CommandError(f"{path}: {error}") from error
     if not isinstance(found, str):
-        raise CommandError(
-            f"{path}: the shapes are those of no model of stvit; of another model of timm's give --model NAME, and "
-            "what it was made with as --model-kwargs"
-        )
+        raise CommandError(f"{path}: {_NO_ARCHITECTURE}")
     return found
 
 
-def _label_names(checkpoint: Path) -> list[str] | None:
-    """The class names of a run, which stand beside its weights."""
+def _find_label_names(checkpoint: Path) -> list[str] | None:
+    """Returns the class names of a run, from the model folders in its run directory."""
     for part in ("last", "best"):
-        config = checkpoint.parent.parent / part / "config.json"
+        config = checkpoint.parent.parent / part / CONFIG
         if config.is_file():
             names = json.loads(config.read_text(encoding="utf-8")).get("label_names")
             return list(names) if names else None
     return None
 
 
-def _read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path) -> list[Metric]:
+    """Reads the accuracies in a results.json of tools/validate_cls.py.
+
+    Raises:
+        CommandError: If the file cannot be read.
+    """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         dataset = results["dataset"]
@@ -489,42 +307,106 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
             for name in ("top1", "top5"):
                 if f"{prefix}{name}" in results:
                     low, high = results[f"{prefix}{name}_interval"]
-                    metrics.append(
-                        {
-                            "name": f"{name[:3]}-{name[3:]}{title}",
-                            "value": float(results[f"{prefix}{name}"]),
-                            "dataset": dataset,
-                            "split": results["split"],
-                            "how": f"{how}; 95 % confidence {low:.2f} to {high:.2f}",
-                        }
-                    )
+                    interval = f"95 % confidence interval {low:.2f} to {high:.2f}"
+                    value = float(results[f"{prefix}{name}"])
+                    label = f"{name[:3]}-{name[3:]}{title}"
+                    metrics.append(Metric(label, value, dataset, results["split"], f"{how}; {interval}"))
         return metrics
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CommandError(
-            f"cannot read --results {path} ({reason(error)}): it must be the results.json of tools/validate_cls.py"
+            f"cannot read --results {path} ({reason(error)}); pass a results.json of tools/validate_cls.py"
         ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they give
+# Output
 
 
-def _image(release: Release) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *release.data_config["input_size"], generator=generator)
+@dataclass(frozen=True)
+class Output:
+    """Folder that a command writes. Its contents are complete or unchanged.
+
+    Attributes:
+        fresh: Folder to write to.
+        path: Final place of the folder; None to leave it in `fresh`, which is temporary.
+        names: Names of the files and folders that the command writes.
+    """
+
+    fresh: Path
+    path: Path | None
+    names: Set[str]
+
+    def finish(self) -> Path:
+        """Moves the contents to the final place, removes what an earlier command wrote there, and returns the path.
+
+        Raises:
+            CommandError: If a file cannot be moved.
+        """
+        if self.path is None:
+            return self.fresh
+        try:
+            self.path.mkdir(exist_ok=True)
+            for name in self.names - {entry.name for entry in self.fresh.iterdir()}:
+                _remove(self.path / name)
+            for entry in list(self.fresh.iterdir()):
+                if entry.is_dir():
+                    _remove(self.path / entry.name)
+                    os.replace(entry, self.path / entry.name)
+            atomic_replace_dir(self.fresh, self.path)
+        except OSError as error:
+            raise CommandError(f"cannot write {self.path}: {reason(error)}") from error
+        return self.path
 
 
-def _check_forward(release: Release) -> None:
+@contextmanager
+def open_output(path: str | None, names: Set[str] = MODEL_FILES, replace: bool = False) -> Iterator[Output]:
+    """Context manager: yields an empty folder to write to. `Output.finish` moves its contents to their final place.
+
+    Args:
+        path: Final place; None for a temporary folder, which exists until the end of the context.
+        names: Names of the files and folders that the command writes.
+        replace: Whether the final place may already contain these files from an earlier command.
+
+    Raises:
+        CommandError: If the final place contains anything else, or cannot be written.
+    """
+    folder = None if path is None else Path(path).expanduser()
+    if folder is not None:
+        _check_output(folder, names, replace)
     try:
-        with torch.inference_mode():
-            output = release.model(_image(release))
-    except Exception as error:  # a foreign model may refuse the size
-        channels, height, width = release.data_config["input_size"]
-        raise CommandError(
-            f"{release.name} does not take images of {channels}x{height}x{width} ({reason(error)}); pass another "
-            "--img-size"
-        ) from error
-    broken = [key for key, value in release.model.state_dict().items() if not torch.isfinite(value.float()).all()]
-    if broken or not torch.isfinite(output).all():
-        what = f"{', '.join(broken[:5])} hold NaN or infinity" if broken else "the output holds NaN or infinity"
-        raise CommandError(f"{release.name}: {what}: the weights are broken, take an earlier checkpoint")
+        if folder is not None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the final place, because files cannot be moved to another disk in one step.
+        prefix = "stvit-" if folder is None else f".{folder.name}-"
+        temporary = TemporaryDirectory(dir=None if folder is None else folder.parent, prefix=prefix)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {reason(error)}") from error
+    with temporary as place:
+        fresh = Path(place, "fresh")
+        fresh.mkdir()
+        yield Output(fresh, folder, names)
+
+
+def _check_output(folder: Path, names: Set[str], replace: bool) -> None:
+    found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    links = sorted(name for name in found if (folder / name).is_symlink())
+    if links:  # writing would follow the link
+        raise CommandError(f"--output {folder} contains a link, {links[0]}; remove it, or choose another folder")
+    card = folder / CARD
+    is_replaceable = replace and found <= names and card.is_file() and not is_edited(card)
+    if folder.is_file() or (found and not is_replaceable):
+        raise CommandError(f"--output {folder} already exists; choose another folder, or move it away")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def describe_files(folder: Path) -> str:
+    """Returns a line for each file of a folder, with its size and sha256."""
+    return "\n".join(
+        f"  {size:>12,} bytes  sha256 {file_sha256(folder / path)}  {path}" for path, size in list_files(folder).items()
+    )

@@ -1,4 +1,4 @@
-"""A run on the Hugging Face Hub: snapshots uploaded in the background, and going on from one."""
+"""Uploads a run to the Hugging Face Hub while it trains, and downloads it to resume."""
 
 import os
 import shutil
@@ -12,38 +12,40 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from stvit import hub
-from stvit.tools.common.checkpoint import NAMES, Checkpoints, load_checkpoint
-from stvit.tools.common.cli import CommandError, reason
-from stvit.tools.common.files import read_utf8
-from stvit.tools.common.locks import InUseError, PathLock
-from stvit.tools.common.recipes import load_yaml
+from stvit.hub import HubError, Repository, write_card
+from stvit.hub.files import copy_file
 
-# Branch of what a run is gone on from; main holds the best weights.
+from .checkpoint import NAMES, Checkpoints, load_checkpoint
+from .cli import CommandError, reason
+from .files import read_utf8
+from .locks import InUseError, PathLock
+from .recipes import load_yaml
+
+# Branch with the newest checkpoint. The branch main has the best weights.
 BRANCH = "last"
 _RECORDS = ("config.yaml", "summary.csv", "log.jsonl", "curve.png", "bad_images.jsonl")
 _WEIGHTS = ("best", "last", "last_ema")
 _WEIGHT_FILES = ("config.json", "model.safetensors")
-# A scheduler that ends a job does not wait long.
+# A scheduler that stops a job waits only for a short time.
 PATIENCE_S = 10.0
-# The client's uploads know no timeout: one that lasts so long is given up. Should it still come to its commit, the Hub
-# refuses that once the branch has moved on.
+# An upload has no timeout of its own. A stalled upload is abandoned after this time. If it still commits later, the Hub
+# refuses the commit, because the branch has moved.
 STALLED_S = 1800.0
 
 
 class Snapshots:
-    """Uploads a run's folder after some of its epochs, in the background; a failure is a warning.
+    """Uploads a run directory in the background, every few epochs. A failure is a warning.
 
-    The branch `last` gets the newest checkpoint, the records, and all weights, with the last ones as its model; main
-    gets the best weights. Both load in timm.
+    The branch `last` gets the newest checkpoint, the records and all weights, with the last weights as its model. The
+    branch main gets the best weights. timm loads both branches.
 
     Args:
-        repo_id: Repository, made if it is missing.
+        repo_id: Id of the repository. A missing repository is created.
         every: Epochs between snapshots.
-        folder: Of the run.
+        folder: Run directory.
         private: Whether a new repository is private.
-        event: Records that something happened: `RunLog.event`.
-        is_stopped: Whether somebody wants the program to end.
+        event: Records an event in the log of the run.
+        is_stopped: Returns whether the user or the scheduler wants the program to end.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Snapshots:
         self._upload: _Upload | None = None
         self._uploaded: int | None = None
         self._is_due = False
-        # Their lines would tear that of the training.
+        # They would interrupt the progress bar of the training.
         disable_progress_bars()
         shutil.rmtree(self._place, ignore_errors=True)  # of a run that was killed
 
@@ -69,60 +71,62 @@ class Snapshots:
         return self.folder / "hub.tmp"
 
     def after_epoch(self, epoch: int) -> None:
-        """Begins an upload if one is due, and the one before it has ended.
+        """Starts an upload if one is due and the previous upload has ended.
 
         Args:
-            epoch: Epochs done; their checkpoint is written.
+            epoch: Number of epochs done. Their checkpoint is written.
         """
         self._is_due |= epoch % self.every == 0
-        # The next epoch's snapshot holds this one's results too.
+        # If an upload is still running, the next snapshot contains the results of this epoch too.
         if self._has_ended() and self._is_due:
-            self._begin(epoch)
+            self._start(epoch)
 
     def finish(self, epoch: int) -> None:
-        """Uploads the end of the run, if need be twice, and waits for it, unless somebody wants the program to end."""
+        """Uploads the end of the run, in up to two attempts, and waits for it unless the program is stopped."""
         self._wait()
         for _ in range(2):
             if self._uploaded != epoch and not self._is_stopped():
-                self._begin(epoch)
+                self._start(epoch)
                 self._wait()
-        self._leave()
+        self._abandon_upload()
         if self._uploaded != epoch:
             print(
-                f"{self.repo_id} lacks the end of the run: the same command with --resume auto uploads it", flush=True
+                f"the end of the run is not on the Hub ({self.repo_id}); run the same command with --resume auto to "
+                "upload it",
+                flush=True,
             )
 
     def abandon(self) -> None:
-        """Gives an upload that is under way a moment to end; if it does not, the Hub keeps the snapshot before it."""
+        """Waits a moment for a running upload, then abandons it. The Hub keeps the previous snapshot."""
         if self._upload is not None:
             self._upload.join(PATIENCE_S)
-        self._leave()
+        self._abandon_upload()
 
     def _wait(self) -> None:
-        since, is_told = time.monotonic(), False
+        since, is_announced = time.monotonic(), False
         while not self._has_ended() and not self._is_stopped():
             assert self._upload is not None
             self._upload.join(0.2)
-            if not is_told and time.monotonic() - since > PATIENCE_S:
-                print(f"uploading to {self.repo_id}; Ctrl-C leaves it, the run itself is done", flush=True)
-                is_told = True
+            if not is_announced and time.monotonic() - since > PATIENCE_S:
+                print(f"the run is done; uploading it to {self.repo_id}, press Ctrl-C to skip the upload", flush=True)
+                is_announced = True
 
-    def _leave(self) -> None:
+    def _abandon_upload(self) -> None:
         if not self._has_ended():
             assert self._upload is not None
-            self._report("hub_failed", {"epoch": self._upload.epoch, "error": "it was left unfinished"})
+            self._report("hub_failed", {"epoch": self._upload.epoch, "error": "the upload was abandoned"})
             self._upload = None
         shutil.rmtree(self._place, ignore_errors=True)
 
     def _has_ended(self) -> bool:
-        """Whether no upload is under way; tells what became of the one that was."""
+        """Returns whether no upload is running, and reports the result of an upload that has ended."""
         upload = self._upload
         if upload is None:
             return True
         if upload.is_alive():
             if time.monotonic() - upload.since < STALLED_S:
                 return False
-            self._report("hub_failed", {"epoch": upload.epoch, "error": f"it has not ended in {STALLED_S:g} s"})
+            self._report("hub_failed", {"epoch": upload.epoch, "error": f"it did not end within {STALLED_S:g} s"})
         elif upload.error is not None:
             self._report("hub_failed", {"epoch": upload.epoch, "error": upload.error})
         else:
@@ -132,12 +136,13 @@ class Snapshots:
         self._upload = None
         return True
 
-    def _begin(self, epoch: int) -> None:
+    def _start(self, epoch: int) -> None:
         self._is_due = False
         place = self._place / str(epoch)
         try:
-            _set_aside(self.folder, place)
-        except (OSError, hub.HubError) as error:
+            self._place.mkdir(mode=0o700, exist_ok=True)  # no other user can replace a file during the upload
+            _copy_run(self.folder, place)
+        except (OSError, HubError) as error:
             shutil.rmtree(place, ignore_errors=True)
             self._report("hub_failed", {"epoch": epoch, "error": reason(error)})
             return
@@ -154,12 +159,13 @@ class Snapshots:
 
 
 class _Upload(threading.Thread):
-    """The upload of what was set aside. A daemon, for the end of the program does not wait for the network.
+    """Thread that uploads a copy of the run. It is a daemon: the program can end without waiting for the network.
 
     Attributes:
-        since: When it began, in seconds of `time.monotonic`; `until`: when it ended.
-        commit: Commit of the branch `last`, once it has ended well.
-        error: Why it failed, once it has.
+        since: Start of the upload, in seconds of `time.monotonic`.
+        until: End of the upload.
+        commit: Commit of the branch `last`, after a successful upload.
+        error: Reason of the failure, after a failed upload.
     """
 
     def __init__(self, repo_id: str, private: bool, place: Path, epoch: int) -> None:
@@ -172,22 +178,24 @@ class _Upload(threading.Thread):
     def run(self) -> None:
         main, last, message = self.place / "main", self.place / BRANCH, f"After epoch {self.epoch}"
         try:
-            hub.write_card(main, f"hf-hub:{self.repo_id}")
-            hub.write_card(last, f"hf-hub:{self.repo_id}@{BRANCH}")
-            hub.push(main, self.repo_id, private=self.private, message=message)
-            options: dict[str, Any] = {"revision": BRANCH, "pickles": True, "delete": [f"checkpoints/{NAMES}"]}
-            self.commit = hub.push(last, self.repo_id, message=message, **options).commit
-        except Exception as error:  # nothing of the network's stops a training
+            write_card(main, f"hf-hub:{self.repo_id}")
+            write_card(last, f"hf-hub:{self.repo_id}@{BRANCH}")
+            # The copy is private already, so that `stvit.hub.push` would only copy it again.
+            repository = Repository(self.repo_id)
+            repository.push(main, private=self.private, message=message)
+            pushed = repository.push(last, revision=BRANCH, message=message, delete=[f"checkpoints/{NAMES}"])
+            self.commit = pushed.commit
+        except Exception as error:  # no failure of the network stops a training
             self.error = reason(error)
         finally:
             self.until = time.monotonic()
             shutil.rmtree(self.place, ignore_errors=True)
 
 
-def _set_aside(folder: Path, place: Path) -> None:
-    """Copies the files of a run that are to be uploaded: the training may replace them at any moment.
+def _copy_run(folder: Path, place: Path) -> None:
+    """Copies the files to upload, because the training may replace them at any moment.
 
-    Files of others in the folder are left out.
+    Only the files of a run are copied. Other files in the run directory are not uploaded.
 
     Raises:
         stvit.hub.HubError: If a file is a link.
@@ -204,15 +212,15 @@ def _set_aside(folder: Path, place: Path) -> None:
     last |= weights_of("last", "")
     for part, files in ((BRANCH, last), ("main", weights_of("best", ""))):
         for name, source in files.items():
-            # Weights and checkpoints are replaced but never written to: a hard link keeps the present contents. Windows
+            # Weights and checkpoints are replaced and never modified: a hard link keeps the present contents. Windows
             # does not replace a file that an upload has open.
             is_replaced = source not in _RECORDS and os.name != "nt"
-            hub.copy_file(folder, source, place / part / name, link=is_replaced)
+            copy_file(folder, source, place / part / name, hard_link=is_replaced)
 
 
 def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
-    """The recipe of the run whose snapshots a repository holds; None if it holds none, or cannot be asked."""
-    text = hub.read_file(repo_id, "config.yaml", BRANCH)
+    """Returns the recipe of the run in a repository; None if there is no run, or if the Hub does not answer."""
+    text = Repository(repo_id).read_file("config.yaml", BRANCH)
     try:
         recipe = None if text is None else load_yaml(text.decode())
     except ValueError:
@@ -223,21 +231,20 @@ def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
 def fetch_run(
     source: str, output: Path, experiment: str | None, check: Callable[[dict[str, Any], str], None]
 ) -> tuple[Path, Path]:
-    """Downloads a run's snapshot, to go on from.
+    """Downloads the snapshot of a run, to resume it.
 
     Args:
         source: 'hf-hub:org/name@last'.
         output: Folder of all runs.
-        experiment: Name of the run's folder; None for the name that the run had.
-        check: Refuses, by raising, a checkpoint that this command cannot go on from. It takes the state and the name of
-            the source.
+        experiment: Name of the run directory; None for the name that the run had.
+        check: Raises an error for a checkpoint that cannot be resumed. It takes the state and the name of the source.
 
     Returns:
-        The run's folder, and its newest checkpoint.
+        The run directory and its newest checkpoint.
 
     Raises:
-        CommandError: If the run cannot be downloaded, is no run, would overwrite a folder, or another process downloads
-            it to the same place.
+        CommandError: If the run cannot be downloaded, the repository contains no run, the run directory exists, or
+            another process downloads the same run.
     """
     repo_id, _, revision = source.partition(":")[2].partition("@")
     place = f".{repo_id.replace('/', '--')}"
@@ -253,21 +260,22 @@ def fetch_run(
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             weights = [f"{name}/{file}" for name in _WEIGHTS for file in _WEIGHT_FILES]
-            hub.fetch(repo_id, revision or None, fresh, [*_RECORDS, f"checkpoints/{NAMES}", *weights])
+            patterns = [*_RECORDS, f"checkpoints/{NAMES}", *weights]
+            Repository(repo_id).download(fresh, patterns, revision or None)
             paths = Checkpoints(fresh / "checkpoints").paths()
             if not paths:
-                hint = "" if revision == BRANCH else f"; its branch is {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
-                raise CommandError(f"--resume {source}: no checkpoint there, as --repo-id uploads it{hint}")
+                hint = "" if revision == BRANCH else f"; pass the branch {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
+                raise CommandError(f"--resume {source}: no checkpoint of a run with --repo-id{hint}")
             check(load_checkpoint(paths[-1]), source)
-            folder = output / (experiment or _experiment(fresh) or repo_id.rsplit("/", 1)[-1])
+            folder = output / (experiment or _read_name(fresh) or repo_id.rsplit("/", 1)[-1])
             if folder.exists():
                 raise CommandError(
-                    f"{folder} is there already: go on with it by --resume auto --experiment {folder.name}, or choose "
-                    "another --experiment for what is on the Hub"
+                    f"{folder} already exists; resume it with --resume auto --experiment {folder.name}, or pass "
+                    "another --experiment for the run on the Hub"
                 )
             os.replace(fresh, folder)
             return folder, folder / "checkpoints" / paths[-1].name
-        except hub.HubError as error:
+        except HubError as error:
             raise CommandError(f"--resume {source}: {error}") from error
         except OSError as error:
             raise CommandError(f"--resume {source}: {reason(error)}") from error
@@ -275,8 +283,8 @@ def fetch_run(
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _experiment(folder: Path) -> str | None:
-    """The name that the run had; a name alone, whatever the file says."""
+def _read_name(folder: Path) -> str | None:
+    """Returns the name of a run from its recipe. Only the last part of a path counts, whatever the file says."""
     try:
         name = load_yaml(read_utf8(folder / "config.yaml")).get("experiment")
     except (OSError, AttributeError, ValueError):

@@ -125,7 +125,11 @@ def _open_hub(args: argparse.Namespace) -> LoadedModel:
         return _open_classifier(args)
     except CommandError as error:
         repo_id, _, revision = args.checkpoint.partition(":")[2].partition("@")
-        if hub.read_file(repo_id, "config.json", revision or None) is not None:
+        try:
+            repository = hub.Repository(repo_id)
+        except hub.HubError:  # the name is not valid, which the first error says, too
+            raise error from None
+        if repository.read_file("config.json", revision or None) is not None:
             raise
         try:
             return LoadedModel(args.checkpoint, _yolo(args.checkpoint), is_yolo=True, is_random=False)
@@ -155,7 +159,7 @@ def _detector_in(path: Path) -> Path | None:
 
 def _open_detector(path: Path) -> Any:
     with _ultralytics():
-        from stvit.adapters.yolo.hub import open_safely
+        from stvit.adapters.yolo.checkpoint import open_safely
 
         open_safely(path)
     return _yolo(str(path))
