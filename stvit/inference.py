@@ -290,7 +290,8 @@ class FoldedResidualConv(nn.Module):
     """
 
     def __init__(self, module: ResidualDepthwiseConv) -> None:
-        """
+        """Takes the convolution of a plain module.
+
         Args:
             module: Module to replace. Its convolution is shared, not copied.
         """
@@ -336,7 +337,8 @@ class TiledConvMlp(nn.Module):
     """
 
     def __init__(self, mlp: ConvMlp) -> None:
-        """
+        """Takes the convolutions of a plain MLP.
+
         Args:
             mlp: MLP to replace. Its convolutions are shared, not copied. Its dropout is dropped.
         """

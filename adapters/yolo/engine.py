@@ -170,7 +170,8 @@ class YOLO(ultralytics.YOLO):
         layer_decay: float | None = None,
         trust: bool = False,
     ) -> None:
-        """
+        """Opens or builds the model, and loads the weights of the options.
+
         Args:
             model: Anything that Ultralytics' `YOLO` accepts, name of one of our model files, configuration, or
                 'hf-hub:org/name'.

@@ -80,7 +80,8 @@ class TimmBackbone(RepVGGDW):
         out_indices: list[int],
         model_args: dict[str, Any] | None = None,
     ) -> None:
-        """
+        """Creates the timm model without pretrained weights.
+
         Args:
             in_chans: Channels of the images.
             name: Name of a timm model with feature maps.
@@ -116,7 +117,8 @@ class TimmBackbone(RepVGGDW):
             self.register_buffer(stat, values, persistent=False)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
-        """
+        """Returns the feature maps of images.
+
         Args:
             x: Images (B, in_chans, H, W) with values from 0 to 1.
 
@@ -191,7 +193,8 @@ class StokenAttention(nn.Module):
         num_heads: int | None = None,
         shortcut: bool = True,
     ) -> None:
-        """
+        """Creates the attention, which starts as the identity with `shortcut`.
+
         Args:
             dim: Channels of the input and the output.
             stoken_size: Height and width of a super token's cell in pixels. 1 is attention among all pixels.
@@ -212,7 +215,8 @@ class StokenAttention(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
+        """Returns a feature map of the same shape.
+
         Raises:
             ValueError: If the number of channels of `x` is not that of the row.
         """
@@ -237,7 +241,8 @@ class C2STA(C2PSA):
         n_iter: int = 1,
         num_heads: int | None = None,
     ) -> None:
-        """
+        """Creates the blocks of Ultralytics' C2PSA and replaces their attention.
+
         Args:
             c1: Channels of the input.
             c2: Channels of the output (default: `c1`). Must equal `c1`.
@@ -261,7 +266,8 @@ class C2STA(C2PSA):
             block.attn = _attention(self.c, stoken_size, n_iter, num_heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
+        """Returns a feature map of the same shape.
+
         Raises:
             ValueError: If the number of channels of `x` is not that of the row.
         """

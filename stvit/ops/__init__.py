@@ -130,7 +130,8 @@ class SuperTokenAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """
+        """Creates the projections with random weights.
+
         Args:
             dim: Channels of the input and the output.
             stoken_size: Height and width of a super token's cell in pixels, each from 1 to 512.
@@ -172,7 +173,8 @@ class SuperTokenAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
+        """Returns pixel features after super token attention.
+
         Args:
             x: Pixel features (B, dim, H, W), with H and W at least 1.
 
