@@ -3,11 +3,9 @@
 import copy
 import os
 import stat
-import string
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -16,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from stvit.images import open_image
 
+from . import timm_patches, webdataset_patches
 from .bad_images import MAX_PIXELS, BadImages, describe_problem
 from .cli import CommandError, OneProcessError, reason
 from .distributed import Distributed
@@ -80,53 +79,22 @@ class ShardDataset(IterableDataset):
 
 
 def _patch_reader(bad_images: BadImages) -> None:
-    """Makes timm's shard reader open images by `stvit.images`.
+    """Makes timm's shard reader open images by `stvit.images` and record images that it cannot read."""
 
-    It then also records images that it cannot read. Unpatched, the reader skips them with a warning.
-    """
-    from timm.data.readers import reader_wds
-
-    plain = getattr(reader_wds._decode, "plain", reader_wds._decode)
-
-    def decode(sample: dict[str, Any], **kwargs: Any) -> dict[str, Any] | None:
-        # macOS adds a file "._1.jpg" for each "1.jpg". The key ends before the first dot, so it is only the folder.
-        if str(sample.get("__key__")).endswith("/"):
-            return None
-        try:
-            return plain(sample, **kwargs)
-        except Exception as error:
-            bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", describe_problem(error))
-            return None
+    def skip_sample(sample: dict[str, Any], error: Exception) -> None:
+        bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", describe_problem(error))
 
     def stop(error: Exception) -> bool:
         if isinstance(error, CommandError):
             raise error
         raise OneProcessError(f"cannot read a shard: {reason(error)}; download it again") from error
 
-    decode.plain = plain  # type: ignore[attr-defined]
-    reader_wds._decode = decode  # type: ignore[assignment]
-    # The reader calls Image.open and then converts the mode. RGB from `open_image` becomes the same L there.
-    reader_wds.Image = SimpleNamespace(open=partial(open_image, max_pixels=MAX_PIXELS))  # type: ignore[assignment]
-    reader_wds.log_and_continue = stop
-
-
-_webdataset_schemes: dict[str, Any] = {}
+    timm_patches.patch_shard_reader(partial(open_image, max_pixels=MAX_PIXELS), skip_sample, stop)
 
 
 def restrict_webdataset(allow_commands: bool) -> None:
-    """Makes webdataset open files on drives, and run programs only if allowed.
-
-    webdataset treats the letter of a drive as a URL scheme. It opens every scheme except file: with a program.
-    """
-    try:
-        import webdataset
-    except ImportError:  # timm reports it when it opens the dataset
-        return
-    schemes = webdataset.gopen_schemes
-    if not _webdataset_schemes:
-        _webdataset_schemes.update(schemes)
-    schemes.update(_webdataset_schemes if allow_commands else dict.fromkeys(_webdataset_schemes, _refuse_scheme))
-    schemes.update(dict.fromkeys(string.ascii_lowercase, _open_local))
+    """Makes webdataset open files on drives, and run programs only if allowed."""
+    webdataset_patches.replace_openers(_open_local, None if allow_commands else _refuse_scheme)
 
 
 def _open_local(path: str, *_: Any, **__: Any) -> Any:
