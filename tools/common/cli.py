@@ -15,7 +15,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from stvit.safe_text import one_line, printable, redact
@@ -164,7 +163,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     PyTorch has no error class for that on mps and CPU.
     """
     words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    is_cuda = type(error).__name__ == "OutOfMemoryError"  # importing PyTorch for its class would slow --help
+    return is_cuda or isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # Cause and remedy when a signal ends a loader worker, by PyTorch's name of the signal.

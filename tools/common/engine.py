@@ -512,8 +512,8 @@ class Engine:
         title = self.job.titles.get(self.job.best_metric, self.job.best_metric)
         best = self.folder / "best"
         self.distributed.print_primary(
-            f"best validation {title} {value:.2f} % (epoch {epoch + 1}{', ' + kind if kind else ''}); load the weights "
-            f"in {best} with:"
+            f"best validation {title} {value:.2f} % (epoch {epoch + 1}{', ' + kind if kind else ''}); its weights are "
+            f"in {best}:"
         )
         self.distributed.print_primary(self.job.usage(best))
 
