@@ -127,7 +127,7 @@ def benchmark(args: argparse.Namespace) -> None:
         CommandError: If something cannot be measured.
     """
     subject = SUBJECTS[args.subject]
-    config = from_flags(subject.config, args)
+    config: Any = from_flags(subject.config, args)
     plot = getattr(config, "plot", None)
     if plot:
         plots.check(Path(plot))  # before minutes of measuring
