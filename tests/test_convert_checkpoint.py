@@ -1,4 +1,4 @@
-"""The command that makes a folder of a checkpoint: the authors', timm's, ours, and what it refuses."""
+"""Tests of the command that converts checkpoints of the authors, of timm and of our training."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ Convert = Callable[..., Path]
 
 @pytest.fixture
 def convert(tmp_path: Path) -> Convert:
-    """Runs the command in this process; returns the folder."""
+    """Returns a function that runs the command and returns the folder."""
 
     def convert(source: Path, *flags: str, name: str = "out") -> Path:
         folder = tmp_path / name
@@ -36,7 +36,7 @@ def convert(tmp_path: Path) -> Convert:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
-    """The one line on standard error."""
+    """Runs the command, which must fail, and returns its error."""
     capsys.readouterr()
     try:
         status = convert_checkpoint.main([str(flag) for flag in flags])
@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
 
 
 def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """As the published code saves it, its one-hot kernels included."""
+    """Returns a state dict as the published code saves it, with its one-hot kernels."""
     state = {}
     for key, value in model.state_dict().items():
         name = official_key(key)
@@ -62,7 +62,7 @@ def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def authors(path: Path, name: str = "test_stvit", **flags: Any) -> dict[str, torch.Tensor]:
-    """Writes a checkpoint as the authors' code does; returns the weights under our names, the average 0.5 of them."""
+    """Writes a checkpoint as the authors' code does, and returns the weights. The moving average is half of them."""
     model = timm.create_model(name)
     weights = official(model)
     average = {
@@ -103,7 +103,7 @@ def test_authors_checkpoint(
 
 
 def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Layer scale, which the shapes of base have; that they are the published ones is said, and not guessed."""
+    """Only --model can state that weights are the published ones. The base model has layer scale."""
     authors(tmp_path / "base.pth", "stvit_base", input_size=224)
     folder = convert(tmp_path / "base.pth", "--use-ema")
     said = capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_flags_of_the_run(convert: Convert, tmp_path: Path) -> None:
     assert list(cfg["mean"]) == [0.5] * 3
     cfg = loaded(convert(tmp_path / "w.pth", "--use-ema", "--img-size=64", name="given")).pretrained_cfg
     assert cfg["input_size"] == (3, 64, 64)
-    # What makes no sense there is as if it were not there.
+    # Flags without a usable value are ignored.
     authors(
         tmp_path / "w.pth", input_size="big", mean="foo", std=["a"], crop_pct=None, interpolation="none", in_chans=[]
     )
@@ -200,7 +200,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_hostile_files_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_code_of_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil, source = Evil(tmp_path / "harm"), tmp_path / "evil.pth"
     output = f"--output={tmp_path / 'out'}"
     torch.save({"model": official(timm.create_model("test_stvit")), "args": evil, "more": argparse.Action}, source)
@@ -215,7 +215,7 @@ def test_hostile_files_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
 
 
-def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_reason(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "w.pth", f"--output={tmp_path / 'out'}"
     assert f"{source}: no such file or folder" in refused(capsys, source, output)
     for content, said in (
@@ -255,7 +255,7 @@ def test_what_it_refuses(convert: Convert, tmp_path: Path, capsys: pytest.Captur
 def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(timm.create_model("test_stvit").state_dict(), tmp_path / "w.pth")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # of what a process may write of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # largest size of a file that a process can write
     try:
         said = refused(capsys, tmp_path / "w.pth", f"--output={tmp_path / 'out'}")
     finally:
@@ -266,7 +266,7 @@ def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsy
 
 
 def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread allows the flags of a run. The first thread to end does not forbid them for the second."""
+    """Each thread allows `argparse.Namespace`. The first thread to end does not forbid it for the second."""
     torch.save({"args": argparse.Namespace(lr=1), "model": {}}, tmp_path / "a.pt")
     load, inside, started = torch.load, threading.Event(), threading.Event()
     results: list[Any] = []
@@ -275,7 +275,7 @@ def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest
         if threading.current_thread() is first:
             inside.set()
             assert started.wait(60)
-            second.join(0.5)  # which opens the file meanwhile, if it can
+            second.join(0.5)  # it opens the file meanwhile, if nothing stops it
         return load(*args, **kwargs)
 
     def work() -> None:

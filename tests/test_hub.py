@@ -1,4 +1,4 @@
-"""The library for model folders and the Hub: facts about weights, releases, repositories, and outputs of commands."""
+"""Tests of stvit.hub, and of the folders that commands write."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ DETAILS = Details("as trained", "a.pth", "mit", "in1k", ["org/data"], [METRIC, r
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model folder."""
+    """Returns a model folder."""
     torch.manual_seed(3)
     save(timm.create_model("test_stvit", num_classes=2), tmp_path / "net", label_names=["a", "b"], details=DETAILS)
     return tmp_path / "net"

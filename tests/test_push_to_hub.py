@@ -1,4 +1,4 @@
-"""The command that pushes weights, against a Hub over a socket: what stands there then, and what it refuses."""
+"""Tests of the command that pushes weights, against a Hub on 127.0.0.1."""
 
 import json
 import os
@@ -31,7 +31,7 @@ Push = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A converted folder."""
+    """Returns a model folder."""
     torch.manual_seed(3)
     hub_module.save(
         timm.create_model("test_stvit", num_classes=4),
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(capsys: pytest.CaptureFixture[str]) -> Push:
-    """Runs the command in this process; returns what it printed, or with `fails` the one line of its error."""
+    """Returns a function that runs the command and returns its output, or its error if it must fail."""
 
     def push(source: Path, *flags: str, repo: str = REPO, fails: bool = False) -> str:
         capsys.readouterr()
@@ -75,7 +75,7 @@ def test_push_and_load(hub: Hub, folder: Path, push: Push) -> None:
     image = torch.randn(1, 3, 64, 64)
     own: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(names["model"].eval()(image), own(image))
-    # The token went to the Hub, and not with the file to where the Hub stores it.
+    # The token is sent to the Hub, but not to the storage of its files.
     put = [request for request in hub.requests if request.method == "PUT"]
     assert put and all(request.token is None for request in put)
     assert all(request.token == OWNER for request in hub.requests if "/commit/" in request.path)
@@ -91,7 +91,7 @@ def test_pushing_the_same_again_sends_nothing(hub: Hub, folder: Path, push: Push
     weights = load_file(folder / "model.safetensors")
     weights["head.fc.bias"][0] = 9
     save_file(weights, folder / "model.safetensors")
-    assert "pushed 2 files" in push(folder, "--license=mit")  # and the card, which has its checksum
+    assert "pushed 2 files" in push(folder, "--license=mit")  # the card contains the checksum
     assert load(hub.files(REPO)["model.safetensors"])["head.fc.bias"][0] == 9
 
 
@@ -107,7 +107,7 @@ def test_card(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(snippet, names)
     assert names["model"].num_classes == 4 and len(names["backbone"](torch.randn(1, 3, 64, 64))) == 4
-    # Changed on the Hub, it stays; changed in the folder, it goes as it is.
+    # A card edited on the Hub is kept. A card edited in the folder is pushed.
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
     assert "the card on the Hub was edited by a person, and is kept" in push(folder, "--license=apache-2.0")
     assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
@@ -132,7 +132,7 @@ def test_only_the_card_of_an_stvit_names_stvit(hub: Hub, push: Push, tmp_path: P
     assert names["model"].num_classes == 4
 
 
-def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: Path, push: Push) -> None:
+def test_card_of_a_run_has_its_results(hub: Hub, digits_folder: Path, tmp_path: Path, push: Push) -> None:
     flags = "--model=test_stvit --img-size=32 --epochs=2 --batch-size=20 --workers=0 --lr=3e-3 --warmup-epochs=0"
     data = f"--data-dir={digits_folder}"
     assert train_cls.main([*flags.split(), data, f"--output={tmp_path}", "--experiment=run"]) == 0
@@ -166,7 +166,7 @@ def test_a_run_with_what_was_measured(hub: Hub, digits_folder: Path, tmp_path: P
     )
 
 
-def test_a_checkpoint(hub: Hub, tmp_path: Path, push: Push) -> None:
+def test_checkpoint_with_moving_average(hub: Hub, tmp_path: Path, push: Push) -> None:
     model = timm.create_model("test_stvit")
     torch.save({"model": model.state_dict(), "model_ema": model.state_dict()}, tmp_path / "it.pth")
     assert "pass --no-use-ema or --use-ema" in push(tmp_path / "it.pth", fails=True)
@@ -179,7 +179,7 @@ def test_dry_run_sends_nothing(
     hub: Hub, folder: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HF_TOKEN")  # nor does it need one
+    monkeypatch.delenv("HF_TOKEN")  # a dry run needs no token
     said = push(folder, "--dry-run", "--license=mit")
     assert hub.requests == []
     out = tmp_path / "hub" / REPO
@@ -187,7 +187,7 @@ def test_dry_run_sends_nothing(
     for file in out.iterdir():
         assert re.search(rf"{file.stat().st_size:,} bytes  sha256 {hub_files.file_sha256(file)}  {file.name}\n", said)
     assert (out / "README.md").read_text() in said and "nothing was sent" in said
-    push(folder, "--dry-run", "--license=apache-2.0")  # again, in place of it
+    push(folder, "--dry-run", "--license=apache-2.0")  # replaces the folder
     assert "license: apache-2.0" in (out / "README.md").read_text()
     (out / "own.txt").write_text("mine")
     assert "already exists; choose another" in push(folder, "--dry-run", fails=True)
@@ -199,14 +199,14 @@ def test_revision_tag_and_message(hub: Hub, folder: Path, push: Push) -> None:
     push(folder)
     main = hub.refs(REPO)["main"]
     said = push(folder, "--revision=dev", "--tag=v1")
-    assert hub.refs(REPO) == {"main": main, "dev": main, "v1": main}  # the same files: a branch, and no commit
+    assert hub.refs(REPO) == {"main": main, "dev": main, "v1": main}  # a new branch with the same files needs no commit
     assert f"'hf-hub:{REPO}@v1'" in said
     said = push(folder, "--license=mit", "--revision=next", "--tag=v2", "--message=With a license")
     refs = hub.refs(REPO)
     assert refs["main"] == main and refs["next"] == refs["v2"] != main
     assert hub.history(REPO, "next")[1:] == hub.history(REPO, "main")
     assert "license: mit" in hub.files(REPO, "v2")["README.md"].decode()
-    push(folder, "--license=mit", "--revision=next", "--tag=v2")  # once more is nothing
+    push(folder, "--license=mit", "--revision=next", "--tag=v2")  # changes nothing
     assert hub.refs(REPO) == refs
     said = push(folder, "--license=apache-2.0", "--tag=v1", fails=True)
     assert f"tag 'v1' of {REPO} is on another commit, {main}; choose another tag" in said
@@ -216,7 +216,7 @@ def test_revision_tag_and_message(hub: Hub, folder: Path, push: Push) -> None:
     assert hub.refs(REPO) == refs
 
 
-def test_a_new_repository_with_a_revision_alone(hub: Hub, folder: Path, push: Push) -> None:
+def test_new_repository_with_a_revision(hub: Hub, folder: Path, push: Push) -> None:
     push(folder, "--revision=dev")
     assert "model.safetensors" in hub.files(REPO, "dev") and "model.safetensors" not in hub.files(REPO, "main")
 
@@ -249,7 +249,7 @@ def test_private(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyP
         stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
     monkeypatch.setenv("HF_TOKEN", OWNER)
     assert stvit.create_model(f"hf-hub:{REPO}", pretrained=True).num_classes == 4
-    push(folder, "--private")  # it is already
+    push(folder, "--private")  # it is private already
     hub.create_repo("org/open")
     assert "org/open already exists and is public; push without private" in push(
         folder, "--private", repo="org/open", fails=True
@@ -276,7 +276,7 @@ def test_tokens(hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPa
     assert "unrecognized arguments: --hub-token hf_***" in push(folder, "--hub-token", token, fails=True)
 
 
-def test_ones_own_namespace(hub: Hub, folder: Path, push: Push) -> None:
+def test_repository_id_without_a_namespace(hub: Hub, folder: Path, push: Push) -> None:
     said = push(folder, repo="mine")
     assert "hf-hub:owner/mine" in said and "model.safetensors" in hub.files("owner/mine")
 
@@ -293,7 +293,7 @@ def test_ones_own_namespace(hub: Hub, folder: Path, push: Push) -> None:
         "preupload status:503",
     ],
 )
-def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push: Push, fault: str) -> None:
+def test_failed_push_changes_nothing(hub: Hub, folder: Path, push: Push, fault: str) -> None:
     push(folder)
     before, refs = hub.files(REPO), hub.refs(REPO)
     weights = load_file(folder / "model.safetensors")
@@ -306,7 +306,7 @@ def test_a_push_that_dies_half_way_changes_nothing(hub: Hub, folder: Path, push:
     assert "pushed 2 files" in push(folder)
 
 
-def test_a_commit_whose_answer_is_lost_has_arrived(hub: Hub, folder: Path, push: Push) -> None:
+def test_commit_with_a_lost_answer_is_recognized(hub: Hub, folder: Path, push: Push) -> None:
     for revision in ("main", "new"):
         hub.fail(f"POST .*/commit/{revision}", "lost")
         assert "pushed" in push(
@@ -315,7 +315,7 @@ def test_a_commit_whose_answer_is_lost_has_arrived(hub: Hub, folder: Path, push:
         hub.heal()
         assert hub.files(REPO, revision)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert len(hub.history(REPO, "new")) == len(hub.history(REPO)) + 1
-    # Nor can it be seen whether it has.
+    # If the Hub does not answer, nobody knows whether the commit arrived.
     weights = load_file(folder / "model.safetensors")
     save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
     hub.fail("POST .*/commit/", "lost")
@@ -326,7 +326,7 @@ def test_a_commit_whose_answer_is_lost_has_arrived(hub: Hub, folder: Path, push:
     assert "nothing to push" in push(folder)
 
 
-def test_what_somebody_else_pushes_meanwhile_stays(
+def test_commits_of_others_are_not_mixed_with_ours(
     hub: Hub, folder: Path, push: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(folder)
@@ -347,7 +347,7 @@ def test_what_somebody_else_pushes_meanwhile_stays(
         assert f"cannot push to {REPO}: " in said
         assert hub.files(REPO, branch)["theirs.txt"] == b"theirs" and "theirs.txt" not in str(said)
         assert b"license: mit" not in hub.files(REPO, branch)["README.md"]
-    # Onto a branch that this push has made itself.
+    # On a branch that this push created.
     monkeypatch.setattr(HfApi, "preupload_lfs_files", prepare)
     create = HfApi.create_branch
 
@@ -362,7 +362,7 @@ def test_what_somebody_else_pushes_meanwhile_stays(
     assert "somebody else has pushed there meanwhile" in push(folder, "--license=mit", fails=True)
 
 
-def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: Path, push: Push) -> None:
+def test_next_push_creates_a_missing_tag(hub: Hub, folder: Path, push: Push) -> None:
     hub.fail("POST .*/tag/", "status:500")
     assert "the files were pushed as commit" in push(folder, "--tag=v1", fails=True)
     hub.heal()
@@ -370,7 +370,7 @@ def test_a_tag_that_could_not_be_put_is_put_by_the_next_push(hub: Hub, folder: P
     assert hub.refs(REPO)["v1"] == hub.refs(REPO)["main"]
 
 
-def test_what_reads_back_otherwise_is_an_error(hub: Hub, folder: Path, push: Push) -> None:
+def test_damaged_upload_is_an_error(hub: Hub, folder: Path, push: Push) -> None:
     hub.fail("GET .*model.safetensors", "flip")
     assert "pushed, but loading it failed: " in (said := push(folder, fails=True)) and "bits have flipped" in said
     hub.heal()
@@ -383,7 +383,7 @@ def test_unreachable(hub: Hub, folder: Path, push: Push) -> None:
     assert f"{hub.url} cannot be reached" in push(folder, fails=True)
 
 
-def test_what_it_refuses_to_push(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+def test_errors_name_the_reason(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
     assert "'a b' is not a repository id" in push(folder, repo="a b", fails=True)
     assert "no such file or folder" in push(tmp_path / "none", fails=True)
     assert "--example needs a detector" in push(folder, "--example=a.jpg", fails=True)
@@ -399,7 +399,7 @@ def test_what_it_refuses_to_push(hub: Hub, folder: Path, push: Push, tmp_path: P
     assert hub.requests == []
 
 
-def test_only_what_belongs_to_the_model_is_sent(hub: Hub, folder: Path, push: Push) -> None:
+def test_only_files_of_the_model_are_pushed(hub: Hub, folder: Path, push: Push) -> None:
     (folder / "notes.txt").write_text("private")
     (folder / "pytorch_model.bin").write_bytes(b"x")
     push(folder)
@@ -407,8 +407,8 @@ def test_only_what_belongs_to_the_model_is_sent(hub: Hub, folder: Path, push: Pu
 
 
 @pytest.mark.long
-def test_killed_while_it_uploads_and_given_again(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
-    """In a process of its own, which knows the Hub by its environment alone."""
+def test_killed_push_is_repeated(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
+    """The push runs in another process, which finds the Hub by its environment."""
     push(folder, "--license=mit")
     before, refs = hub.files(REPO), hub.refs(REPO)
     weights = load_file(folder / "model.safetensors")
@@ -444,7 +444,7 @@ def test_every_tensor_is_compared(hub: Hub, folder: Path, push: Push) -> None:
 
 
 def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path, push: Push, tmp_path: Path) -> None:
-    """A link could publish anything that the user may read."""
+    """A link could publish any file that the user can read."""
     secret = tmp_path / "secret"
     secret.mkdir()
     push(folder, "--dry-run", f"--output={tmp_path / 'out'}")
@@ -463,7 +463,12 @@ def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path,
             hub_module.push(folder, REPO)
 
     odd = folder / "odd"
-    for target in (secret, folder / "config.json", Path("config.json"), Path("nowhere")):  # inside or broken, too
+    for target in (
+        secret,
+        folder / "config.json",
+        Path("config.json"),
+        Path("nowhere"),
+    ):  # and broken links
         odd.symlink_to(target)
         refused(f"odd in .* is a link to {re.escape(str(target))}")
         odd.unlink()
@@ -476,7 +481,7 @@ def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path,
     (odd / "more").unlink()
     assert not [request for request in hub.requests if request.method in ("POST", "PUT")]
 
-    # Hidden files stay here wherever they are, and the folder itself may be a link.
+    # Hidden files are not pushed. The folder itself may be a link.
     (odd / ".hidden").symlink_to(secret)
     (odd / ".git").mkdir()
     (odd / ".git/config").write_text("token")
@@ -486,7 +491,7 @@ def test_no_file_of_a_push_comes_from_outside_its_folder(hub: Hub, folder: Path,
     assert not list(tmp_path.glob(".net*"))
 
 
-def test_a_file_that_becomes_a_link_during_the_push(
+def test_file_that_becomes_a_link_during_the_push(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").write_text("secret")
@@ -500,13 +505,13 @@ def test_a_file_that_becomes_a_link_during_the_push(
 
         return swapping
 
-    with monkeypatch.context() as patch:  # once the files are set aside
+    with monkeypatch.context() as patch:  # after the files were copied
         patch.setattr(HfApi, "repo_info", swap(HfApi.repo_info))
         hub_module.push(folder, REPO)
     assert hub.files(REPO)["config.json"] == own
     (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(own)
-    with monkeypatch.context() as patch:  # after the check of a file, and before it is opened
+    with monkeypatch.context() as patch:  # between the check of a file and its opening
         patch.setattr(hub_files, "_open_file", swap(hub_files._open_file))
         with pytest.raises(hub_module.HubError, match=r"config\.json in .* is a link"):
             hub_module.push(folder, REPO)

@@ -1,4 +1,4 @@
-"""Messages, logs and cards show no secrets, no control characters and no markup of others."""
+"""Tests that messages, logs and cards contain no secrets, no control characters and no untrusted markup."""
 
 import base64
 import os
@@ -44,7 +44,7 @@ COMMANDS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.st
         ("proxy socks5h://me@host", "proxy socks5h://***@host"),
         ("https://host/a?X-Amz-Signature=0123&b=1", "https://host/a?X-Amz-Signature=***&b=1"),
         ("https://host/a?b=1&token=0123", "https://host/a?b=1&token=***"),
-        # No secrets
+        # Not secrets
         (
             "hf-hub:org/name@main hf_hub:org/name hf_hub_download",
             "hf-hub:org/name@main hf_hub:org/name hf_hub_download",
@@ -87,7 +87,7 @@ def test_markdown_shows_text_as_it_is() -> None:
 # Commands
 
 
-def test_an_error_is_one_line_whatever_it_names() -> None:
+def test_error_is_one_line() -> None:
     error = CommandError("no such file 'a\nerror: b\r\x1b[2K'")
     assert str(error) == r"no such file 'a\nerror: b\r\x1b[2K'"
     wrapped = OneProcessError(
@@ -98,7 +98,7 @@ def test_an_error_is_one_line_whatever_it_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["x\nerror: forged", "x\rerror: forged", "x\x1b[2K\x1b[1Gerror: forged"])
-def test_arguments_cannot_forge_the_line(
+def test_arguments_cannot_forge_an_error(
     hub: Hub, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / name)
@@ -120,10 +120,8 @@ def test_arguments_cannot_forge_the_line(
         assert said[:-1].isprintable() and "error: forged" in said, said
 
 
-def test_an_image_with_a_hostile_name(
-    own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The error comes from a worker process, whose traceback PyTorch puts before it."""
+def test_image_with_a_hostile_name(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error comes from a worker process, and PyTorch puts its traceback before the message."""
     bad = own_digits_folder / "val/digit_0/a\nerror: b\x1b[2K.png"
     bad.write_bytes(b"")
     flags = f"--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=1 --output={tmp_path}"
@@ -132,9 +130,7 @@ def test_an_image_with_a_hostile_name(
     assert line.startswith(f"error: cannot read image {own_digits_folder}") and r"a\nerror: b\x1b[2K.png: " in line
 
 
-def test_names_of_classes_and_files_reach_neither_terminal_nor_card(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_classes_and_files_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["<script>alert(1)</script>", "\x1b]0;owned\x07|`x`", "[a](javascript:b)"]
     for split in ("train", "val"):
         for number, name in enumerate(names[1:]):
@@ -166,7 +162,7 @@ def test_card_of_a_folder_from_elsewhere(tmp_path: Path) -> None:
 # The Hub
 
 
-def test_a_server_that_repeats_the_token(
+def test_server_that_repeats_the_token(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.create_repo("org/echo")
@@ -183,7 +179,7 @@ def test_a_server_that_repeats_the_token(
 def test_password_of_the_endpoint(
     hub: Hub, digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A real process, whose log is uploaded: nothing that it prints or writes holds the password."""
+    """The output and the files of a real process do not contain the password. Its log is uploaded."""
     hub.fail("", "echo")
     env = hub.environment(tmp_path / "home", OWNER) | {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": "key-of-wandb"}
     env["HF_ENDPOINT"] = env["HF_ENDPOINT"].replace("http://", "http://me:pass-word@")
@@ -201,7 +197,7 @@ def test_password_of_the_endpoint(
     assert "warning: the snapshot after epoch 1 was not uploaded: " in said and "Authorization: ***)" in said
 
 
-def test_recipe_of_a_run_holds_no_password(digits_folder: Path, tmp_path: Path) -> None:
+def test_recipe_of_a_run_contains_no_password(digits_folder: Path, tmp_path: Path) -> None:
     config = train_cls.parse_args(["--dataset=wds/x", "--data-dir=https://me:pass-word@host/x"])
     assert to_recipe(config)["data_dir"] == "https://***@host/x"
     flags = "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --experiment=it"
@@ -211,7 +207,7 @@ def test_recipe_of_a_run_holds_no_password(digits_folder: Path, tmp_path: Path) 
     assert recipe["data_dir"] == str(digits_folder) and list(recipe["model_kwargs"]["stoken_size"]) == [4, 2, 1, 1]
 
 
-def test_traceback_for_a_report_holds_no_secret(
+def test_traceback_contains_no_secret(
     digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> None:
@@ -235,7 +231,7 @@ def test_traceback_for_a_report_holds_no_secret(
     "command", [pytest.param(name, marks=[pytest.mark.long] * (name != "train_cls")) for name in COMMANDS]
 )
 def test_ctrl_c_during_the_imports(command: str, start: str, tmp_path: Path) -> None:
-    """The process is stopped while it imports torch, which waits for the test at that point."""
+    """The process is interrupted while it imports torch. A fake torch waits for the test."""
     (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     arguments = [str(ROOT / "tools" / f"{command}.py")] if start == "file" else ["-m", f"stvit.tools.{command}"]

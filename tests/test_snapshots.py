@@ -1,4 +1,4 @@
-"""Runs that are uploaded to a Hub while they train, and gone on with from there."""
+"""Tests of runs that are uploaded to a Hub during the training and resumed from there."""
 
 import json
 import os
@@ -32,7 +32,7 @@ Train = Callable[..., str]
 
 @pytest.fixture
 def train(digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Trains in this process; returns what it printed."""
+    """Returns a function that trains and returns the output."""
 
     def train(output: Path, *flags: str, status: int = 0) -> str:
         capsys.readouterr()
@@ -53,10 +53,10 @@ def results(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in RESULTS]
 
 
-def test_a_run_goes_on_from_the_hub_exactly(hub: Hub, train: Train, tmp_path: Path, digits_folder: Path) -> None:
+def test_run_resumes_exactly_from_the_hub(hub: Hub, train: Train, tmp_path: Path, digits_folder: Path) -> None:
     train(tmp_path / "whole", "--epochs=4", "--experiment=it")
 
-    # The same, killed in its third epoch by a signal that nothing can catch.
+    # The same run, killed in its third epoch by a signal that cannot be caught.
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stvit.tools.train_cls", *FLAGS, f"--data-dir={digits_folder}", "--epochs=4"]
     more = [
@@ -107,7 +107,7 @@ def test_both_branches_load(hub: Hub, train: Train, tmp_path: Path) -> None:
     assert not (run / "hub.tmp").exists()
 
 
-def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, tmp_path: Path) -> None:
+def test_failed_upload_is_a_warning(hub: Hub, train: Train, tmp_path: Path) -> None:
     train(tmp_path / "plain", "--epochs=3", "--experiment=it")
     hub.fail("PUT", "status:500")
     said = train(tmp_path / "own", "--epochs=3", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
@@ -118,7 +118,9 @@ def test_a_failed_upload_warns_and_the_training_goes_on(hub: Hub, train: Train, 
     assert "model.safetensors" not in hub.files(REPO)
 
 
-def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_and_no_write_access(
+    hub: Hub, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.create_repo(REPO, private=True)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     flags = ("--epochs=1", f"--repo-id={REPO}")
@@ -126,14 +128,14 @@ def test_no_network_and_no_right(hub: Hub, train: Train, tmp_path: Path, monkeyp
     assert "warning: the snapshot after epoch 1 was not uploaded: " in said and STRANGER not in said
     hub.__exit__()
     assert f"{hub.url} cannot be reached" in train(tmp_path, *flags, "--experiment=b")
-    # What can never work is said before anything is trained.
+    # Errors that can be found at once stop the command before the training.
     monkeypatch.delenv("HF_TOKEN")
     assert "error: --repo-id: no token; log in" in train(tmp_path, *flags, "--experiment=c", status=1)
     assert "is not a repository id" in train(tmp_path, "--epochs=1", "--repo-id=a b", status=1)
     assert not (tmp_path / "c").exists()
 
 
-def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp_path: Path) -> None:
+def test_slow_upload_does_not_delay_the_training(hub: Hub, train: Train, tmp_path: Path) -> None:
     """Epochs end while the first upload is under way; the next snapshot is the newest, not each of those between."""
     hub.fail("POST .*/commit/", "slow:600", times=1)
     log_file = tmp_path / "it" / "log.jsonl"
@@ -155,10 +157,10 @@ def test_a_slow_upload_does_not_hold_the_training_up(hub: Hub, train: Train, tmp
 
 
 @pytest.mark.long
-def test_a_hub_that_never_answers(
+def test_hub_that_never_answers(
     hub: Hub, train: Train, tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that stalls is given up for the next; at the end of the run Ctrl-C leaves it."""
+    """A stalled upload is abandoned for the next one. At the end of the run Ctrl-C abandons it."""
     monkeypatch.setattr(snapshots, "STALLED_S", 0.1)
     hub.fail("POST .*/commit/main", "hang", times=1)
     said = train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")
@@ -187,7 +189,7 @@ def events_in_order(folder: Path, names: Sequence[str] = ("epoch", "hub_upload",
     return [line for line in lines if line["event"] in names]
 
 
-def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_resumed(hub: Hub, train: Train, tmp_path: Path) -> None:
     train(tmp_path, "--epochs=1", "--experiment=it", f"--repo-id={REPO}")
     out = tmp_path / "new"
 
@@ -220,8 +222,8 @@ def test_what_cannot_be_gone_on_from(hub: Hub, train: Train, tmp_path: Path) -> 
     assert (out / "outside/best").is_dir() and not (tmp_path / "outside").exists()
 
 
-def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> None:
-    """Another one is refused before it trains; a card that a person has changed stays."""
+def test_repository_has_one_run(hub: Hub, train: Train, tmp_path: Path) -> None:
+    """A second run is refused before it trains. A card that a person edited is kept."""
     flags = ["--experiment=a", f"--repo-id={REPO}", "--hub-every=1"]
     train(tmp_path, "--epochs=2", *flags)
     hub.commit(REPO, {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
@@ -236,16 +238,16 @@ def test_a_repository_holds_one_run(hub: Hub, train: Train, tmp_path: Path) -> N
     said = train(tmp_path, "--epochs=2", *other, status=1)
     assert f"{REPO} contains another run, with a different seed; choose" in said
     assert hub.refs(REPO) == before
-    # The same once more, on another machine: it goes on being uploaded.
+    # The same run, resumed on another machine, is still uploaded.
     train(tmp_path / "new", "--epochs=2", f"--resume=hf-hub:{REPO}@last", f"--repo-id={REPO}")
     assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
 
 
-def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Path) -> None:
+def test_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Path) -> None:
     flags = ["--epochs=1", "--experiment=it", f"--repo-id={REPO}"]
     hub.fail("POST .*/commit/", "status:500", times=1)
     assert "warning: the snapshot after epoch 1 was not uploaded" in train(tmp_path / "a", *flags)
-    assert hub.refs(REPO)["last"] == events(tmp_path / "a/it", "hub_upload")[-1]["commit"]  # at the second attempt
+    assert hub.refs(REPO)["last"] == events(tmp_path / "a/it", "hub_upload")[-1]["commit"]  # in the second attempt
     hub.fail("POST .*/commit/", "status:500")
     flags[-1] = "--repo-id=org/other"
     said = train(tmp_path / "b", *flags)
@@ -255,13 +257,13 @@ def test_the_end_of_a_run_is_uploaded_later(hub: Hub, train: Train, tmp_path: Pa
         heads = hub.refs("org/other")
         assert "is finished: 1 epochs are done" in train(tmp_path / "b", *flags, "--resume=auto")
         assert hub.files("org/other")["model.safetensors"] == (tmp_path / "b/it/best/model.safetensors").read_bytes()
-        assert (hub.refs("org/other") == heads) == (attempt == 1)  # once more is nothing
+        assert (hub.refs("org/other") == heads) == (attempt == 1)  # the second time changes nothing
     assert len(hub.history("org/other")) == 2
 
 
 @pytest.mark.long
-def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits_folder: Path) -> None:
-    """And on as many the run goes on exactly from what it uploaded."""
+def test_primary_process_uploads(hub: Hub, tmp_path: Path, digits_folder: Path) -> None:
+    """The run resumes exactly on as many processes."""
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
 
     def train(output: Path, *flags: str) -> None:
@@ -281,7 +283,7 @@ def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits
     assert events(tmp_path / "whole/it", "hub_upload")[-1]["epoch"] == 3
     commits = [request for request in hub.requests if "/commit/last" in request.path]
     assert len(commits) == len(events(tmp_path / "whole/it", "hub_upload"))
-    # Back to the first snapshot, whose commit is the branch's second, after the one it began at.
+    # The first snapshot is the second commit of the branch, after the one that the branch started from.
     first = next(
         commit
         for commit in reversed(hub.history(REPO, "last"))
@@ -291,7 +293,7 @@ def test_the_first_of_several_processes_uploads(hub: Hub, tmp_path: Path, digits
     assert results(tmp_path / "again/it") == results(tmp_path / "whole/it")
 
 
-def test_a_snapshot_takes_no_file_from_outside_the_run(hub: Hub, train: Train, tmp_path: Path) -> None:
+def test_snapshot_follows_no_links(hub: Hub, train: Train, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     said = train(tmp_path, "--experiment=run", "--epochs=1")
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Detectors on a Hub over a socket: published by the command, and opened from there without running code."""
+"""Tests of detectors on a Hub: the command publishes them, and opening them runs no code."""
 
 import io
 import os
@@ -33,7 +33,7 @@ Push = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector trained for an epoch. Not to be changed."""
+    """Returns the weights of a detector trained for an epoch. Tests must not change them."""
     folder = tmp_path_factory.mktemp("runs")
     YOLO("yolo26n-stvit_pico.yaml").train(data=str(photos), epochs=1, project=str(folder), name="run", nbs=4, **QUICK)
     return folder / "run/weights"
@@ -41,7 +41,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def push(capsys: pytest.CaptureFixture[str]) -> Push:
-    """Runs the command in this process; returns what it printed, or with `fails` the one line of its error."""
+    """Returns a function that runs the command and returns its output, or its error if it must fail."""
 
     def push(source: Path, *flags: str, fails: bool = False) -> str:
         capsys.readouterr()
@@ -72,7 +72,7 @@ def test_publish_and_load(hub: Hub, run: Path, push: Push, tmp_path: Path) -> No
         m.predict(ASSETS / "bus.jpg", conf=1e-3, imgsz=128, verbose=False)[0].boxes.data for m in (detector, own)
     )
     assert len(ours) and torch.equal(ours, theirs)
-    # It goes on as any checkpoint does: Ultralytics' own class takes the file, and it trains.
+    # Ultralytics' own class loads the file, too.
     assert same(ultralytics.YOLO(detector.ckpt_path).model, own.model)
 
     with Image.open(ASSETS / "bus.jpg") as shown:
@@ -84,8 +84,8 @@ def test_publish_and_load(hub: Hub, run: Path, push: Push, tmp_path: Path) -> No
     assert "nothing to push" in push(run / "best.pt") and hub.history(REPO) == before
 
 
-def test_the_same_checkpoint_is_the_same_file_in_every_process() -> None:
-    """Sets have an order of their own in each: 0 and 8 that of their coming, for they share a place."""
+def test_same_checkpoint_gives_the_same_file() -> None:
+    """The order of a set can differ between processes, and with the order in which 0 and 8 are added."""
 
     def pickled(value: Any, pickler: Any) -> bytes:
         file = io.BytesIO()
@@ -98,7 +98,7 @@ def test_the_same_checkpoint_is_the_same_file_in_every_process() -> None:
     assert pickle.loads(pickled(b, _OrderedPickler)) == a
 
 
-def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Path) -> None:
+def test_card_and_private_paths(hub: Hub, run: Path, push: Push, photos: Path) -> None:
     push(run / "best.pt")
     text = hub.files(REPO)["README.md"].decode()
     card = ModelCard(text)
@@ -115,7 +115,7 @@ def test_card_and_what_stays_at_home(hub: Hub, run: Path, push: Push, photos: Pa
     names: dict[str, Any] = {}
     exec(snippet, names)
     assert snippet.startswith("from stvit.adapters.yolo import YOLO") and len(names["results"]) == 2
-    # The checkpoint says where it was made; what is published does not.
+    # The checkpoint of the run contains paths of this machine. The published one does not.
     assert str(photos.parent).encode() in (run / "best.pt").read_bytes()
     assert not any(
         str(Path(place)).encode() in hub.files(REPO)["model.pt"]
@@ -147,10 +147,8 @@ def test_only_the_card_of_a_detector_with_super_tokens_names_stvit(
     assert ("@inproceedings{huang2023stvit" in text) == ("## Citation" in text) == is_stvit
 
 
-def test_a_checkpoint_to_go_on_from_goes_without_what_that_takes(
-    hub: Hub, run: Path, push: Push, tmp_path: Path
-) -> None:
-    """An interrupted run's last.pt holds the moving average, which is the model, and the optimizer."""
+def test_state_for_resuming_is_not_published(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None:
+    """The last.pt of an interrupted run contains the optimizer, and the model as the moving average."""
     checkpoint = torch.load(run / "last.pt", weights_only=False)
     average = checkpoint["model"]
     checkpoint |= {"ema": average, "model": None, "optimizer": {"state": {0: {"exp_avg": torch.ones(3_000_000)}}}}
@@ -173,7 +171,7 @@ def test_dry_run_and_own_example(hub: Hub, run: Path, push: Push, tmp_path: Path
     assert "none.pt does not exist" in push(run / "none.pt", fails=True)
 
 
-def test_the_command_and_the_other_doors(
+def test_other_ways_to_load(
     hub: Hub, run: Path, push: Push, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run / "best.pt")
@@ -221,7 +219,7 @@ def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None
                 load("hf-hub:org/evil")
         assert "wants to run posix.mkdir" in push(evil, fails=True)
     assert not harm.exists()
-    # Nor of a class that merely has a trusted name in front of it.
+    # A class whose name begins with a trusted name is not trusted.
     module = type(sys)("timm.models.evil")
     module.Evil = type("Evil", (), {"__module__": "timm.models.evil"})
     sys.modules["timm.models.evil"] = module
@@ -234,10 +232,10 @@ def test_no_code_is_run(hub: Hub, run: Path, push: Push, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_no_code_is_run_when_a_detector_is_built_anew(
+def test_no_code_is_run_when_training_builds_the_model(
     hub: Hub, run: Path, push: Push, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training builds it from its configuration, of which Ultralytics evaluates a part."""
+    """Training builds the model from its configuration, and Ultralytics evaluates parts of it as code."""
     harm, evil = tmp_path / "harm", tmp_path / "evil.pt"
     hub.create_repo("org/evil")
     code = f"__import__('os').mkdir({str(harm)!r}) or nn.SiLU()"
@@ -264,7 +262,7 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
             open_safely(evil)
 
     def hide(checkpoint: dict[str, Any]) -> None:
-        """Where `vars` does not see it, and the module's own look-up does."""
+        """`vars` does not show the configuration, but the module finds it."""
         own = vars(checkpoint["model"])
         own["_buffers"]["yaml"] = {**own.pop("yaml"), "activation": code}
 
@@ -272,7 +270,7 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
         checkpoint["model"].yaml = OrderedDict(checkpoint["model"].yaml)
 
     def nest(checkpoint: dict[str, Any]) -> None:
-        """A layer that is a whole model, and builds itself of what it is told."""
+        """The layer is a whole model that builds itself from its own configuration."""
         checkpoint["model"].yaml["head"] = [
             [-1, 1, "DetectionModel", [{"activation": code, "backbone": [], "head": []}]]
         ]
@@ -286,7 +284,7 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
     spoiled(lambda checkpoint: vars(checkpoint["model"]).update(_modules=torch.nn.ParameterDict()))
     checkpoint = torch.load(run / "best.pt", weights_only=False)
     checkpoint["model"].yaml["activation"] = "torch.nn.LeakyReLU(0.1)"
-    # A data file may hold a script to download with: the publisher's is not taken.
+    # A data file may contain a download script. The data file of the publisher is not used.
     (tmp_path / "evil.yaml").write_text(
         f"train: none\nval: none\nnames: [a]\ndownload: import os; os.mkdir({str(harm)!r})\n"
     )
@@ -301,11 +299,11 @@ def test_no_code_is_run_when_a_detector_is_built_anew(
         detector.val(plots=False)
     with pytest.raises(ValueError, match="has no training state to resume"):
         detector.train(resume=True)
-    detector.train(data=str(photos), epochs=1, project=str(tmp_path), name="again", **QUICK)  # and trains on one's own
+    detector.train(data=str(photos), epochs=1, project=str(tmp_path), name="again", **QUICK)  # with own data
     assert (tmp_path / "again/weights/best.pt").exists() and not harm.exists()
 
 
-def test_what_is_no_detector(hub: Hub, run: Path) -> None:
+def test_repositories_without_a_detector(hub: Hub, run: Path) -> None:
     def fails(name: str, kind: type[Exception] = PretrainedError) -> str:
         with pytest.raises(kind, match=name.split("@")[0]) as caught:
             YOLO(f"hf-hub:{name}")
@@ -320,7 +318,7 @@ def test_what_is_no_detector(hub: Hub, run: Path) -> None:
     assert "these files end in .pt: a.pt, b.pt" in fails("org/some")
     assert "it has no revision 'v9'" in fails("org/some@v9", PretrainedDownloadError)
     hub.commit("org/some", {"a.pt": None})
-    assert YOLO("hf-hub:org/some").names[1] == "bus"  # the only one
+    assert YOLO("hf-hub:org/some").names[1] == "bus"  # the only .pt file
     for spoiled, said in (
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
