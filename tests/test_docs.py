@@ -124,6 +124,8 @@ def write_official_file(path: Path) -> None:
 
 def run_command(name: str, arguments: list[str], folder: Path) -> None:
     replaced = [{"/data/flowers": str(folder / "flowers")}.get(argument, argument) for argument in arguments]
+    if "hf-hub:ORG/flowers@last" in arguments:
+        shutil.rmtree(folder / "runs/flowers")  # another machine does not have the run
     small = [] if "parity" in arguments or "digits" in arguments else shlex.split(SMALL.get(name, ""))
     assert PROGRAMS[name].main([*replaced, *small]) == 0, (name, replaced)
 
