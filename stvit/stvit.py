@@ -8,18 +8,17 @@ Paper: `Vision Transformer with Super Token Sampling` - https://arxiv.org/abs/22
   year      = {2023},
 }
 
-The definition follows the paper and the authors' implementation, https://github.com/hhb072/STViT (MIT license), whose
-checkpoints load here as they are. Variants small, base and large are the published ones; pico, nano, tiny and test
-are this project's.
+The model follows the paper and the authors' implementation, https://github.com/hhb072/STViT (MIT license). The authors'
+checkpoints load unchanged. Variants small, base and large come from the paper; pico, nano, tiny and test from this
+project.
 
 Shapes:
-    B        batch
-    C        channels of a stage
-    H, W     pixels of the stage's map: 1/4, 1/8, 1/16 and 1/32 of the image, rounded up
+    B        batch size
+    C        channels
+    H, W     height and width of the feature map: 1/4, 1/8, 1/16 and 1/32 of the image, rounded up
 """
 
 import numbers
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,19 +37,15 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import nn
 
 from stvit.ops import SuperTokenAttention
 from stvit.ops.portable import is_exporting
-from stvit.weights.config import check_model_args, limit_parameters
-from stvit.weights.create import check_source
-from stvit.weights.errors import NAMESPACE_VARIABLE, explain_config_errors, explain_errors
+from stvit.weights.create import build_model
 from stvit.weights.official import checkpoint_filter_fn, is_official
 
 __all__ = ["STViT", "checkpoint_filter_fn"]
@@ -59,11 +54,11 @@ Device = torch.device | str | None
 
 
 class PixelAct(nn.Module):
-    """Applies an activation elementwise and returns a channels_last map, (B, C, H, W) to the same shape.
+    """Applies an activation to (B, C, H, W) and returns the result in channels_last memory format.
 
-    The activation sees the contiguous view (B, H, W, C), for which PyTorch has a faster GELU on CPUs, forward and
-    backward. The first activation thus also makes every later map of the model channels_last, whatever the memory
-    format of the images: normalization over channels, attention and most convolutions are fastest in it.
+    The activation receives a contiguous tensor (B, H, W, C), because PyTorch's GELU is faster on it on CPUs, forward
+    and backward. The first activation thus makes all later feature maps channels_last, whatever the memory format of
+    the images. Normalization over channels, attention and most convolutions are fastest in this format.
     """
 
     def __init__(self, act: nn.Module) -> None:
@@ -78,14 +73,14 @@ class PixelAct(nn.Module):
 
     @torch.jit.unused
     def _in_channels_last(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # a view would hide the convolution that the activation is fused with
+        if torch.compiler.is_compiling():  # a permuted view would prevent fusion with the convolution
             return self.act(x.contiguous(memory_format=torch.channels_last))
-        # Not contiguous(memory_format=channels_last): torch.func.vmap refuses it, and it ignores maps of one channel.
+        # contiguous(memory_format=channels_last) fails in torch.func.vmap and does nothing for a single channel.
         return self.act(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 class ResidualDepthwiseConv(nn.Module):
-    """x + depthwise 3x3 convolution of x: encodes the position (section 3.1), (B, C, H, W) to the same shape."""
+    """Position encoding (section 3.1): adds a depthwise 3x3 convolution to its input, (B, C, H, W)."""
 
     def __init__(self, dim: int, dilation: int = 1, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -98,7 +93,7 @@ class ResidualDepthwiseConv(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """1x1 up, activation, residual depthwise 3x3, 1x1 down (section 3.1), (B, C, H, W) to the same shape."""
+    """MLP with a residual depthwise 3x3 convolution in the middle (section 3.1), (B, C, H, W) to the same shape."""
 
     def __init__(
         self,
@@ -124,7 +119,7 @@ class ConvMlp(nn.Module):
 
 
 class STViTBlock(nn.Module):
-    """Position encoding, super token attention, convolutional MLP (figure 2), (B, C, H, W) to the same shape."""
+    """Position encoding, super token attention and MLP (figure 2), (B, C, H, W) to the same shape."""
 
     def __init__(
         self,
@@ -177,7 +172,7 @@ class STViTBlock(nn.Module):
 
 
 class STViTStage(nn.Module):
-    """Downsampling (except in the first stage), then blocks at one resolution."""
+    """Optional downsampling, then blocks at one resolution."""
 
     def __init__(
         self,
@@ -195,17 +190,17 @@ class STViTStage(nn.Module):
     ) -> None:
         """
         Args:
-            in_chs: Channels of the input.
-            out_chs: Channels of the blocks and of the output.
+            in_chs: Input channels.
+            out_chs: Channels of the blocks and the output.
             depth: Number of blocks.
             drop_path_rates: Stochastic depth rate of each block.
             downsample: Whether the stage begins with a 3x3 convolution from `in_chs` to `out_chs`.
             stride: Stride of this convolution.
             dilation: Dilation of this convolution, and of the depthwise convolutions in the blocks.
-            norm_layer: Normalization after the convolution and before the MLPs.
+            norm_layer: Normalization after this convolution and before the MLPs.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
-            block_kwargs: Further arguments of `STViTBlock`.
+            block_kwargs: Other arguments of `STViTBlock`.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -244,8 +239,8 @@ class STViTStage(nn.Module):
 class STViT(nn.Module):
     """Super Token Vision Transformer.
 
-    A hierarchical backbone of four stages at strides 4, 8, 16 and 32. The early, high-resolution stages attend
-    globally among super tokens; where the token size is 1, attention is among all pixels of the map.
+    A hierarchical backbone with four stages at strides 4, 8, 16 and 32. The early stages attend globally between super
+    tokens. A stage with token size 1 attends between all pixels of its feature map.
     """
 
     def __init__(
@@ -275,28 +270,28 @@ class STViT(nn.Module):
     ) -> None:
         """
         Args:
-            in_chans: Channels of the input image.
-            num_classes: Classes of the classifier, 0 for none.
-            global_pool: Pooling before the classifier, '' for none.
-            output_stride: Greatest stride of a feature map: 8, 16 or 32. A stage that would exceed it keeps the
-                resolution of the previous stage; its convolutions are dilated instead. The weights are the same.
+            in_chans: Image channels.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: Pooling before the classifier; '' for none.
+            output_stride: Largest stride of a feature map: 8, 16 or 32. Stages beyond it keep the resolution and use
+                dilated convolutions with the same weights.
             dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage; each must divide the stage's channels.
-            stoken_size: Pixels of a super token's cell: one for all stages, or one for each; a stage's own may be a
-                (height, width) pair. 1 is attention among all pixels.
-            n_iter: Rounds of association: one for all stages, or one for each.
-            mlp_ratio: Hidden channels of the MLP over those of the stage.
-            ls_init_values: Initial layer scale: one for all stages, or one for each; None for no layer scale.
+            depths: Number of blocks of each stage.
+            num_heads: Attention heads of each stage; each must divide the channels of the stage.
+            stoken_size: Cell size of a super token in pixels, for all stages or for each stage. The value for a stage
+                may be a (height, width) pair. 1 means attention between all pixels.
+            n_iter: Rounds of association, for all stages or for each stage.
+            mlp_ratio: Hidden channels of the MLP divided by the channels of the stage.
+            ls_init_values: Initial layer scale, for all stages or for each stage; None for no layer scale.
             head_hidden_size: Channels of the 1x1 projection before pooling.
-            act_layer: Activation of the stem and the MLPs.
+            act_layer: Activation in the stem and the MLPs.
             norm_layer: Normalization after convolutions and before the MLPs.
             attn_norm_layer: Normalization before the attention, over the channels of (B, C, H, W).
             drop_rate: Dropout rate before the classifier.
             attn_drop_rate: Dropout rate of the attention weights.
-            proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
-            drop_path_rate: Stochastic depth rate of the last block; grows linearly from 0 at the first.
-            backend: Backend of super token attention in all blocks, see `stvit.sample_super_tokens`.
+            proj_drop_rate: Dropout rate after the attention projection and in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block. The rate grows linearly from 0 at the first block.
+            backend: Backend of super token attention in all blocks; see `stvit.sample_super_tokens`.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 
@@ -307,7 +302,7 @@ class STViT(nn.Module):
         if not isinstance(output_stride, int) or output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
         if not isinstance(dims, (tuple, list)) or not 1 <= len(dims) <= _MAX_STAGES:
-            raise ValueError(f"dims must hold the channels of 1 to {_MAX_STAGES} stages, got {dims!r}")
+            raise ValueError(f"dims must be a sequence with the channels of 1 to {_MAX_STAGES} stages, got {dims!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         num_stages = len(dims)
         per_stage = {
@@ -360,8 +355,8 @@ class STViT(nn.Module):
         stages = []
         reduction, dilation = 4, 1
         for i in range(num_stages):
-            # A stride of 2 that is removed doubles the dilation of everything after it. Every second row and column of
-            # each convolution's output is then what it is with the stride.
+            # Removing a stride of 2 doubles the dilation of all later layers. Every second row and column of each
+            # output is then the same as with the stride.
             stride, first_dilation = (2 if i > 0 else 1), dilation
             if reduction * stride > output_stride:
                 dilation, stride = dilation * stride, 1
@@ -404,11 +399,11 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initializes the weights, as the published code does: truncated normal for the classifier, else PyTorch's.
+        """Initializes the weights like the authors' code: truncated normal in linear layers, else PyTorch's default.
 
         Args:
-            needs_reset: Whether every layer is also reset to PyTorch's own initialization first, as a model needs
-                that was made on the meta device and materialized with `to_empty`.
+            needs_reset: Whether to reset all layers to PyTorch's default first. A model that was created on the meta
+                device and materialized with `to_empty` needs this.
         """
         for module in self.modules():
             reset_parameters = getattr(module, "reset_parameters", None)
@@ -421,15 +416,15 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters, other than those with one dimension, to leave out of weight decay: none."""
+        """Returns the names of parameters without weight decay, beyond those with one dimension: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns for grouping parameters by depth, for layer-wise learning rate decay.
+        """Returns patterns that group parameters by depth, for layer-wise learning rate decay.
 
         Args:
-            coarse: Whether a group is a stage, and not a block.
+            coarse: Whether a group is a stage instead of a block.
         """
         return {
             "stem": r"^stem",
@@ -444,13 +439,13 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of each block in the backward pass, to save memory."""
+        """Sets whether the activations of each block are recomputed in the backward pass, which saves memory."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier layer."""
+        """Returns the classifier layer."""
         return self.head.fc
 
     @torch.jit.ignore
@@ -458,8 +453,8 @@ class STViT(nn.Module):
         """Replaces the classifier.
 
         Args:
-            num_classes: Classes of the new one, 0 for none.
-            global_pool: New pooling, '' for none; None keeps the present one.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: Pooling; '' for none, None for the present one.
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
@@ -467,16 +462,16 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in `torch.nn.Module`, but refuses the published code's keys instead of reporting every one of them.
+        """Loads a state dict like `torch.nn.Module`, with one short error for a state dict of the authors.
 
         Raises:
-            RuntimeError: If the keys do not fit, or are those of the published code.
+            RuntimeError: If the keys do not fit, or have the authors' names.
         """
         if is_official(state_dict):
             raise RuntimeError(
-                "These are weights of the authors' published code, under its names. Load them with timm.create_model("
-                "<name>, pretrained=True, pretrained_cfg_overlay=dict(file=<path>)), which renames them "
-                "(checkpoint_path=<path> does not), or pass them through stvit.stvit.checkpoint_filter_fn first."
+                "The state dict has the key names of the authors' code. Load it with timm.create_model(<name>, "
+                "pretrained=True, pretrained_cfg_overlay=dict(file=<path>)), which renames the keys "
+                "(checkpoint_path=<path> does not), or call stvit.stvit.checkpoint_filter_fn first."
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -489,18 +484,18 @@ class STViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features of the stages.
+        """Returns the feature maps of stages.
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: The last n stages if an int, all if None, else those named.
-            norm: Has no effect: no normalization stands between a stage and its feature map.
-            stop_early: Whether to stop after the last stage asked for.
-            output_fmt: 'NCHW', there is no other.
-            intermediates_only: Whether to return the feature maps alone.
+            indices: Indices of the stages; an int n means the last n stages, None means all.
+            norm: No effect, because there is no normalization after a stage.
+            stop_early: Whether to stop after the last requested stage.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Whether to return only the feature maps.
 
         Returns:
-            The feature maps (B, C, H / stride, W / stride), or a tuple of the final features and these.
+            The feature maps (B, C, H / stride, W / stride), or a tuple of the final features and the feature maps.
         """
         assert output_fmt == "NCHW", "Output format must be NCHW."
         intermediates = []
@@ -530,15 +525,15 @@ class STViT(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Removes the layers that the intermediate features asked for do not need.
+        """Removes the layers that the requested feature maps do not need.
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: Whether to remove the projection before the pooling, with its normalization.
-            prune_head: Whether to remove the classifier, and the projection that feeds nothing else.
+            prune_norm: Whether to remove the projection before pooling, with its normalization.
+            prune_head: Whether to remove the classifier and the projection before it.
 
         Returns:
-            The indices of the stages asked for.
+            The indices of the requested stages.
         """
         take_indices, max_index = _take_indices(len(self.stages), indices)
         if prune_norm or prune_head or max_index < len(self.stages) - 1:
@@ -554,22 +549,22 @@ class STViT(nn.Module):
         return self.final_act(self.final_norm(self.final_conv(x)))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to features before pooling (B, num_features, H / 32, W / 32)."""
+        """Returns features before pooling, (B, num_features, H / 32, W / 32), for images (B, in_chans, H, W)."""
         x = self.stem(x)
         x = self.stages(x)
         return self._project(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features before pooling to logits (B, num_classes), or to pooled features if `pre_logits`."""
+        """Returns logits (B, num_classes) for features before pooling, or pooled features if `pre_logits`."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W), of any size, to logits (B, num_classes)."""
+        """Returns logits (B, num_classes) for images (B, in_chans, H, W) of any size."""
         x = self.forward_features(x)
         return self.forward_head(x)
 
 
-# A hundred times what the published models have, and little enough that each fits into memory.
+# Far above the published models, and small enough that no argument alone fills the memory.
 _MAX_STAGES = 16
 _MAX_DEPTH = 512
 _MAX_CHANNELS = 1 << 14
@@ -591,13 +586,13 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _find_layer(name: str, find: Callable[..., Any], layer: Any) -> Any:
-    """Returns the layer that timm has under a name. A layer is returned unchanged."""
+    """Returns timm's layer of a name. A layer is returned unchanged."""
     try:
         found = find(layer)
     except (AssertionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} must be a layer or the name of one in timm, got {layer!r}") from error
+        raise ValueError(f"{name} must be a layer or a name that timm knows, got {layer!r}") from error
     if not callable(found):
-        raise ValueError(f"{name} must be a layer or the name of one in timm, got {layer!r}")
+        raise ValueError(f"{name} must be a layer or a name that timm knows, got {layer!r}")
     return found
 
 
@@ -605,23 +600,23 @@ def _per_stage(name: str, value: Any, num_stages: int) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         return (value,) * num_stages
     if len(value) != num_stages:
-        raise ValueError(f"{name} must be one value, or one for each of the {num_stages} stages, got {value}")
+        raise ValueError(f"{name} must be one value or a value for each of the {num_stages} stages, got {value}")
     return tuple(tuple(v) if isinstance(v, list) else v for v in value)
 
 
 def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """The stages that `indices` names, counted from 0, and the greatest of them."""
+    """Returns the stages for `indices`, counted from 0, and the largest of them."""
     if indices is None:
         indices = num_stages
     taken: list[int] = []
     if isinstance(indices, int):
         if not 0 < indices <= num_stages:
-            raise ValueError(f"indices must ask for the last 1 to {num_stages} stages, got {indices}")
+            raise ValueError(f"indices must be from 1 to {num_stages} if it is an integer, got {indices}")
         for i in range(num_stages - indices, num_stages):
             taken.append(i)
     else:
         if len(indices) == 0:
-            raise ValueError("indices must name at least one stage, got none")
+            raise ValueError("indices must contain at least one stage, got an empty list")
         for i in indices:
             if not -num_stages <= i < num_stages:
                 raise ValueError(f"indices must be from {-num_stages} to {num_stages - 1}, got {i}")
@@ -630,44 +625,14 @@ def _take_indices(num_stages: int, indices: int | list[int] | None) -> tuple[lis
 
 
 def _create_stvit(variant: str, pretrained: bool = False, **kwargs: Any) -> STViT:
-    overlay = {
-        **_company_source(variant, kwargs.get("pretrained_cfg")),
-        **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
-    }
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay).to_dict()
-    cache_dir = kwargs.get("cache_dir")
-    saved_args = kwargs.get("pretrained_model_args")  # those of config.json
-    limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
-    check_model_args({key: kwargs[key] for key in ("features_only", "out_indices") if key in kwargs})
-    # Any other argument that is wrong is the caller's mistake.
-    names = [key for key, value in (saved_args or {}).items() if kwargs.get(key) == value]
-    with (
-        explain_config_errors(variant, cfg, cache_dir, names),
-        explain_errors(variant, cfg, cache_dir),
-        limit_parameters(limit),
-    ):
-        return build_model_with_cfg(
-            STViT,
-            variant,
-            pretrained,
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-            **kwargs,
-        )
-
-
-def _company_source(variant: str, pretrained_cfg: Any) -> dict[str, str]:
-    """Where STVIT_HUB_NAMESPACE says that the weights of a tag are, as entries of its `PretrainedCfg`.
-
-    Args:
-        variant: Name of the model.
-        pretrained_cfg: A tag, None for the default one, or a configuration, which says itself where its weights are.
-    """
-    namespace = os.environ.get(NAMESPACE_VARIABLE)
-    if not namespace or not isinstance(pretrained_cfg, str | None):
-        return {}
-    return {"hf_hub_id": f"{namespace}/{variant}.{resolve_pretrained_cfg(variant, pretrained_cfg).tag}"}
+    return build_model(
+        STViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -692,10 +657,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
 
-# The tags whose weights are published have a repository on the Hub.
+# Tags with published weights have a repository on the Hub.
 default_cfgs = generate_default_cfgs(
     {
-        # timm looks for no pickle beside a file that is named.
+        # With a filename timm does not look for a pickle.
         tag: {"hf_hub_filename": "model.safetensors", **cfg}
         for tag, cfg in {
             "stvit_small.in1k": _cfg(hf_hub_id="stvit/stvit_small.in1k", license="mit"),
@@ -746,7 +711,7 @@ def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """About 2 M parameters: a third of small's depth, near half its width."""
+    """STViT-Pico with about 2 M parameters: a third of the depth of small, about half its width."""
     model_args = {
         "dims": (32, 64, 128, 192),
         "depths": (1, 2, 3, 1),
@@ -758,7 +723,7 @@ def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """About 5 M parameters: two thirds of small's depth, half its width."""
+    """STViT-Nano with about 5 M parameters: two thirds of the depth of small, half its width."""
     model_args = {
         "dims": (32, 64, 160, 256),
         "depths": (2, 3, 6, 2),
@@ -770,14 +735,14 @@ def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_tiny(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """About 12 M parameters: two thirds of small's depth, near three quarters of its later stages' width."""
+    """STViT-Tiny with about 12 M parameters: two thirds of the depth of small, narrower late stages."""
     model_args = {"dims": (64, 128, 256, 384), "depths": (2, 3, 6, 2), "num_heads": (1, 2, 4, 6)}
     return _create_stvit("stvit_tiny", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_stvit(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """Under 0.5 M parameters, for tests."""
+    """STViT for tests, with less than 0.5 M parameters."""
     model_args = {
         "dims": (32, 32, 64, 64),
         "depths": (1, 1, 1, 1),

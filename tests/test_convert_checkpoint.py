@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from stvit.hub.files import file_sha256
 from stvit.tools import convert_checkpoint, train_cls
-from stvit.tools.common.model import open_file
+from stvit.weights import read_checkpoint
 from stvit.weights.official import official_key
 
 Convert = Callable[..., Path]
@@ -205,13 +205,13 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     output = f"--output={tmp_path / 'out'}"
     torch.save({"model": official(timm.create_model("test_stvit")), "args": evil, "more": argparse.Action}, source)
     said = refused(capsys, source, output)
-    assert "it wants to run argparse.Action, posix.mkdir, and no code of a checkpoint is run here" in said
+    assert "loading it would run argparse.Action, posix.mkdir, and code in checkpoints is never run" in said
     for content in (pickle.dumps({"model": evil}), pickle.dumps(evil, protocol=0)):
         source.write_bytes(content)
-        assert "it wants to run posix.mkdir" in refused(capsys, source, output)
+        assert "would run posix.mkdir" in refused(capsys, source, output)
     weights = timm.create_model("test_stvit").state_dict()
     torch.save({"model": weights, "x": evil}, source, _use_new_zipfile_serialization=False)
-    assert "it wants to run posix.mkdir, and" in refused(capsys, source, output)
+    assert "would run posix.mkdir, and" in refused(capsys, source, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
 
 
@@ -219,7 +219,7 @@ def test_errors_name_the_reason(convert: Convert, tmp_path: Path, capsys: pytest
     source, output = tmp_path / "w.pth", f"--output={tmp_path / 'out'}"
     assert f"{source}: no such file or folder" in refused(capsys, source, output)
     for content, said in (
-        (b"nothing", "it is no file of weights, or a damaged one"),
+        (b"nothing", "it is damaged or not a file of weights"),
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ):
@@ -231,12 +231,12 @@ def test_errors_name_the_reason(convert: Convert, tmp_path: Path, capsys: pytest
         torch.save(nameless, source)
         assert f"cannot read weights from {source}: " in refused(capsys, source, output)
     torch.save(torch.ones(3), source)
-    assert "it holds a Tensor, not weights by name" in refused(capsys, source, output)
+    assert "expected a dictionary with names as keys, got Tensor" in refused(capsys, source, output)
     weights = timm.create_model("test_stvit").state_dict()
     torch.save(weights, source)
     assert "'A b' is not an identifier of the Hub" in refused(capsys, source, output, "--license=A b")
-    assert "holds no moving average" in refused(capsys, source, output, "--use-ema")
-    assert "mismatches, they are those of test_stvit" in refused(capsys, source, output, "--model=stvit_pico")
+    assert "has no EMA weights; remove --use-ema" in refused(capsys, source, output, "--use-ema")
+    assert "mismatches; these are weights of test_stvit" in refused(capsys, source, output, "--model=stvit_pico")
     assert "did you mean stvit_pico" in refused(capsys, source, output, "--model=stvit_pic")
     torch.save({**weights, "stem.0.bias": torch.full((16,), torch.nan)}, source)
     assert "test_stvit: NaN or infinity in stem.0.bias; use an earlier checkpoint" in refused(capsys, source, output)
@@ -279,7 +279,7 @@ def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest
         return load(*args, **kwargs)
 
     def work() -> None:
-        results.append(open_file(tmp_path / "a.pt"))
+        results.append(read_checkpoint(tmp_path / "a.pt"))
 
     monkeypatch.setattr(torch, "load", load_late)
     first, second = threading.Thread(target=work), threading.Thread(target=work)

@@ -36,7 +36,8 @@ from stvit import hub as stvit_hub
 from stvit import visualize
 from stvit.adapters.yolo import YOLO
 from stvit.tools import demo, push_to_hub
-from stvit.tools.common.viewing import ImageError, open_image
+from stvit.tools.common.image_files import ImageError, open_image
+from stvit.weights import Source
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -392,7 +393,7 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
     laptop.upload_image(photo)
     laptop.tab("Classify")
     for name, words in (
-        ("/etc/passwd", "there is no model '/etc/passwd' here: choose one of the list, or type hf-hub:ORG/NAME"),
+        ("/etc/passwd", "there is no model '/etc/passwd' here; choose a model from the list, or type hf-hub:ORG/NAME"),
         ("<b>bold</b>", "there is no model '<b>bold</b>' here"),
         ("hf-hub:org/missing", "org/missing"),
         ("local-dir:/etc", "there is no model"),
@@ -784,9 +785,12 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["no-such-model"], "'no-such-model': there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME"),
-        ([""], "'': there is no such run, file or model"),
-        (["."], "neither it nor its folder best/ holds a config.json"),
+        (
+            ["no-such-model"],
+            "'no-such-model': no such run, file or model; for a model on the Hub, pass hf-hub:ORG/NAME",
+        ),
+        ([""], "'': no such run, file or model"),
+        (["."], "--checkpoint: no config.json in . or best"),
         (["--no-random", "--no-hub"], "no model: give one, or leave --no-random out"),
         (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
         (["--max-total-megabytes=5"], "--max-total-megabytes 5 is less than --max-megabytes 10; raise it"),
@@ -850,7 +854,7 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = demo.Models(parse(["runs/vehicles", "--no-hub", "--no-random", "--runs="]))
     assert [name for _, name in closed.choices()] == ["runs/vehicles"]
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
-        with pytest.raises(demo.CommandError, match=r"there is no model .* here: choose one of the list$"):
+        with pytest.raises(demo.CommandError, match=r"there is no model .* here; choose a model from the list$"):
             closed.open(name)
 
 
@@ -858,7 +862,7 @@ def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) 
     """The oldest one goes before the next one is opened."""
     opened, kept, opening, go_on = demo.OpenedModels(size=2), [], threading.Event(), threading.Event()
 
-    def open_slowly(name: str, source: str, is_limited: bool) -> Any:
+    def open_slowly(name: str, downloaded: Source | None, is_limited: bool) -> Any:
         kept.append((name, [other for other, _ in opened._models]))
         opening.set()
         assert go_on.wait(60)
@@ -866,7 +870,7 @@ def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(demo, "_open", open_slowly)
     found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(opened.get("a", "a"))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(opened.get("a"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     assert opening.wait(60)
@@ -875,7 +879,7 @@ def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) 
         thread.join()
     assert len({id(model) for model in found}) == 1 and kept == [("a", [])]
     for name in "bac":
-        opened.get(name, name)
+        opened.get(name)
     assert kept == [("a", []), ("b", ["a"]), ("c", ["a"])]
 
 

@@ -357,10 +357,10 @@ def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").touch()
     for flags, said in (
-        ([], "no model: give --checkpoint, or --model"),
-        (["--checkpoint=nowhere"], "--checkpoint nowhere: there is no such file or folder"),
+        ([], "no model; pass --checkpoint, or --model"),
+        (["--checkpoint=nowhere"], "--checkpoint: no file, folder or timm model named 'nowhere'"),
         (["--model=test_stvot", "--no-pretrained"], "unknown model 'test_stvot', did you mean test_stvit"),
-        ([checkpoint, "--num-classes=7"], "--num-classes is 7, but the weights have 4 classes"),
+        ([checkpoint, "--num-classes=7"], "--num-classes 7: the weights have 4 classes"),
         ([checkpoint, "--dtype=int8"], "--dtype int8 is calibrated on real images: give --data-dir"),
         ([checkpoint, "--dtype=int8", "--format=torchscript"], "int8 is for --format onnx, not for torchscript"),
         ([checkpoint, "--dtype=int8", "--data-dir=nowhere"], "--data-dir nowhere is not a folder"),

@@ -14,6 +14,7 @@ from stvit import hub as stvit_hub
 from stvit.adapters.yolo import YOLO
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.hub_models import Downloads, check_config, check_modules
+from stvit.weights import Source
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_those_who_ask_for_the_same_model_share_a_download(hub: Hub, files: dict
     downloads = Downloads(60, 10**9, 10**9)
     hub.fail("GET .*safetensors", "hang")
     results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(downloads.get("hf-hub:org/a"))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: results.append(downloads.get(Source.hub("org/a")))) for _ in range(3)]
     for thread in threads:
         thread.start()
     while not asked(hub, "safetensors"):
@@ -47,12 +48,12 @@ def test_those_who_ask_for_the_same_model_share_a_download(hub: Hub, files: dict
     hub.heal()
     for thread in threads:
         thread.join()
-    assert len(set(results)) == 1 and results[0].startswith("local-dir:")
+    assert len(set(results)) == 1 and results[0].kind == "folder"
     assert asked(hub, "/api/models/org/a") == 1
-    assert (Path(results[0].partition(":")[2]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert (results[0].path / "model.safetensors").read_bytes() == files["model.safetensors"]
     # Later the weights are there.
     before = asked(hub, "safetensors")
-    assert downloads.get("hf-hub:org/a") == results[0] and asked(hub, "safetensors") == before
+    assert downloads.get(Source.hub("org/a")) == results[0] and asked(hub, "safetensors") == before
 
 
 def test_a_hub_that_hangs_delays_those_who_asked(hub: Hub, files: dict[str, bytes]) -> None:
@@ -61,14 +62,14 @@ def test_a_hub_that_hangs_delays_those_who_asked(hub: Hub, files: dict[str, byte
     push(hub, "org/fast", files)
     downloads = Downloads(0.5, 10**9, 10**9)
     hub.fail("org/slow", "hang")
-    with pytest.raises(CommandError, match=r"hf-hub:org/slow: downloading takes longer than 0\.5 seconds and goes on"):
-        downloads.get("hf-hub:org/slow")
+    with pytest.raises(CommandError, match=r"hf-hub:org/slow: the download takes longer than 0\.5 seconds and"):
+        downloads.get(Source.hub("org/slow"))
     downloads.seconds = 60
-    assert downloads.get("hf-hub:org/fast").startswith("local-dir:")
+    assert downloads.get(Source.hub("org/fast")).kind == "folder"
     waiting = threading.Thread(target=downloads.close)
     waiting.start()
-    with pytest.raises(CommandError, match=r"the server is shutting down|cannot take hf-hub:org/slow"):
-        downloads.get("hf-hub:org/slow")
+    with pytest.raises(CommandError, match=r"the server is shutting down|cannot open hf-hub:org/slow"):
+        downloads.get(Source.hub("org/slow"))
     waiting.join()
     hub.heal()
 
@@ -77,7 +78,7 @@ def test_many_downloads_are_refused(hub: Hub) -> None:
     downloads = Downloads(60, 10**9, 10**9)
     downloads._running = {str(i): Any for i in range(8)}
     with pytest.raises(CommandError, match="too many models are being downloaded; try again in a minute"):
-        downloads.get("hf-hub:org/a")
+        downloads.get(Source.hub("org/a"))
     assert downloads._places._value == 12
 
 
@@ -86,14 +87,14 @@ def test_sizes_are_limited_before_the_download(hub: Hub, files: dict[str, bytes]
     push(hub, "org/a", files)
     push(hub, "org/b", {**files, "model.safetensors": files["model.safetensors"] + bytes(1)})
     size = len(files["model.safetensors"]) + len(files["config.json"])
-    with pytest.raises(CommandError, match=r"org/a has \d+ MB, more than the \d+ MB that this page downloads; run the"):
-        Downloads(60, size - 1, 10**9).get("hf-hub:org/a")
+    with pytest.raises(CommandError, match=r"org/a has \d+ MB, more than the limit of \d+ MB; run the"):
+        Downloads(60, size - 1, 10**9).get(Source.hub("org/a"))
     assert not asked(hub, "safetensors")
     downloads = Downloads(60, 10**9, size + 1)
-    assert downloads.get("hf-hub:org/a") and downloads.get("hf-hub:org/a")
-    with pytest.raises(CommandError, match="this page has downloaded its 0 GB of models; choose one of the list"):
-        downloads.get("hf-hub:org/b")
-    assert downloads.get("hf-hub:org/b", is_limited=False)
+    assert downloads.get(Source.hub("org/a")) and downloads.get(Source.hub("org/a"))
+    with pytest.raises(CommandError, match="the limit of 0 GB for all downloads is reached; choose a model"):
+        downloads.get(Source.hub("org/b"))
+    assert downloads.get(Source.hub("org/b"), is_limited=False)
 
 
 def test_what_is_not_there_is_named(hub: Hub, files: dict[str, bytes]) -> None:
@@ -106,43 +107,43 @@ def test_what_is_not_there_is_named(hub: Hub, files: dict[str, bytes]) -> None:
         ("text", "no file ends in .pt"),
         ("two", "these files end in .pt: a.pt, b.pt"),
         ("config", "it has a config.json, but no model.safetensors or pytorch_model.bin"),
-        ("missing", "it does not exist, or is private"),
+        ("missing", "it does not exist, or it is private"),
     ):
         with pytest.raises(CommandError) as caught:
-            downloads.get(f"hf-hub:org/{name}")
-        assert f"cannot take hf-hub:org/{name}: " in str(caught.value) and words in str(caught.value)
-    assert downloads.get("hf-hub:org/one").endswith("own.pt")
+            downloads.get(Source.hub(f"org/{name}"))
+        assert f"cannot open hf-hub:org/{name}: " in str(caught.value) and words in str(caught.value)
+    assert downloads.get(Source.hub("org/one")).path.name == "own.pt"
 
 
 def test_without_the_hub_the_cache_serves(hub: Hub, files: dict[str, bytes]) -> None:
     push(hub, "org/a", files)
     push(hub, "org/d", {"model.pt": b"1"})
     downloads = Downloads(60, 10**9, 10**9)
-    found = downloads.get("hf-hub:org/a"), downloads.get("hf-hub:org/d")
+    found = downloads.get(Source.hub("org/a")), downloads.get(Source.hub("org/d"))
     # What refers to a branch is kept by downloads of the branch.
     from huggingface_hub import hf_hub_download
 
     for name, file in (("org/a", "config.json"), ("org/a", "model.safetensors"), ("org/d", "model.pt")):
         hf_hub_download(name, file)
     hub.fail("org/", "reset")
-    assert (downloads.get("hf-hub:org/a"), downloads.get("hf-hub:org/d")) == found
-    with pytest.raises(CommandError, match="cannot take hf-hub:org/b: "):
-        downloads.get("hf-hub:org/b")
+    assert (downloads.get(Source.hub("org/a")), downloads.get(Source.hub("org/d"))) == found
+    with pytest.raises(CommandError, match="cannot open hf-hub:org/b: "):
+        downloads.get(Source.hub("org/b"))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_args": {"n_iter": 10**8}}, "n_iter=100000000, more than the 8"),
-        ({"model_args": {"stoken_size": [8, [4, 200_000]]}}, "stoken_size=200000, more than the 64"),
-        ({"model_args": {"depths": [100_000, 1]}}, "depths=100000, more than the 64"),
-        ({"model_args": {"depths": [1] * 100}}, "depths of 100 values, more than the 64"),
-        ({"model_args": {"dims": [10**6]}}, "dims=1000000, more than the 4096"),
-        ({"model_args": {"img_size": -1e9}}, "img_size=-1000000000.0, more than the 1024"),
+        ({"model_args": {"n_iter": 10**8}}, "n_iter=100000000, more than the limit of 8"),
+        ({"model_args": {"stoken_size": [8, [4, 200_000]]}}, "stoken_size=200000, more than the limit of 64"),
+        ({"model_args": {"depths": [100_000, 1]}}, "depths=100000, more than the limit of 64"),
+        ({"model_args": {"depths": [1] * 100}}, "depths of 100 values, more than the limit of 64"),
+        ({"model_args": {"dims": [10**6]}}, "dims=1000000, more than the limit of 4096"),
+        ({"model_args": {"img_size": -1e9}}, "img_size=-1000000000.0, more than the limit of 1024"),
         ({"model_args": {"mlp_ratio": float("nan")}}, "mlp_ratio=nan"),
         ({"model_args": {"a": {"b": 10**400}}}, "b=1000"),
-        ({"num_classes": 10**9}, "num_classes=1000000000, more than the 100000"),
-        ({"pretrained_cfg": {"input_size": [3, 200_000, 200_000]}}, "input_size=200000, more than the 1024"),
+        ({"num_classes": 10**9}, "num_classes=1000000000, more than the limit of 100000"),
+        ({"pretrained_cfg": {"input_size": [3, 200_000, 200_000]}}, "input_size=200000, more than the limit of 1024"),
     ],
 )
 def test_absurd_arguments_are_refused_before_the_model_is_built(
@@ -151,15 +152,15 @@ def test_absurd_arguments_are_refused_before_the_model_is_built(
     config = json.loads(files["config.json"]) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CommandError) as caught:
-        check_config("hf-hub:org/a", f"local-dir:{tmp_path}")
+        check_config("hf-hub:org/a", Source.folder(tmp_path))
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "\x00", " " * (5 * 2**20)])
 def test_broken_configurations_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CommandError, match=r"cannot take hf-hub:org/a: its config\.json cannot be read"):
-        check_config("hf-hub:org/a", f"local-dir:{tmp_path}")
+    with pytest.raises(CommandError, match=r"cannot open hf-hub:org/a: cannot read its config\.json"):
+        check_config("hf-hub:org/a", Source.folder(tmp_path))
 
 
 def test_usual_models_are_taken(files: dict[str, bytes], tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_usual_models_are_taken(files: dict[str, bytes], tmp_path: Path) -> None
     }
     for changes in ({}, large, {"model_args": None}, {"model_args": {"act_layer": "gelu", "qkv_bias": True}}):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        check_config("hf-hub:org/a", f"local-dir:{tmp_path}")
+        check_config("hf-hub:org/a", Source.folder(tmp_path))
 
 
 def test_layers_of_a_detector_are_checked() -> None:

@@ -30,6 +30,7 @@ from stvit.tools.common.flags import to_recipe
 from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.signals import StopRequest
 from stvit.tools.common.snapshots import fetch_run
+from stvit.weights import Source
 
 CPU = Distributed(torch.device("cpu"))
 SHORT = (
@@ -183,7 +184,7 @@ def test_a_run_is_downloaded_by_one_process(tmp_path: Path) -> None:
     with PathLock() as lock:
         lock.acquire(tmp_path / ".org--run.lock")
         with pytest.raises(InUseError, match="another process is downloading this run"):
-            fetch_run("hf-hub:org/run@last", tmp_path, None, lambda *_: None)
+            fetch_run(Source.hub("org/run", "last"), tmp_path, None, lambda *_: None)
     assert not list(tmp_path.iterdir())
 
 

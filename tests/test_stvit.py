@@ -235,8 +235,8 @@ def with_shape(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], Non
         (without("layers.3.blocks.0.gamma_1"), r"missing key layers\.3\.blocks\.0\.gamma_1"),
         (without("norm.running_var"), r"missing key norm\.running_var"),
         (without("patch_embed.proj.0.weight"), r"missing key patch_embed\.proj\.0\.weight"),
-        (with_shape("layers.1.blocks.1.mlp2.fc1.bias", 128), r"left-over key layers\.1\.blocks\.1\.mlp2\.fc1\.bias"),
-        (with_shape("relative_position", 1), "left-over key relative_position"),
+        (with_shape("layers.1.blocks.1.mlp2.fc1.bias", 128), r"unexpected key layers\.1\.blocks\.1\.mlp2\.fc1\.bias"),
+        (with_shape("relative_position", 1), "unexpected key relative_position"),
         (with_shape("proj.weight", 64, 128, 1, 1), r"proj\.weight .*\(64, 128, 1, 1\).*\(128, 64, 1, 1\)"),
         (with_shape("layers.3.blocks.0.gamma_1", 1, 32, 1, 1), r"layers\.3\.blocks\.0\.gamma_1 .*\(32,\).*\(64,\)"),
         (with_shape("patch_embed.proj.0.weight", 16, 3, 7, 7), r"patch_embed\.proj\.0\.weight .*7, 7.*3, 3"),
@@ -263,7 +263,7 @@ def test_weights_that_do_not_fit(
     ("change", "message"),
     [
         (without("stages.1.blocks.0.mlp.fc1.bias"), r"missing key stages\.1\.blocks\.0\.mlp\.fc1\.bias"),
-        (with_shape("extra", 1), "left-over key extra"),
+        (with_shape("extra", 1), "unexpected key extra"),
         (with_shape("final_conv.bias", 3), r"final_conv\.bias .*\(3,\).*\(128,\)"),
     ],
 )
@@ -287,7 +287,7 @@ def test_missing_classifier(official: dict[str, torch.Tensor], tmp_path: Path) -
 def test_weights_of_another_variant(official: dict[str, torch.Tensor], tmp_path: Path) -> None:
     torch.save(official, tmp_path / "weights.pth")
     for name, kwargs in (("stvit_pico", LAYER_SCALE), ("test_stvit", {})):
-        with pytest.raises(RuntimeError, match="is it the right variant"):
+        with pytest.raises(RuntimeError, match="check that the variant is right"):
             load(tmp_path / "weights.pth", name, **kwargs)
 
 

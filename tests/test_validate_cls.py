@@ -150,7 +150,7 @@ def test_moving_average_of_an_official_file(
 ) -> None:
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "a.pth")
     flags = [f"--checkpoint={tmp_path / 'a.pth'}", "--model=stvit_small", f"--data-dir={digits_folder}"]
-    assert "holds no moving average" in refused(capsys, *flags, "--use-ema")
+    assert "has no EMA weights; remove --use-ema" in refused(capsys, *flags, "--use-ema")
     assert "missing key" in refused(capsys, *flags)
 
 
@@ -247,7 +247,7 @@ def test_several_processes_count_the_same(
     )
     assert result.returncode == 0, result.stderr
     assert sum("top-1" in line for line in result.stdout.splitlines()) == 1
-    assert f"{bad} could not be read" in result.stderr
+    assert f"{bad} cannot be read" in result.stderr
     three = json.loads((output / "results.json").read_text())
     for name in ("images", "top1", "top5", "skipped"):
         assert three[name] == one[name]
@@ -288,17 +288,17 @@ def test_trouble_is_one_clear_line(
     weights = f"--checkpoint={tmp_path / 'w.pth'}"
     torch.save(load_file(run_folder / "last/model.safetensors"), tmp_path / "w.pth")
     for flags, said in (
-        ([data], "no model: give --checkpoint"),
+        ([data], "no model; pass --checkpoint"),
         ([last], "no data; pass --data-dir"),
-        ([data, "--checkpoint=org/name"], "no such file or folder; of the Hub it is hf-hub:ORG/NAME"),
-        ([data, f"--checkpoint={tmp_path}"], "neither it nor its folder best/ holds a config.json"),
-        ([data, weights], "does not say which model it is of: give --model"),
+        ([data, "--checkpoint=org/name"], "named 'org/name'; for a model on the Hub, pass hf-hub:org/name"),
+        ([data, f"--checkpoint={tmp_path}"], f"no config.json in {tmp_path} or {tmp_path / 'best'}"),
+        ([data, weights], "does not name its model; pass --model"),
         ([data, weights, "--model=test_stvti"], "unknown model 'test_stvti', did you mean test_stvit"),
-        ([data, weights, "--model=stvit_small"], "mismatches, they are those of test_stvit"),
+        ([data, weights, "--model=stvit_small"], "mismatches; these are weights of test_stvit"),
         ([data, weights, "--model=test_stvit", "--in-chans=1", "--num-classes=5"], "the weights have 4 classes"),
-        ([data, last, "--use-ema"], "there is no such file"),
-        ([data, last, "--official-crop", "--crop-pct=0.9"], "leave --crop-pct, --interpolation out"),
-        ([data, last, "--real-labels"], "are for the 50,000 validation images of ImageNet, not 20"),
+        ([data, last, "--use-ema"], "are for a file of weights; remove the flag"),
+        ([data, last, "--official-crop", "--crop-pct=0.9"], "remove --crop-pct and --interpolation"),
+        ([data, last, "--real-labels"], "expected the 50,000 validation images of ImageNet, got 20"),
         ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
         ([data, "--model=stvit_small"], "of the Hub repository stvit/stvit_small.in1k (revision main): offline"),
         ([data, "--model=test_stvit"], "test_stvit: no pretrained weights of this model are published"),
@@ -331,7 +331,7 @@ def test_results_are_never_overwritten(
 ) -> None:
     folder = validate(f"--checkpoint={run_folder}")["folder"]
     line = refused(capsys, f"--checkpoint={run_folder}", f"--data-dir={digits_folder}", f"--output={folder}")
-    assert "holds the results of another evaluation: choose another --output" in line
+    assert "already has results of another evaluation; choose another --output" in line
 
 
 def test_hostile_file_runs_nothing(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -890,8 +890,8 @@ def test_reduced_images_match_the_map(model: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["missing.png"], "there is no such file or folder"),
-        (["empty"], "holds no images"),
+        (["missing.png"], "no such file or folder"),
+        (["empty"], "no images in empty"),
         (["a.png", "--stage=2"], "--stage 2: RUN has no super tokens there; choose from 0, 1"),
         (["a.png", "--block=5"], "block of stage 0 must be from -1 to 0, got 5"),
         (["a.png", "--token=999"], "token must be from 0 to"),
@@ -929,7 +929,7 @@ def test_models_without_super_tokens_are_named(tmp_path: Path, capsys: pytest.Ca
         (["--model=resnet18", "--no-pretrained"], "resnet18, random weights has no super tokens"),
         (["--model=stvit_smal"], "unknown model 'stvit_smal', did you mean stvit_small"),
         (["--model=yolo26n-resnet1.yaml"], "resnet1"),
-        ([f"--checkpoint={tmp_path / 'no'}"], "there is no such file or folder"),
+        ([f"--checkpoint={tmp_path / 'no'}"], "no file, folder or timm model named"),
         ([f"--checkpoints={tmp_path}"], "no checkpoint found there"),
         ([f"--checkpoints={tmp_path / 'no'}"], "no such file or directory"),
     ):

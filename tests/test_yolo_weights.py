@@ -126,9 +126,9 @@ def test_backbone_of_another_timm_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("other", r"could not be loaded into stvit_pico: .*The weights do not fit the model .*those of stvit_nano"),
-        ("garbage", r"cannot be read as weights of a classifier \(.*a detector's checkpoint is for YOLO"),
-        ("empty", "could not be loaded into stvit_pico"),
+        ("other", r"cannot load .* into stvit_pico: .*The weights do not fit the model .*weights of stvit_nano"),
+        ("garbage", r"cannot read weights of a classifier \(.*pass a detector's checkpoint to YOLO"),
+        ("empty", r"cannot load pretrained_backbone=.* into stvit_pico"),
     ],
 )
 def test_weights_that_do_not_fit(content: str, message: str, tmp_path: Path) -> None:
@@ -147,10 +147,13 @@ def test_weights_that_do_not_fit(content: str, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("stvit_nano.in1k", "is of another model than the backbone, stvit_pico"),
-        ("nowhere.pth", "is no file and no timm model: pass a path, a tag of stvit_pico, or hf-hub"),
-        ("stvit_pico.ckpt", "is no file and no timm model"),
-        ("", "must be a timm tag, a Hub id, a file or True"),
+        ("stvit_nano.in1k", "is a stvit_nano checkpoint, but the backbone is stvit_pico"),
+        (
+            "nowhere.pth",
+            r"no file, folder or timm model named 'nowhere.pth'; .*hf-hub:ORG/NAME, or a tag of stvit_pico",
+        ),
+        ("stvit_pico.ckpt", "no file, folder or timm model named 'stvit_pico.ckpt'"),
+        ("", "must be a timm tag, a Hub id, a folder, a file or True"),
     ],
 )
 def test_sources_that_are_none(source: str, message: str) -> None:
@@ -160,7 +163,7 @@ def test_sources_that_are_none(source: str, message: str) -> None:
 
 def test_a_folder_of_another_model(tmp_path: Path) -> None:
     save_for_hf(timm.create_model("stvit_nano"), tmp_path / "nano")
-    with pytest.raises(ValueError, match="is a stvit_nano, the backbone is stvit_pico"):
+    with pytest.raises(ValueError, match="is a stvit_nano checkpoint, but the backbone is stvit_pico"):
         YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=tmp_path / "nano")
 
 
@@ -168,7 +171,7 @@ def test_a_folder_of_a_smaller_variant(tmp_path: Path) -> None:
     args = {"depths": (1, 1, 1, 1)}
     save_for_hf(timm.create_model("stvit_pico", **args), tmp_path / "small", model_args=args, safe_serialization=True)
     with pytest.raises(
-        RuntimeError, match=r"does not fit stvit_pico: of 182 tensors \d+ are missing or of another shape"
+        RuntimeError, match=r"does not fit stvit_pico: \d+ of 182 tensors are missing or have another shape"
     ):
         YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=tmp_path / "small")
 
@@ -235,12 +238,12 @@ def test_stokenattention_begins_as_the_stock_model(
         (
             "nowhere.pth",
             RuntimeError,
-            "stock_weights='nowhere.pth' could not be loaded, it must be a checkpoint of Ultra",
+            "cannot load stock_weights='nowhere.pth'; pass a checkpoint of Ultralytics such as",
         ),
-        ("junk.pt", RuntimeError, "stock_weights='junk.pt' could not be loaded"),
+        ("junk.pt", RuntimeError, "cannot load stock_weights='junk.pt'"),
         ("", ValueError, "stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got ''"),
         (True, ValueError, "stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got True"),
-        ("yolo11n.pt", ValueError, "stock_weights='yolo11n.pt' is another generation of YOLO than the model"),
+        ("yolo11n.pt", ValueError, "stock_weights='yolo11n.pt' is of another generation of YOLO than the model"),
     ],
 )
 def test_stock_weights_that_are_none(
@@ -265,12 +268,12 @@ def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], pho
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("yolo26s-stvit_pico.yaml", "is of scale 'n', the model of scale 's'"),
+        ("yolo26s-stvit_pico.yaml", "has scale 'n', but the model has 's'"),
         ("yolo26n-stvit_pico-cls.yaml", None),
     ],
 )
 def test_published_weights_that_do_not_fit(name: str, message: str | None, stock: Path) -> None:
-    with pytest.raises(ValueError, match=message or "none of its tensors fits"):
+    with pytest.raises(ValueError, match=message or "no tensor fits any of"):
         YOLO(name, stock_weights=stock)
 
 

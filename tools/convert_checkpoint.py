@@ -36,6 +36,7 @@ from stvit.tools.common.release import (
     open_release,
     write_release,
 )
+from stvit.weights.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def convert(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     with open_output(args.output) as output:
         release = open_release(WeightsFlags.from_args(args))
-        write_release(release, output, f"local-dir:{output.path}", args.license)
+        write_release(release, output, str(Source.folder(output.path or output.fresh)), args.license)
         folder = output.finish()
     parameters = sum(parameter.numel() for parameter in release.model.parameters())
     size = "x".join(map(str, release.data_config["input_size"]))
@@ -77,7 +78,7 @@ def convert(args: argparse.Namespace) -> None:
     if f"{release.name}.in1k" in PAPER_TOP1:
         print(f"if these are the published weights, pass --model {release.name}.in1k to state it in the card")
     print("to load the model:")
-    print(f"import stvit, timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)")
+    print(f"import stvit, timm; model = timm.create_model({str(Source.folder(folder))!r}, pretrained=True)")
 
 
 if __name__ == "__main__":

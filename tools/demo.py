@@ -50,23 +50,24 @@ from stvit.images import READERS
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
 from stvit.tools.common.data import resolve_data_config
 from stvit.tools.common.hub_models import Downloads, check_config, check_modules
-from stvit.tools.common.model import find_weights
+from stvit.tools.common.image_files import fit, open_image
+from stvit.tools.common.model import ModelSource, find_source
 from stvit.tools.common.scratch import Storage, private_folder
 from stvit.tools.common.viewing import (
     LoadedModel,
     explain_errors,
-    fitted,
     is_detector,
+    load_downloaded,
     load_model,
-    open_downloaded,
-    open_image,
     stages_of,
 )
 from stvit.tools.common.worker import Worker
+from stvit.weights import Source
 
 PORTS = range(7860, 7960)
 RANDOM_MODELS = ("stvit_small", "yolo26n-stvit_pico.yaml")
-HUB_ID = re.compile(r"hf-hub:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+# Repository ids that users may type in, with a revision.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What is kept of an image: more than a screen shows, or a network is given here.
 MOST_SHOWN = 1280
 # Uploads and pictures are deleted after that many seconds: the page promises an hour.
@@ -316,9 +317,11 @@ class Models:
             raise CommandError("no model: give one, or leave --no-random out")
         for name in self.names:
             if not name or not (_is_source(name) or is_detector(name) or timm.is_model(name)):
-                raise CommandError(f"{name!r}: there is no such run, file or model; of the Hub it is hf-hub:ORG/NAME")
+                raise CommandError(
+                    f"{name!r}: no such run, file or model; for a model on the Hub, pass hf-hub:ORG/NAME"
+                )
             if _is_source(name) and not is_detector(name):
-                find_weights(name, None)  # which says what is missing
+                find_source(name)  # reports what is missing
         self._opened = OpenedModels()
 
     def choices(self, of_detectors: bool | None = None) -> list[tuple[str, str]]:
@@ -328,25 +331,26 @@ class Models:
             of_detectors: Whether to list detectors, or classifiers, alone; what is on the Hub may be either.
         """
         wanted = [
-            name
-            for name in self.names
-            if of_detectors is None or HUB_ID.fullmatch(name) or is_detector(name) == of_detectors
+            name for name in self.names if of_detectors is None or _parse_hub(name) or is_detector(name) == of_detectors
         ]
         return [
             (name if _is_source(name) else f"{name.removesuffix('.yaml')} (random weights)", name) for name in wanted
         ]
 
     def check(self, name: Any) -> str:
-        """Returns a name as it is in the list, or as it is on the Hub.
+        """Returns the name of a model in the list or on the Hub.
 
         Raises:
             CommandError: If the model is not offered.
         """
         name = name.strip() if isinstance(name, str) else ""
-        if name not in self.names and not (self.takes_hub_ids and HUB_ID.fullmatch(name)):
+        if name in self.names:
+            return name
+        source = _parse_hub(name) if self.takes_hub_ids else None
+        if source is None:
             hub = ", or type hf-hub:ORG/NAME" if self.takes_hub_ids else ""
-            raise CommandError(f"there is no model {name[:80]!r} here: choose one of the list{hub}")
-        return name
+            raise CommandError(f"there is no model {name[:80]!r} here; choose a model from the list{hub}")
+        return str(source)
 
     def open(self, name: Any) -> LoadedModel:
         """Opens a model in this process.
@@ -354,8 +358,7 @@ class Models:
         Raises:
             CommandError: If the model is not offered, or cannot be opened.
         """
-        name = self.check(name)
-        return self._opened.get(name, name)
+        return self._opened.get(self.check(name))
 
 
 class OpenedModels:
@@ -367,48 +370,54 @@ class OpenedModels:
             size: How many models stay in memory.
         """
         self.size = size
-        self._models: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
+        self._models: OrderedDict[tuple[str, Source | None], LoadedModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: str, source: str, is_limited: bool = False) -> LoadedModel:
-        """Opens a model, or returns the one that is open.
+    def get(self, name: str, downloaded: Source | None = None, is_limited: bool = False) -> LoadedModel:
+        """Opens a model, or returns the open model of this name.
 
         Args:
-            name: Its name on the page.
-            source: Where it is: the name, or what was downloaded.
-            is_limited: Whether to refuse a model that takes long to build or to run.
+            name: Name of the model on the page.
+            downloaded: Folder or file of a model that was downloaded; None for a model of this machine.
+            is_limited: Whether to refuse a model that is slow to build or run.
 
         Raises:
-            CommandError: If the model cannot be opened, or is refused.
+            CommandError: If the model cannot be opened or is refused.
         """
         with self._lock:
-            viewed = self._models.pop((name, source), None)
-            if viewed is None:
-                while len(self._models) >= self.size:  # before the next one takes its memory
+            loaded = self._models.pop((name, downloaded), None)
+            if loaded is None:
+                while len(self._models) >= self.size:  # frees memory for the next model
                     self._models.popitem(last=False)
-                viewed = _open(name, source, is_limited)
-            self._models[name, source] = viewed
-            return viewed
+                loaded = _open(name, downloaded, is_limited)
+            self._models[name, downloaded] = loaded
+            return loaded
 
 
 def _is_source(name: str) -> bool:
-    """Whether a name is that of weights, and not of a model alone."""
+    """Returns whether a name stands for weights, not only for a model."""
     is_path = not name.endswith((".yaml", ".yml")) and Path(name).expanduser().exists()
-    return name.startswith("hf-hub:") or is_path
+    return is_path or Source.parse_hub(name) is not None
 
 
-def _open(name: str, source: str, is_limited: bool) -> LoadedModel:
-    if is_limited:
-        check_config(name, source)
-    if source != name:
-        viewed = open_downloaded(name, source)
+def _parse_hub(name: str) -> Source | None:
+    """Returns the source of a model on the Hub; None if the name is another or contains odd characters."""
+    source = Source.parse_hub(name)
+    return source if source is not None and HUB_ID.fullmatch(source.full_name) else None
+
+
+def _open(name: str, downloaded: Source | None, is_limited: bool) -> LoadedModel:
+    if downloaded is not None:
+        if is_limited:
+            check_config(name, downloaded)
+        loaded = load_downloaded(name, downloaded)
+    elif _is_source(name):
+        loaded = load_model(ModelSource(checkpoint=name))
     else:
-        of_name = {"checkpoint": name, "model": None} if _is_source(name) else {"checkpoint": None, "model": name}
-        flags = dict.fromkeys(("use_ema", "num_classes", "in_chans"))
-        viewed = load_model(argparse.Namespace(**of_name, **flags, model_kwargs={}, pretrained=False))
+        loaded = load_model(ModelSource(model=name, pretrained=False))
     if is_limited:
-        check_modules(name, viewed.model)
-    return viewed
+        check_modules(name, loaded.model)
+    return loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,9 +467,10 @@ class Computer:
         """
         name = self._models.check(name)
         is_limited = name not in self._models.names
-        source = self._downloads.get(name, is_limited) if HUB_ID.fullmatch(name) else name
+        source = _parse_hub(name)
+        downloaded = None if source is None else self._downloads.get(source, is_limited)
         worker = self._typed if is_limited else self._offered
-        result: tuple[Any, bool] = worker.call(_work, task, name, source, is_limited, *inputs)
+        result: tuple[Any, bool] = worker.call(_work, task, name, downloaded, is_limited, *inputs)
         return result
 
 
@@ -468,13 +478,17 @@ def _prepare() -> None:
     """Does nothing: to find this function, a new process imports this module and all that it needs."""
 
 
-def _work(task: Callable[..., Any], name: str, source: str, is_limited: bool, *inputs: Any) -> tuple[Any, bool]:
+def _work(
+    task: Callable[..., Any], name: str, downloaded: Source | None, is_limited: bool, *inputs: Any
+) -> tuple[Any, bool]:
     try:
-        viewed = _opened.get(name, source, is_limited)
-        return task(viewed, *inputs), viewed.is_random
+        loaded = _opened.get(name, downloaded, is_limited)
+        return task(loaded, *inputs), loaded.is_random
     except CommandError as error:
-        # Users of the page are not told where this machine keeps its downloads.
-        message = str(error).replace(source, name).replace(source.removeprefix("local-dir:"), name)
+        if downloaded is None:
+            raise
+        # Users of the page must not see paths of this machine.
+        message = str(error).replace(str(downloaded), name).replace(downloaded.name, name)
         raise CommandError(message) from error
 
 
@@ -544,7 +558,7 @@ def look(viewed: LoadedModel, image: Image.Image, stage: int, img_size: int) -> 
     """
     stages_of(viewed)
     with explain_errors():
-        view = visualize.super_tokens(viewed.model, fitted(image, img_size), stage)
+        view = visualize.super_tokens(viewed.model, fit(image, img_size), stage)
     size = sum(array.nbytes for array in (view.association, view.tokens, view.features, view.queries, view.keys))
     if size > MAX_VIEW:
         raise CommandError(
@@ -612,7 +626,7 @@ def create_page(models: Models, args: argparse.Namespace, computer: Computer) ->
             # Gradio believes the path of a message that it takes for no file.
             if not path.is_relative_to(Path(get_upload_folder()).resolve()):
                 raise CommandError("that is no image: upload a file")
-            session.image = fitted(open_image(path, args.max_megapixels * 10**6), MOST_SHOWN)
+            session.image = fit(open_image(path, args.max_megapixels * 10**6), MOST_SHOWN)
         return [gr.Button(interactive=session.image is not None)] * 3
 
     def need(session: Session) -> Image.Image:

@@ -38,6 +38,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +59,13 @@ from stvit.tools.common.evaluation import Batches, add_class_map_argument, class
 from stvit.tools.common.files import atomic_write
 from stvit.tools.common.flags import add_flags, from_flags
 from stvit.tools.common.loaders import create_val_loader
-from stvit.tools.common.model import add_model_arguments, check_img_size, choose_weights, create_model, read_weights
+from stvit.tools.common.model import (
+    ModelSource,
+    OpenedModel,
+    check_img_size,
+    check_num_classes,
+    open_model,
+)
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".torchscript"}
 # Largest difference from the float32 model that is let pass, in standard deviations of its output. Sums in another
@@ -83,13 +90,7 @@ def create_parser() -> Parser:
     parser = Parser(prog="export.py", description="Exports a model to ONNX, torch.export or TorchScript.")
 
     group = parser.add_argument_group("model")
-    add_model_arguments(group)
-    group.add_argument(
-        "--pretrained",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load the published weights of --model; without them they are random, to try things out",
-    )
+    add_flags(group, ModelSource)
 
     group = parser.add_argument_group("result")
     group.add_argument("--format", nargs="+", default=["onnx"], choices=list(SUFFIXES), help="one or several")
@@ -123,7 +124,9 @@ def export(args: argparse.Namespace) -> None:
     _check_flags(args)
     _check_output(args)
     _check_packages(args)
-    model, name = _create_model(args)
+    opened = _open_model(replace(from_flags(ModelSource, args), img_size=args.img_size), args.features)
+    model, name = opened.model, str(opened.model.pretrained_cfg.get("architecture") or opened.name)
+    args = argparse.Namespace(**opened.fill(vars(args)))
     data_config = resolve_data_config(vars(args), model, use_test_size=True)
     check_img_size(model, data_config)
     with TemporaryDirectory() as temporary:
@@ -158,8 +161,6 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if args.checkpoint is None and args.model is None:
-        raise CommandError("no model: give --checkpoint, or --model for the published weights of one")
     others = [kind for kind in args.format if kind != "onnx"]
     if args.dtype == "int8" and others:
         raise CommandError(f"--dtype int8 is for --format onnx, not for {others[0]}: take float16 or float32 there")
@@ -217,30 +218,12 @@ def _path(args: argparse.Namespace, kind: str, name: str) -> Path:
     return output / ("-".join([name, *details]) + SUFFIXES[kind])
 
 
-def _create_model(args: argparse.Namespace) -> tuple[Any, str]:
-    """The model on the CPU, for evaluation, and timm's name of its architecture."""
-    weights = choose_weights(args)
-    content = read_weights(weights.file, weights.use_ema)[0] if weights.file is not None else None
-    model: Any = create_model(
-        weights.model,
-        pretrained=args.pretrained or args.checkpoint is not None,
-        weights=content,
-        num_classes=args.num_classes,
-        in_chans=args.in_chans,
-        img_size=args.img_size,
-        model_kwargs={
-            **(weights.recipe.get("model_kwargs") or {}),
-            **({"features_only": True} if args.features else {}),
-            **args.model_kwargs,
-        },
-    )
-    known = model.pretrained_cfg.get("num_classes", args.num_classes)
-    if args.num_classes is not None and args.num_classes != known and (args.pretrained or args.checkpoint):
-        raise CommandError(
-            f"--num-classes is {args.num_classes}, but the weights have {known} classes: leave it out, for a "
-            "classifier of another size would be random"
-        )
-    return model.eval().requires_grad_(False), str(model.pretrained_cfg.get("architecture") or weights.model)
+def _open_model(source: ModelSource, features: bool) -> OpenedModel:
+    """Opens the model on the CPU, in eval mode; with `features` it returns the feature maps of its stages."""
+    opened = open_model(source, **({"features_only": True} if features else {}))
+    check_num_classes(source, opened.model)
+    opened.model.eval().requires_grad_(False)
+    return opened
 
 
 def _metadata(args: argparse.Namespace, model: Any, name: str, data_config: dict[str, Any]) -> dict[str, Any]:

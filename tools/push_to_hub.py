@@ -49,6 +49,7 @@ from stvit.tools.common.release import (
     write_release,
 )
 from stvit.tools.common.viewing import is_detector
+from stvit.weights.source import Source
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _write_classifier(flags: Flags, output: Output) -> str:
         raise CommandError("--example needs a detector; remove it, or pass --yolo")
     _refuse_detector(flags.weights.source)
     release = open_release(flags.weights, flags.part)
-    if not write_release(release, output, f"hf-hub:{flags.repo_id}", flags.license):
+    if not write_release(release, output, str(Source.hub(flags.repo_id)), flags.license):
         print(f"the card {CARD} in the folder was edited by a person, and is pushed unchanged")
     elif flags.license is None and not release.details.license:
         print("the card states no license; pass --license NAME to add one")
@@ -203,16 +204,16 @@ def _write_detector(flags: Flags, output: Output) -> str:
 def _write_space(flags: Flags, output: Output) -> str:
     """Writes the page of tools/demo.py, and the model in the folder `model` unless it is on the Hub."""
     license, weights = flags.license, Output(output.fresh / "model", output.path, MODEL_FILES)
-    if flags.weights.source.startswith("hf-hub:"):
-        repo_id, _, revision = flags.weights.source.removeprefix("hf-hub:").partition("@")
-        repository = Repository(repo_id)
-        check_push_options(revision or None)
-        flags.weights.check_unused(flags.weights.source)
+    source = Source.parse_hub(flags.weights.source)
+    if source is not None:
+        repository = Repository(source.name)
+        check_push_options(source.revision)
+        flags.weights.check_unused(str(source))
         if flags.example:
-            raise CommandError(f"--example cannot be combined with {flags.weights.source}; remove it")
+            raise CommandError(f"--example cannot be combined with {source}; remove it")
         if not flags.dry_run:
-            repository.check_exists(revision or None)
-        name = model = flags.weights.source
+            repository.check_exists(source.revision)
+        name = model = str(source)
     elif flags.is_yolo:
         name, model = _write_detector(flags, weights), "model/model.pt"
         _keep(weights.fresh, "model.pt")
@@ -221,7 +222,7 @@ def _write_space(flags: Flags, output: Output) -> str:
             raise CommandError("--example is for the card of a detector, and a Space has no pictures; remove it")
         _refuse_detector(flags.weights.source)
         release = open_release(flags.weights, flags.part)
-        write_release(release, weights, f"hf-hub:{flags.repo_id}", license)
+        write_release(release, weights, str(Source.hub(flags.repo_id)), license)
         _keep(weights.fresh, "model.safetensors", "config.json")
         name, model, license = release.name, "model", license or release.details.license
     space.write_space(output.fresh, flags.repo_id, model, name, license)
@@ -256,7 +257,7 @@ def _compare(pushed: Pushed, flags: Flags, folder: Path) -> None:
         print(f"compared with the Hub: the checksums of all {equal} files are equal")
         return
     revision = flags.tag or flags.revision or (pushed.commit if flags.create_pr else None)
-    name = f"hf-hub:{pushed.repo_id}{f'@{revision}' if revision else ''}"
+    name = str(Source.hub(pushed.repo_id, revision))
     if flags.is_yolo:
         from stvit.adapters.yolo.hub import compare_with_hub
 

@@ -60,9 +60,10 @@ from stvit.tools.common.evaluation import Batches, evaluate
 from stvit.tools.common.flags import add_sections, from_flags, section
 from stvit.tools.common.job import Job, SavedWeights, StepResult
 from stvit.tools.common.loaders import TrainLoader, create_val_loader
-from stvit.tools.common.model import check_img_size, create_model, read_weights
+from stvit.tools.common.model import check_img_size, create_model, weights_errors
 from stvit.tools.common.recipes import parse_with_recipe
 from stvit.tools.common.runs import run_label
+from stvit.weights import Source, read_weights
 
 
 @dataclass
@@ -246,7 +247,7 @@ class Classification(Job):
 
     def usage(self, folder: Path) -> str:
         """Returns a line of Python that creates the model with its weights."""
-        return f"import stvit, timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
+        return f"import stvit, timm; model = timm.create_model({str(Source.folder(folder))!r}, pretrained=True)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,10 +281,12 @@ def _create_model(config: Config) -> nn.Module:
     """Returns the model on the CPU."""
     model = config.model
     drop_path = highest_drop_path(model) if model.drop_path_schedule else model.drop_path
+    with weights_errors():
+        weights = read_weights(Path(model.pretrained_path))[0] if model.pretrained_path else None
     return create_model(
         model.model,
         pretrained=model.pretrained,
-        weights=read_weights(Path(model.pretrained_path))[0] if model.pretrained_path else None,
+        weights=weights,
         num_classes=model.num_classes,
         in_chans=model.in_chans,
         img_size=config.image.img_size,

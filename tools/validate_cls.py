@@ -6,13 +6,13 @@
     python tools/validate_cls.py --checkpoint hf-hub:ORG/NAME --data-dir /data/imagenet --real-labels --output report
     torchrun --nproc-per-node 8 tools/validate_cls.py --checkpoint … --data-dir …
 
-`python -m stvit.tools.validate_cls` is the same program. A checkpoint is a run of tools/train_cls.py, a folder of
-model.safetensors and config.json, a file of weights (ours, timm's or the authors'), or `hf-hub:…`. Data are named as
-for tools/train_cls.py; each image counts once, on however many processes.
+`python -m stvit.tools.validate_cls` is the same program. A checkpoint is a run of tools/train_cls.py, a folder with
+model.safetensors and config.json, a file of weights (of this package, timm or the authors), or a model on the Hub. The
+flags for data are those of tools/train_cls.py. Each image counts once, on any number of processes.
 
-Prints top-1 and top-5 with 95 % confidence intervals, and images/s; with --output DIR writes them to results.json
-there, those of each class to per_class.csv, and for up to 100 classes a picture of what is taken for what,
-confusion.png.
+The command prints top-1 and top-5 accuracy with 95 % confidence intervals, and the throughput. With --output DIR it
+writes them to results.json, the accuracy of each class to per_class.csv, and the confusion matrix of up to 100 classes
+to confusion.png.
 """
 
 import signal
@@ -27,7 +27,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -60,16 +61,15 @@ from stvit.tools.common.loaders import create_val_loader
 from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.logs import has_matplotlib, save_plot
 from stvit.tools.common.model import (
-    Weights,
-    add_model_arguments,
+    ModelSource,
+    OpenedModel,
     check_img_size,
-    choose_weights,
-    create_model,
-    read_weights,
+    check_num_classes,
+    open_model,
 )
 from stvit.tools.common.recipes import parse_with_recipe
 
-MOST_CLASSES_OF_A_PICTURE = 100
+MAX_CONFUSION_CLASSES = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,30 +79,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags of the command line over those of the file `--config` over the defaults.
+    """Returns the flags: those of the command line override the file `--config`, which overrides the defaults.
 
     Raises:
-        SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or ill-typed.
+        SystemExit: If a flag or a key is unknown or has a wrong type. The status is 2, the error one line.
     """
     return parse_with_recipe(create_parser, argv)
 
 
 def create_parser() -> Parser:
-    """The flags, under timm's names."""
+    """Creates the parser; the flags have timm's names."""
     parser = Parser(prog="validate_cls.py", description="Evaluates an image classifier: STViT, or any timm model.")
-    parser.add_argument("--config", "-c", metavar="FILE", help="YAML whose keys are flags of this program")
+    parser.add_argument("--config", "-c", metavar="FILE", help="YAML file with flags as keys")
 
     group = parser.add_argument_group("model")
-    add_model_arguments(group)
+    add_flags(group, ModelSource, omit={"pretrained"})
 
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, defaults={"batch_size": 64}, omit={"train_split", "validation_batch_size"})
-    group.add_argument("--seed", "-s", type=int, default=42, metavar="N", help="of the run that held out the digits")
+    group.add_argument(
+        "--seed", "-s", type=int, default=42, metavar="N", help="seed of the run, which splits --dataset sklearn/digits"
+    )
     add_flags(group, ImageConfig)
     group.add_argument(
         "--official-crop",
         action="store_true",
-        help="the paper's evaluation: short side to 256 pixels for 224, to 384 for 384, bicubic, center crop",
+        help="crop as in the paper: shorter side to 256 pixels for size 224, to 384 for 384, bicubic, center crop",
     )
     add_class_map_argument(group)
     group.add_argument(
@@ -110,7 +112,7 @@ def create_parser() -> Parser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="also count by ImageNet's reassessed labels (Beyer et al. 2020), timm's or those of a JSON file",
+        help="also report accuracy on the reassessed ImageNet labels (Beyer et al. 2020), from timm or a JSON file",
     )
 
     group = parser.add_argument_group("device and speed")
@@ -122,15 +124,13 @@ def create_parser() -> Parser:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Evaluates, prints and writes the results.
+    """Evaluates the model, prints and writes the results.
 
     Raises:
-        CommandError: If the weights or the data are at fault.
+        CommandError: If a flag, the weights or the data are wrong.
     """
     if args.official_crop and (args.crop_pct is not None or args.interpolation is not None):
-        raise CommandError("--official-crop sets the crop and the interpolation: leave --crop-pct, --interpolation out")
-    if args.checkpoint is None and args.model is None:
-        raise CommandError("no model: give --checkpoint, or --model for the published weights of one")
+        raise CommandError("--official-crop sets crop and interpolation; remove --crop-pct and --interpolation")
     output = Path(args.output).expanduser() if args.output else None
     with (
         join_processes(args.device, args.dist_backend) as distributed,
@@ -140,13 +140,14 @@ def validate(args: argparse.Namespace) -> None:
         if output is not None:
             distributed.on_primary(partial(_take_output, output, lock))
         check_dtype(distributed.device, args.model_dtype)
-        model, weights, is_ema = _create_model(args, distributed)
-        data_config = _data_config(args, model)
+        data, device = from_flags(DataConfig, args), from_flags(DeviceConfig, args)
+        opened = _open_model(replace(from_flags(ModelSource, args), img_size=args.img_size), device, distributed)
+        model = opened.model
+        data_config = _resolve_data_config(opened.fill(vars(args)), model, args.official_crop)
         check_img_size(model, data_config)
         in_chans = data_config["input_size"][0]
         if in_chans not in (1, 3):
             raise CommandError(f"images have 1 (gray) or 3 (color) channels, but the model takes {in_chans}")
-        data, device = from_flags(DataConfig, args), from_flags(DeviceConfig, args)
         images = open_images(data, distributed, in_chans=in_chans, seed=args.seed, is_training=False)
         loader = create_val_loader(images.val, data, data_config, distributed, DTYPES[args.model_dtype])
         bad_images = BadImages(args.max_bad_images, Path(distributed.from_primary(temporary)) / "bad_images.jsonl")
@@ -155,7 +156,7 @@ def validate(args: argparse.Namespace) -> None:
         names = class_names(args.class_map, model)
         class_map = map_classes(names, images.class_names, num_classes, distributed)
         real_labels = None if args.real_labels is None else _open_real_labels(images.val, args.real_labels)
-        source = f"{args.checkpoint or args.model}{' (EMA)' if is_ema else ''}"
+        source = f"{args.checkpoint or args.model}{' (EMA)' if opened.is_ema else ''}"
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         distributed.print_primary(
             f"{source}, {parameters:.1f} M parameters, {num_classes} classes, {len(images.val)} images at "
@@ -163,7 +164,7 @@ def validate(args: argparse.Namespace) -> None:
             f"{data_config['interpolation']}), on {f'{distributed.size} x ' if distributed.size > 1 else ''}"
             f"{distributed.device.type}"
         )
-        with_confusion = output is not None and num_classes <= MOST_CLASSES_OF_A_PICTURE
+        with_confusion = output is not None and num_classes <= MAX_CONFUSION_CLASSES
         counts = _Counts(num_classes, distributed, real_labels, with_confusion)
         with progress_bar(len(loader), "batch", distributed.is_primary) as bar:
 
@@ -181,13 +182,13 @@ def validate(args: argparse.Namespace) -> None:
         if not distributed.is_primary:
             return
         for name in sorted(bad_images.names()):
-            print(f"warning: {name} could not be read and was skipped", file=sys.stderr)
+            print(f"warning: {name} cannot be read and was skipped", file=sys.stderr)
         if output is not None:
             results |= {
                 "skipped": len(bad_images.names()),
-                "model": weights.model,
+                "model": opened.name,
                 "checkpoint": args.checkpoint,
-                "ema": is_ema,
+                "ema": opened.is_ema,
                 **{name: data_config[name] for name in ("input_size", "crop_pct", "interpolation", "mean", "std")},
                 "dataset": args.dataset or "folder",
                 "data_dir": args.data_dir,
@@ -205,93 +206,84 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def _take_output(folder: Path, lock: PathLock) -> None:
-    """Makes the folder of the results, and locks it against other evaluations.
+    """Creates the folder of the results and locks it against other evaluations.
 
     Raises:
-        CommandError: If it cannot be made, holds results already, or another process writes there.
+        CommandError: If the folder cannot be created, already has results, or is in use.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder / ".stvit.lock")
     except InUseError as error:
-        raise InUseError(f"{error}: choose another --output") from error
+        raise InUseError(f"{error}; choose another --output") from error
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
     if (folder / "results.json").exists():
-        raise CommandError(f"{folder} holds the results of another evaluation: choose another --output")
+        raise CommandError(f"{folder} already has results of another evaluation; choose another --output")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is evaluated
+# Model and data
 
 
-def _create_model(args: argparse.Namespace, distributed: Distributed) -> tuple[Any, Weights, bool]:
-    """The model on the device, where it is from, and whether its weights are a moving average."""
-    weights = choose_weights(args)
-    content, is_ema = read_weights(weights.file, weights.use_ema) if weights.file is not None else (None, False)
+def _open_model(source: ModelSource, device: DeviceConfig, distributed: Distributed) -> OpenedModel:
+    """Opens the model and moves it to the device."""
     with distributed.primary_first():
-        model: Any = create_model(
-            weights.model,
-            pretrained=True,
-            weights=content,
-            num_classes=args.num_classes,
-            in_chans=args.in_chans,
-            img_size=args.img_size,
-            model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
-        )
-    if args.num_classes is not None and content is not None and model.pretrained_cfg["num_classes"] != args.num_classes:
-        raise CommandError(
-            f"--num-classes is {args.num_classes}, but the weights have {model.pretrained_cfg['num_classes']} classes: "
-            "leave it out, for a classifier of another size would be random"
-        )
-    model = model.to(device=distributed.device, dtype=DTYPES[args.model_dtype])
-    if args.channels_last:
+        opened = open_model(source)
+    check_num_classes(source, opened.model)
+    model = opened.model.to(device=distributed.device, dtype=DTYPES[device.model_dtype])
+    if device.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model, weights, is_ema
+    return replace(opened, model=model)
 
 
-def _data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    data_config = resolve_data_config(vars(args), model, use_test_size=True)
-    if args.official_crop:
+def _resolve_data_config(flags: Mapping[str, Any], model: Any, official_crop: bool) -> dict[str, Any]:
+    """Returns the preprocessing of the images; `official_crop` is the crop of the paper."""
+    data_config = resolve_data_config(flags, model, use_test_size=True)
+    if official_crop:
         crop_pct = 1.0 if data_config["input_size"][-1] >= 384 else 224 / 256
         data_config |= {"crop_pct": crop_pct, "interpolation": "bicubic", "crop_mode": "center"}
     return data_config
 
 
 def _open_real_labels(images: Any, path: str) -> list[list[int]]:
-    """The class numbers that are right for each image, none for an image that shows nothing clear."""
+    """Returns the correct class numbers of each image; an empty list for an image without a clear class.
+
+    Raises:
+        CommandError: If the labels cannot be read, or the images are not those of ImageNet.
+    """
     if isinstance(images, IterableDataset):
-        raise CommandError("--real-labels needs images with file names in order, which wds/ shards are not")
+        raise CommandError("--real-labels needs files in a fixed order, which wds/ shards do not have; use a folder")
     names = [Path(images.name(index)).name for index in range(len(images))]
-    if path and not Path(path).is_file():  # opening a pipe would wait forever
+    if path and not Path(path).is_file():  # reading a pipe could wait forever
         raise CommandError(f"cannot read --real-labels {path}: it is not a file")
     try:
         labels = RealLabelsImagenet(names, real_json=path or None).real_labels
     except AssertionError:
         raise CommandError(
-            f"--real-labels are for the 50,000 validation images of ImageNet, not {len(names)}"
+            f"--real-labels: expected the 50,000 validation images of ImageNet, got {len(names)}"
         ) from None
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read --real-labels {path}: {reason(error)}") from error
     unknown = next((name for name in names if name not in labels), None)
     if unknown is not None:
-        raise CommandError(f"--real-labels know images such as {next(iter(labels))}, not {unknown}")
+        raise CommandError(f"--real-labels: expected image names such as {next(iter(labels))}, got {unknown}")
     return [labels[name] for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is found
+# Results
 
 
 class _Counts:
-    """What was classified as what.
+    """Counts of correct and wrong predictions.
 
     Attributes:
-        classes: Images, top-1 and top-5 correct of each class, (K, 3).
-        confusion: Images of each class (row) that were taken for each class (column), None if it is not wanted.
-        real: Images with reassessed labels, and how many of them are right at top-1 and top-5, (3,); None if they are
-            not looked at.
-        images_per_second: Images of all processes a second, the loading included.
+        classes: Number of images, correct top-1 and correct top-5 predictions of each class, (K, 3).
+        confusion: Number of images by class (row) and prediction (column), (K, K); None if not needed.
+        real: Number of images, correct top-1 and correct top-5 predictions with reassessed labels, (3,); None without
+            these labels.
+        images_per_second: Throughput of all processes, including data loading.
     """
 
     def __init__(
@@ -310,12 +302,12 @@ class _Counts:
         self._first = 0, time.perf_counter()
 
     def update(self, logits: torch.Tensor, target: torch.Tensor) -> None:
-        """Takes the logits (B, K) and class numbers (B,) of a batch; those of -1 do not count."""
+        """Counts a batch of logits (B, K) and class numbers (B,). Class -1 does not count."""
         top = logits.topk(min(5, logits.shape[1])).indices
         if self.real is not None:
             self.real += self._real_hits(top.tolist(), target.tolist()).to(self.real.device)
         if self._seen == 0 and self._first[0] == 0:
-            self._first = len(target), time.perf_counter()  # the first batch waits for the loader to start
+            self._first = len(target), time.perf_counter()  # the first batch includes the start of the loader
         self._seen += len(target)
         top, target = top[target >= 0], target[target >= 0]
         right = top == target[:, None]
@@ -328,14 +320,14 @@ class _Counts:
         assert self._real_labels is not None
         hits = torch.zeros(3, dtype=torch.int64)
         for place, (predicted, number) in enumerate(zip(top, target, strict=True)):
-            # This process's share is every size-th image.
+            # Each process has every size-th image.
             labels = self._real_labels[self._distributed.rank + self._distributed.size * (self._seen + place)]
             if number >= 0 and labels:
                 hits += torch.tensor([1, predicted[0] in labels, any(guess in labels for guess in predicted)])
         return hits
 
     def sum_up(self) -> None:
-        """Adds up the counts of all processes."""
+        """Sums the counts of all processes."""
         first, since = self._first
         images = self._seen - first
         own = images / (time.perf_counter() - since) if images else 0.0
@@ -346,7 +338,7 @@ class _Counts:
 
 
 def _results(counts: _Counts, loss: float) -> dict[str, Any]:
-    """Accuracies in percent, with their 95 % confidence intervals."""
+    """Returns accuracies in percent with their 95 % confidence intervals."""
     results: dict[str, Any] = {"loss": loss}
     sets = {"": counts.classes.sum(dim=0)} | ({} if counts.real is None else {"real_": counts.real})
     for prefix, sums in sets.items():
@@ -371,7 +363,7 @@ def _say(results: dict[str, Any], distributed: Distributed) -> None:
             f"{title}{', '.join(parts)}{loss}, of {results[f'{prefix}images']} images; 95 % confidence"
         )
     if results["images_per_second"]:
-        distributed.print_primary(f"{results['images_per_second']:.1f} images/s, the loading included")
+        distributed.print_primary(f"{results['images_per_second']:.1f} images/s, including data loading")
 
 
 def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[str] | None) -> None:
@@ -386,29 +378,29 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
     text = json.dumps(redact_values(results), indent=2) + "\n"
     try:
         atomic_write(folder / "per_class.csv", write_classes)
-        # Before the picture, which says nothing else and may fail.
+        # Before the confusion matrix, which may fail.
         atomic_write(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
     if counts.confusion is None:
-        print(f"no confusion.png: the model has more than {MOST_CLASSES_OF_A_PICTURE} classes")
+        print(f"no confusion.png, because the model has more than {MAX_CONFUSION_CLASSES} classes")
     elif not has_matplotlib():
-        print("no confusion.png, for which matplotlib is needed: pip install matplotlib")
+        print("no confusion.png, because matplotlib is missing: pip install matplotlib")
     else:
         draw_confusion(counts.confusion.cpu(), names, folder / "confusion.png")
     print(f"results are in {folder}")
 
 
 def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path) -> bool:
-    """Draws what share of each class (row) is taken for each class (column).
+    """Draws the confusion matrix: the share of each class (row) that is predicted as each class (column).
 
     Args:
-        confusion: Numbers of images, (K, K).
-        names: Names of the classes; None to number them.
-        path: PNG to write.
+        confusion: Number of images, (K, K).
+        names: Class names; None for numbers.
+        path: PNG file to write.
 
     Returns:
-        Whether it was drawn: False without matplotlib, and after an error, which is printed as a warning.
+        Whether the picture was written. It is not without matplotlib or after an error, which is printed.
     """
     num_classes = len(confusion)
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -422,8 +414,8 @@ def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path)
         axes.set_xticks(range(num_classes), labels, rotation=90, fontsize=size)
         axes.set_yticks(range(num_classes), labels, fontsize=size)
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-            label.set_parse_math(False)  # dollar signs in the name of a class are no formula
-        axes.set_xlabel("taken for")
+            label.set_parse_math(False)  # a dollar sign in a class name does not start a formula
+        axes.set_xlabel("prediction")
         axes.set_ylabel("class")
         if num_classes <= 20:
             for row in range(num_classes):
@@ -438,7 +430,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path)
 
 
 def _label(name: str) -> str:
-    """Returns the beginning of a class name, in characters that can be drawn in one line."""
+    """Returns the first characters of a class name, without characters that cannot be drawn."""
     return printable(name)[:24]
 
 

@@ -33,7 +33,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -51,18 +51,10 @@ from stvit.superpixels import boundaries, boundary_recall, undersegmentation_err
 from stvit.tools.common.checkpoint import Checkpoints
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
 from stvit.tools.common.files import atomic_write
-from stvit.tools.common.model import add_model_arguments
-from stvit.tools.common.viewing import (
-    ImageError,
-    LoadedModel,
-    explain_errors,
-    find_images,
-    fitted,
-    load_model,
-    open_image,
-    open_mask,
-    stages_of,
-)
+from stvit.tools.common.flags import add_flags, from_flags
+from stvit.tools.common.image_files import ImageError, find_images, fit, open_image, open_mask
+from stvit.tools.common.model import ModelSource
+from stvit.tools.common.viewing import LoadedModel, explain_errors, load_model, stages_of
 
 DEFAULT_MODEL = "stvit_small"
 # Endings of the file names, in the order of `SuperTokens.panels`.
@@ -103,13 +95,7 @@ def create_parser() -> Parser:
     parser = Parser(prog="visualize.py", description="Draws the super tokens of a model over images.")
     parser.add_argument("image", metavar="IMAGE", help="image file or directory of images")
     group = parser.add_argument_group("model", "default: stvit_small with random weights")
-    add_model_arguments(group)
-    group.add_argument(
-        "--pretrained",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="published weights for --model (default: on)",
-    )
+    add_flags(group, ModelSource)
     group.add_argument(
         "--checkpoints", nargs="+", metavar="PATH", help="run directories or checkpoints to compare on one sheet"
     )
@@ -178,11 +164,13 @@ def draw(args: argparse.Namespace) -> None:
         _require_slic()
         masks = list(_find_masks(Path(args.masks).expanduser(), images))
 
+    model_source = from_flags(ModelSource, args)
+
     def load_checkpoint(path: Path) -> LoadedModel:
-        return load_model(argparse.Namespace(**{**vars(args), "checkpoint": str(path)}))
+        return load_model(replace(model_source, checkpoint=str(path)))
 
     checkpoints = [] if args.checkpoints is None else _find_checkpoints(args.checkpoints)
-    loaded = load_checkpoint(checkpoints[0][1]) if checkpoints else load_model(args)
+    loaded = load_checkpoint(checkpoints[0][1]) if checkpoints else load_model(model_source)
     stages = _choose_stages(args.stage, loaded)
     if loaded.is_random:
         print(f"warning: {loaded.title}: the model is untrained; pass --checkpoint", file=sys.stderr)
@@ -221,7 +209,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def _compute_view(loaded: LoadedModel, image: Image.Image, stage: int, config: DrawConfig) -> visualize.SuperTokens:
     with explain_errors():
-        return visualize.super_tokens(loaded.model, fitted(image, config.img_size), stage, config.block)
+        return visualize.super_tokens(loaded.model, fit(image, config.img_size), stage, config.block)
 
 
 def _choose_token(view: visualize.SuperTokens, image: Image.Image, config: DrawConfig) -> int:

@@ -20,13 +20,13 @@ from ultralytics.utils import SETTINGS, checks
 from ultralytics.utils.downloads import attempt_download_asset
 
 from stvit.weights.check import WeightsFileError, check_file, find_corruption
-from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error
+from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error, describe_repository
+from stvit.weights.source import Source
 
 from .registration import allow_modules
 
-__all__ = ["CHECKPOINT", "PREFIXES", "check_local", "fetch_checkpoint", "is_trusting", "open_safely", "trusting"]
+__all__ = ["CHECKPOINT", "check_local", "fetch_checkpoint", "is_trusting", "open_safely", "trusting"]
 
-PREFIXES = ("hf-hub:", "hf_hub:")
 # File name of a published checkpoint.
 CHECKPOINT = "model.pt"
 # Environment variable that is set while files are trusted. Processes that training starts for more GPUs read it too.
@@ -51,14 +51,18 @@ def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
         PretrainedDownloadError: If the checkpoint cannot be downloaded.
         PretrainedError: If the file is not a checkpoint of Ultralytics, or is not safe to open.
     """
-    repo_id, _, revision = name.partition(":")[2].partition("@")
-    message = f"{name}: cannot load the detector of the Hub repository {repo_id} (revision {revision or 'main'})"
+    source = Source.parse_hub(name)
+    if source is None:
+        raise PretrainedError(f"{name} is not a model on the Hub; pass hf-hub:ORG/NAME")
+    message = f"{source}: cannot load the detector of {describe_repository(source.name, source.revision)}"
     try:
-        path = Path(_download(repo_id, revision or None, cache_dir))
+        path = Path(_download(source.name, source.revision, cache_dir))
     except PretrainedError as error:
         raise PretrainedError(f"{message}: {error}") from error
     except Exception as error:  # of any library below
-        raise PretrainedDownloadError(f"{message}: {describe_hub_error(error, repo_id, revision)}") from error
+        raise PretrainedDownloadError(
+            f"{message}: {describe_hub_error(error, source.name, source.revision)}"
+        ) from error
     try:
         open_safely(path)
     except PretrainedError as error:

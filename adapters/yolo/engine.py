@@ -17,9 +17,10 @@ from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import unwrap_model
 
 from stvit.weights.config import SPARE_PARAMETERS, limit_parameters
+from stvit.weights.source import Source
 
 from . import modules
-from .checkpoint import PREFIXES, check_local, fetch_checkpoint, trusting
+from .checkpoint import check_local, fetch_checkpoint, trusting
 from .config import RATES, check_config, check_rates, model_file, write_config
 from .registration import allow_modules
 from .weights import align, find_backbone, load_backbone, load_stock, transfer
@@ -188,7 +189,7 @@ class YOLO(ultralytics.YOLO):
             RuntimeError: If weights cannot be read, are not safe to open or do not fit. Often a
                 `stvit.PretrainedError`, which is a subclass.
         """
-        is_published = isinstance(model, (str, Path)) and str(model).strip().startswith(PREFIXES)
+        is_published = isinstance(model, (str, Path)) and Source.parse_hub(model) is not None
         if isinstance(model, dict):
             model = _write_custom(model)
         elif isinstance(model, (str, Path)):
@@ -441,7 +442,7 @@ def _local(name: str) -> str:
 
     Other names are returned unchanged.
     """
-    return str(fetch_checkpoint(name)) if name.startswith(PREFIXES) else name
+    return name if Source.parse_hub(name) is None else str(fetch_checkpoint(name))
 
 
 def _find_model_file(name: str) -> str:

@@ -20,6 +20,7 @@ from stvit.ops import SuperTokenAttention
 from stvit.safe_text import code_span, escape_markdown
 from stvit.weights.create import verify
 from stvit.weights.errors import PretrainedError
+from stvit.weights.source import Source
 
 from .checkpoint import CHECKPOINT, fetch_checkpoint, open_safely
 
@@ -171,7 +172,7 @@ def _card(folder: Path, repo_id: str, detector: Detector, license: str | None) -
         summary=f"An Ultralytics model for the task {code_span(detector.task)}, in half precision. Its configuration "
         f"is {code_span(detector.model)}.",
         code="from stvit.adapters.yolo import YOLO\n\n"
-        f'model = YOLO("hf-hub:{repo_id}")  # runs no code from the checkpoint\n'
+        f'model = YOLO("{Source.hub(repo_id)}")  # runs no code from the checkpoint\n'
         'results = model.predict("photos")',
         image=f"![Results on {escape_markdown(detector.image)}]({EXAMPLE})",
         facts=[
@@ -205,7 +206,7 @@ def compare_with_hub(folder: Path, pushed: Pushed) -> int:
     Raises:
         stvit.hub.HubError: If a tensor or file differs or the detector cannot be loaded.
     """
-    name = f"hf-hub:{pushed.repo_id}@{pushed.commit}"
+    name = str(Source.hub(pushed.repo_id, pushed.commit))
     with TemporaryDirectory() as cache:
         try:
             there = open_safely(fetch_checkpoint(name, cache))["model"].state_dict()

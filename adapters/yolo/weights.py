@@ -1,4 +1,4 @@
-"""Weights from elsewhere for a detector: a timm model's for its backbone, Ultralytics' own for its neck and head."""
+"""Loads pretrained weights into a detector: of a timm model into the backbone, of Ultralytics into neck and head."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -14,57 +14,55 @@ from ultralytics.utils import LOGGER
 
 import stvit
 from stvit.weights.check import check_file
-from stvit.weights.official import strip_prefix_of
+from stvit.weights.official import strip_model_prefix
+from stvit.weights.source import Source
 
-from .checkpoint import PREFIXES, check_local, fetch_checkpoint
+from .checkpoint import check_local, fetch_checkpoint
 from .modules import TimmBackbone, lists_to_tuples, prune
-
-# Ends of the names of files of weights.
-_FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 __all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
 
 
 def find_backbone(model: Any) -> TimmBackbone | None:
-    """The backbone of a detector, if it is a timm model."""
+    """Returns the backbone of a detector if it is a timm model, else None."""
     layers = getattr(model, "model", None)
     first = layers[0] if isinstance(layers, nn.Sequential) and len(layers) else None
     return first if isinstance(first, TimmBackbone) else None
 
 
 def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
-    """Loads pretrained weights into a backbone, all of them or none.
+    """Loads pretrained weights into a backbone, either all or none.
 
     Args:
-        backbone: What they are for.
-        source: A timm tag ('stvit_small.in1k'), a model on the Hub ('hf-hub:org/name') or of a folder
-            ('local-dir:…'), a file of weights; True for timm's own of the backbone's name.
+        backbone: Backbone to load into.
+        source: Tag of timm ('stvit_small.in1k'), model on the Hub ('hf-hub:org/name' or 'org/name'), folder, run
+            directory or file of weights; True for the published weights of the backbone.
 
     Returns:
-        How many tensors were loaded.
+        Number of loaded tensors.
 
     Raises:
-        ValueError: If the weights are of another model.
-        RuntimeError: If they cannot be read or do not fit.
+        ValueError: If the source does not exist or belongs to another model.
+        RuntimeError: If the weights cannot be read or do not fit.
     """
-    name, kwargs = _pretrained_model(backbone, source)
+    name, kwargs = _timm_arguments(backbone, source)
     try:
         net: Any = stvit.create_model(name, pretrained=True, in_chans=backbone.in_chans, **lists_to_tuples(kwargs))
-    except Exception as error:  # the network, a file, a Hub's answer
-        raise RuntimeError(
-            f"pretrained_backbone={str(source)!r} could not be loaded into {backbone.name}: {error}"
-        ) from error
+    except Exception as error:  # of the network, the Hub or an arbitrary file
+        raise RuntimeError(f"cannot load pretrained_backbone={str(source)!r} into {backbone.name}: {error}") from error
     expected = timm.models.model_entrypoint(backbone.name.split(".")[0])
     found = timm.models.model_entrypoint(str(net.pretrained_cfg.get("architecture") or name.split(".")[0]))
     if found is not expected:
-        raise ValueError(f"pretrained_backbone={str(source)!r} is a {found.__name__}, the backbone is {backbone.name}")
+        raise ValueError(
+            f"pretrained_backbone={str(source)!r} is a {found.__name__} checkpoint, but the backbone is {backbone.name}"
+        )
     prune(net, backbone.out_indices)
     weights, target = net.state_dict(), backbone.net.state_dict()
     unfit = [key for key, value in target.items() if key not in weights or weights[key].shape != value.shape]
     if unfit or not target:
         raise RuntimeError(
-            f"pretrained_backbone={str(source)!r} does not fit {backbone.name}: of {len(target)} tensors "
-            f"{len(unfit)} are missing or of another shape, {', '.join(unfit[:5])}"
+            f"pretrained_backbone={str(source)!r} does not fit {backbone.name}: {len(unfit)} of {len(target)} tensors "
+            f"are missing or have another shape: {', '.join(unfit[:5])}"
         )
     backbone.net.load_state_dict({key: weights[key] for key in target})
     LOGGER.info(f"Loaded {len(target)}/{len(target)} tensors of the backbone {backbone.name} from {source}")
@@ -72,31 +70,31 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
 
 
 def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool = False) -> list[str]:
-    """Loads Ultralytics' own YOLO26 weights into those layers of a detector that are Ultralytics' own.
+    """Loads Ultralytics' YOLO26 weights into the layers of a detector that come from Ultralytics.
 
     Args:
-        model: The detector, made from one of our model files.
-        source: 'yolo26s.pt', of the same scale, or the model itself.
-        trust: Whether to open a file that holds more than a detector, which runs its code.
+        model: Detector from a model file of this package.
+        source: Checkpoint of the same scale, such as 'yolo26s.pt', or a loaded model.
+        trust: Whether to open a file with more than a detector. Opening such a file runs its code.
 
     Returns:
-        Names of the tensors that were loaded.
+        Names of the loaded tensors.
 
     Raises:
-        ValueError: If the scale or the generation differs, or nothing fits.
-        RuntimeError: If they cannot be read.
+        ValueError: If the scale or the generation of YOLO differs, or no tensor fits.
+        RuntimeError: If the checkpoint cannot be read.
     """
     weights = source if isinstance(source, nn.Module) else _load_detector(source, trust)
     configs = [getattr(m, "yaml", {}) for m in (model, weights)]
     if isinstance(weights.model[-1], Detect) and isinstance(model.model[-1], Detect):  # type: ignore[index]
         families = [(config.get("end2end"), config.get("reg_max")) for config in configs]
         if families[0] != families[1]:
-            raise ValueError(f"stock_weights={_label(source)} is another generation of YOLO than the model")
+            raise ValueError(f"stock_weights={_label(source)} is of another generation of YOLO than the model")
     scales = [config.get("scale", "") for config in configs]
     if scales[0] != scales[1]:
-        raise ValueError(f"stock_weights={_label(source)} is of scale {scales[1]!r}, the model of scale {scales[0]!r}")
+        raise ValueError(f"stock_weights={_label(source)} has scale {scales[1]!r}, but the model has {scales[0]!r}")
     aligned = align(weights, model)
-    # A YAML-built model has placeholders for names; with those of the weights none of its classes is moved.
+    # A new model has placeholders as class names. With the names of the weights Ultralytics keeps the order of classes.
     names = dict(getattr(weights, "names", {}))
     if len(names) == len(model.names):
         model.names = names
@@ -107,7 +105,7 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
     loaded = [key for key in of_stock if key in offered and torch.equal(own[key].float(), offered[key].float())]
     if not loaded:
         raise ValueError(
-            f"stock_weights={_label(source)}: none of its tensors fits the {len(of_stock)} of neck and head"
+            f"stock_weights={_label(source)}: no tensor fits any of the {len(of_stock)} tensors of neck and head"
         )
     LOGGER.info(f"Loaded {len(loaded)}/{len(of_stock)} tensors of Ultralytics' own layers from {_label(source)}")
     return loaded
@@ -116,27 +114,33 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
 def _load_detector(source: str | Path, trust: bool) -> Any:
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"stock_weights must be a checkpoint of Ultralytics such as yolo26s.pt, got {source!r}")
-    if str(source).startswith(PREFIXES):
+    if Source.parse_hub(source) is not None:
         source = fetch_checkpoint(str(source))
     else:
         try:
             check_local(source, trust)
         except (OSError, RuntimeError, TypeError) as error:
-            raise RuntimeError(f"stock_weights={_label(source)} could not be loaded: {error}") from error
+            raise RuntimeError(f"cannot load stock_weights={_label(source)}: {error}") from error
     try:
         weights = load_checkpoint(source)[0]
-    except Exception as error:  # a suffix, the network, a file of any kind
+    except Exception as error:  # of the network or an arbitrary file
         raise RuntimeError(
-            f"stock_weights={_label(source)} could not be loaded, it must be a checkpoint of Ultralytics such as "
-            f"yolo26s.pt: {error}"
+            f"cannot load stock_weights={_label(source)}; pass a checkpoint of Ultralytics such as yolo26s.pt: {error}"
         ) from error
     if not isinstance(getattr(weights, "model", None), nn.Sequential):
-        raise ValueError(f"stock_weights={_label(source)} is no YOLO26 but a {type(weights).__name__}")
+        raise ValueError(f"expected a YOLO26 as stock_weights={_label(source)}, got a {type(weights).__name__}")
     return weights
 
 
 def align(weights: nn.Module, model: nn.Module) -> nn.Module:
-    """A trained model with its layers where another has them, for `BaseModel.load`, which goes by names."""
+    """Returns trained weights with their layers at the indices of another model.
+
+    `BaseModel.load` matches tensors by name, and names contain the index of the layer.
+
+    Args:
+        weights: Trained model.
+        model: Model to load into.
+    """
     ours, theirs = _stock_layers(model), _stock_layers(weights)
     if ours == theirs:
         return weights
@@ -153,21 +157,21 @@ def align(weights: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _alike(layer: nn.Module, target: nn.Module) -> bool:
-    """Whether two layers are of a kind; heads of detection are, whatever else they give."""
+    """Returns whether two layers have the same type. All detection heads count as the same type."""
     return type(layer) is type(target) or (isinstance(layer, Detect) and isinstance(target, Detect))
 
 
 def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None) -> None:
-    """Loads one detector's weights into another, built anew by a trainer for other classes or channels.
+    """Copies the weights of a detector to a new detector that a trainer built for other classes or channels.
 
     Args:
-        weights: The detector that has them.
-        model: The new one.
-        keys: Those tensors of `weights` that were loaded; the others are as random as the new model's, which stay for
-            the sake of its seed. None if all count.
+        weights: Detector with the weights.
+        model: New detector.
+        keys: Tensors of `weights` that were loaded from a checkpoint; None for all. The other tensors are random. They
+            are not copied, so that the seed of the new model determines them.
 
     Raises:
-        RuntimeError: If the backbone is the same and not all of it arrives.
+        RuntimeError: If both have the same backbone and a tensor of it was not copied.
     """
     aligned = align(weights, model)
     if keys is not None:
@@ -177,9 +181,9 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
                 value.copy_(own[key])
         layers: Any = aligned.model
         if not any(key.startswith(f"model.{len(layers) - 1}.") for key in keys):
-            layers[-1] = nn.Identity()  # else a head for other classes is rebuilt at the width of one that is random
+            layers[-1] = nn.Identity()  # or Ultralytics would give a head for other classes the width of a random head
     if keys is None or keys:
-        model.load(aligned, verbose=keys is None)  # of a part it would count the random ones in
+        model.load(aligned, verbose=keys is None)  # the log would count random tensors as loaded
     source, target = find_backbone(weights), find_backbone(model)
     if source is None or target is None or source.name != target.name or source.out_indices != target.out_indices:
         return
@@ -189,14 +193,14 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
 
 
 def _adapt_images(source: TimmBackbone, target: TimmBackbone) -> None:
-    """The first convolution for other channels, which Ultralytics leaves at random: as timm does it."""
+    """Adapts the first convolution to other image channels like timm. Ultralytics would leave it random."""
     if source.in_chans == target.in_chans:
         return
     for name in _first_convs(target):
         weight = source.net.get_parameter(f"{name}.weight").detach()
         if source.in_chans == 3:
             adapted = adapt_input_conv(target.in_chans, weight)
-        else:  # what it makes of a gray image, shared among the channels
+        else:  # equal shares of the response to a gray image
             adapted = weight.sum(1, keepdim=True).repeat(1, target.in_chans, 1, 1) / target.in_chans
         target.net.get_parameter(f"{name}.weight").data.copy_(adapted)
 
@@ -208,7 +212,7 @@ def _check_arrival(source: TimmBackbone, target: TimmBackbone) -> None:
         key for key, value in here.items() if key not in first and not torch.equal(value.float(), there[key].float())
     ]
     if lost:
-        raise RuntimeError(f"{len(lost)} of {len(here)} tensors of the backbone were lost on the way: {lost[:5]}")
+        raise RuntimeError(f"{len(lost)} of {len(here)} tensors of the backbone were not copied: {lost[:5]}")
     adapted = f", the first convolution adapted to {target.in_chans} channels" if first else ""
     LOGGER.info(f"Transferred {len(here)}/{len(here)} tensors of the backbone {target.name}{adapted}")
 
@@ -219,7 +223,10 @@ def _first_convs(backbone: TimmBackbone) -> list[str]:
 
 
 def _stock_layers(model: nn.Module) -> list[int]:
-    """For each layer the row of Ultralytics' file that it is, or -1; of a model that does not say, its own number."""
+    """Returns the row in Ultralytics' model file for each layer; -1 for a layer that is not in the file.
+
+    The rows of a model without this information are 0, 1, 2 and so on.
+    """
     layers: Any = getattr(model, "model", ())
     stock = getattr(model, "yaml", {}).get("stock_layers")
     if isinstance(stock, list) and len(stock) == len(layers):
@@ -227,52 +234,52 @@ def _stock_layers(model: nn.Module) -> list[int]:
     return [-1 if isinstance(layer, TimmBackbone) else place for place, layer in enumerate(layers)]
 
 
-def _pretrained_model(backbone: TimmBackbone, source: str | Path | bool) -> tuple[str, dict[str, Any]]:
-    """What timm's create_model takes for a source of weights."""
+def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the arguments with which timm creates a model with the weights of a source.
+
+    Raises:
+        ValueError: If the source does not exist or belongs to another model.
+        RuntimeError: If a file cannot be read.
+    """
+    kwargs = dict(backbone.model_args)
     if source is True:
-        return backbone.name, dict(backbone.model_args)
+        return backbone.name, kwargs
     if not isinstance(source, (str, Path)) or not str(source):
-        raise ValueError(f"pretrained_backbone must be a timm tag, a Hub id, a file or True, got {source!r}")
-    text = str(source)
-    if text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return text, dict(backbone.model_args)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return f"local-dir:{path}", dict(backbone.model_args)
-    if path.is_file():
-        num_classes = _classes_of(path, backbone)
-        overlay = {"file": str(path), "num_classes": num_classes}
-        return backbone.name, {**backbone.model_args, "num_classes": num_classes, "pretrained_cfg_overlay": overlay}
-    if timm.is_model(text.split(".")[0]) and path.suffix.lower() not in _FILES:
-        if text.split(".")[0] != backbone.name.split(".")[0]:
-            raise ValueError(f"pretrained_backbone={text!r} is of another model than the backbone, {backbone.name}")
-        return text, dict(backbone.model_args)
-    if text.count("/") == 1 and not path.suffix:
-        return f"hf-hub:{text}", dict(backbone.model_args)
-    raise ValueError(
-        f"pretrained_backbone={text!r} is no file and no timm model: pass a path, a tag of {backbone.name}, or "
-        "hf-hub:org/name"
-    )
+        raise ValueError(f"pretrained_backbone must be a timm tag, a Hub id, a folder, a file or True, got {source!r}")
+    try:
+        parsed = Source.parse(source, allow_bare_repo_id=True)
+    except ValueError as error:
+        raise ValueError(f"pretrained_backbone: {error}, or a tag of {backbone.name}") from error
+    if parsed.kind == "file":
+        num_classes = _count_classes(parsed.path, backbone)
+        overlay = {"file": str(parsed.path), "num_classes": num_classes}
+        return backbone.name, {**kwargs, "num_classes": num_classes, "pretrained_cfg_overlay": overlay}
+    architecture = parsed.name.split(".")[0]
+    if parsed.kind == "timm" and architecture != backbone.name.split(".")[0]:
+        raise ValueError(
+            f"pretrained_backbone={parsed.name!r} is a {architecture} checkpoint, but the backbone is {backbone.name}"
+        )
+    return str(parsed), kwargs
 
 
-def _classes_of(path: Path, backbone: TimmBackbone) -> int:
-    """Classes of the classifier in a file of weights, or 0: told these, timm checks the file to the last key."""
+def _count_classes(path: Path, backbone: TimmBackbone) -> int:
+    """Returns the number of classes in a file of weights, or 0. With this number timm checks all keys of the file."""
     try:
         check_file(path)
         state_dict = load_state_dict(str(path))
-    except Exception as error:  # a file of any kind
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    except Exception as error:  # an arbitrary file
+        first_line = str(error).strip().partition("\n")[0]
         raise RuntimeError(
-            f"pretrained_backbone={str(path)!r} cannot be read as weights of a classifier ({what}); a detector's "
-            "checkpoint is for YOLO(…) itself, or for pretrained="
+            f"pretrained_backbone={str(path)!r}: cannot read weights of a classifier ({type(error).__name__}: "
+            f"{first_line}); pass a detector's checkpoint to YOLO(...) or as pretrained="
         ) from error
     try:
-        state_dict = strip_prefix_of(backbone.name, state_dict)[0]
+        state_dict = strip_model_prefix(backbone.name, state_dict)[0]
     except ValueError as error:
         raise RuntimeError(f"pretrained_backbone={str(path)!r}: {error}") from error
     classifier = backbone.net.pretrained_cfg.get("classifier")
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    for name in [*names, "head"]:  # the published code's name
+    for name in [*names, "head"]:  # 'head' in the authors' code
         weight = state_dict.get(f"{name}.weight")
         if isinstance(weight, torch.Tensor):
             return int(weight.shape[0])

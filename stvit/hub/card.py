@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stvit.hub.files import file_sha256
 from stvit.hub.folder import WEIGHTS, Details, FolderConfig, Metric, read_config
 from stvit.safe_text import code_span, escape_markdown, one_line
-from stvit.weights.errors import is_own_model
+from stvit.weights.source import is_own_model
 
 __all__ = ["CARD", "CARD_MARK", "Card", "class_list", "is_edited", "model_card", "table", "write_card"]
 

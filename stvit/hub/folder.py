@@ -162,11 +162,11 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / CONFIG
     try:
-        architecture, pretrained_cfg, _ = read_timm_config(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content.get("pretrained_cfg"), dict):
+        config = read_timm_config(path)
+        if not isinstance(config.content.get("pretrained_cfg"), dict):
             raise ValueError("pretrained_cfg is missing")
-        return FolderConfig(architecture, pretrained_cfg, Details.from_dict(content.get(_KEY, {})))
+        details = Details.from_dict(config.content.get(_KEY, {}))
+        return FolderConfig(config.architecture, config.pretrained_cfg, details)
     except (OSError, KeyError, ValueError) as error:
         problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise HubError(f"cannot read {path}: {problem}; save the model again") from error

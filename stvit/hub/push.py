@@ -20,6 +20,7 @@ from stvit.hub.folder import WEIGHTS
 from stvit.safe_text import redact
 from stvit.weights.create import create_model
 from stvit.weights.errors import describe_hub_error, is_network_error
+from stvit.weights.source import Source
 
 __all__ = [
     "Pushed",
@@ -464,7 +465,7 @@ def compare_model_with_hub(folder: Path, repo_id: str, commit: str) -> int:
     Raises:
         HubError: If a tensor differs or the model cannot be loaded.
     """
-    name = f"hf-hub:{repo_id}@{commit}"
+    name = str(Source.hub(repo_id, commit))
     with TemporaryDirectory() as cache:
         try:
             model = create_model(name, pretrained=True, verify=True, cache_dir=cache)

@@ -12,6 +12,7 @@ from stvit.hub.card import CARD, write_card
 from stvit.hub.files import HubError, copy_file
 from stvit.hub.folder import CONFIG, WEIGHTS, Details, read_config, save, write_details
 from stvit.weights.create import create_model
+from stvit.weights.source import Source
 
 __all__ = ["Release"]
 
@@ -42,7 +43,7 @@ class Release:
             HubError: If config.json cannot be read.
             stvit.PretrainedError: If the model cannot be loaded.
         """
-        model: Any = create_model(f"local-dir:{folder}", pretrained=True).eval()
+        model: Any = create_model(str(Source.folder(folder)), pretrained=True).eval()
         config = read_config(folder)
         names = config.pretrained_cfg.get("label_names")
         return cls(model, resolve_input_data_config(model), names, config.details, folder)
@@ -100,7 +101,7 @@ class Release:
                 if (self.folder / file).exists() or (self.folder / file).is_symlink():
                     copy_file(self.folder, file, folder / file)
             write_details(folder, self.details)
-        again = create_model(f"local-dir:{folder}", pretrained=True).eval()
+        again = create_model(str(Source.folder(folder)), pretrained=True).eval()
         if not torch.equal(self._run(again), self._run(self.model)):
             raise HubError(f"{self.name} gives another output after saving and loading; report this as a bug")
         return write_card(folder, name, license=license)

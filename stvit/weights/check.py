@@ -1,7 +1,7 @@
-"""Checks that a file of weights can be read without running code and without exhausting memory.
+"""Checks the structure of a file of weights before anything loads it.
 
-`check_file` looks at the structure of a file before anything is restored from it. Its memory is bounded by the size of
-the file. Whatever passes can be given to `torch.load(weights_only=True)`, by this package, by timm or by Ultralytics.
+A hostile file could run code or fill the memory. `check_file` needs memory proportional to the size of the file, and
+restores nothing. A file that passes can be loaded with `torch.load(weights_only=True)`, by timm and Ultralytics too.
 """
 
 import io
@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 
 __all__ = ["WeightsFileError", "check_file", "class_names", "count_elements", "find_corruption"]
 
-# Bytes of the pickle in a file, which holds the names and shapes. 100,000 tensors take about 20 MB. Restored, a pickle
-# takes up to 60 times its size.
+# Largest pickle in a file, in bytes. It holds names and shapes: about 20 MB for 100,000 tensors. Restored, it takes up
+# to 60 times its size in memory.
 MAX_PICKLE = 32 << 20
 MAX_KINDS = 10_000
-# Bytes of an element of a storage, by the name of its class.
+# Bytes per element, by the name of the storage class.
 _ITEM_SIZES = {
     "UntypedStorage": 1,
     "BoolStorage": 1,
@@ -44,7 +44,7 @@ _ITEM_SIZES = {
     "QUInt2x4Storage": 1,
     "QUInt4x2Storage": 1,
 }
-# Functions and classes of a pickle that take numbers. Any other that is given one could allocate that much.
+# Functions and classes that take numbers in a pickle. A number could make any other one allocate that much memory.
 _TAKES_NUMBERS = (
     "torch._utils.",
     "torch._tensor.",
@@ -57,10 +57,10 @@ _TAKES_NUMBERS = (
 
 
 class WeightsFileError(ValueError):
-    """Raised when a file of weights is damaged, or could exhaust the memory.
+    """Raised when a file of weights is damaged or could fill the memory.
 
     Attributes:
-        problem: What is wrong, as the rest of a sentence about the file.
+        problem: Predicate of a sentence about the file, such as "is empty".
     """
 
     def __init__(self, problem: str, path: Path | None = None) -> None:
@@ -69,30 +69,30 @@ class WeightsFileError(ValueError):
 
 
 def check_file(path: Path) -> None:
-    """Checks that reading a file of weights takes no more memory than its size promises. Restores nothing from it.
+    """Checks that a file of weights is intact and needs no more memory than its size suggests.
 
     Raises:
-        WeightsFileError: If the file is damaged, or could exhaust the memory.
-        OSError: If it cannot be read.
+        WeightsFileError: If the file is damaged or could fill the memory.
+        OSError: If the file cannot be read.
     """
     count_elements(path)
 
 
 def count_elements(path: Path) -> int:
-    """Checks a file of weights as `check_file` does, and returns the number of elements of its tensors."""
+    """Checks a file like `check_file` and returns the number of elements in its tensors."""
     if path.suffix == ".safetensors":
         return _count_safetensors(path)
     return _inventory(path).elements
 
 
 def class_names(path: Path) -> set[str]:
-    """Checks a file of `torch.save` as `check_file` does, and returns the names of the classes and functions in it."""
+    """Checks a file of `torch.save` like `check_file` and returns the names of its classes and functions."""
     return set(_inventory(path).kinds)
 
 
 def _inventory(path: Path) -> "_Inventory":
     try:
-        # A pipe or a device would wait or never end.
+        # Reading a pipe or a device could wait forever.
         if not stat.S_ISREG(path.stat().st_mode):
             raise WeightsFileError("is not a file")
         with path.open("rb") as file:
@@ -106,37 +106,38 @@ def _inventory(path: Path) -> "_Inventory":
 
 
 def _count_safetensors(path: Path) -> int:
-    """The library checks that header and tensors fill the file exactly."""
+    """Returns the number of elements; safetensors checks that header and tensors fill the file exactly."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise WeightsFileError("is not a file", path)
     try:
         with safe_open(path, framework="pt") as tensors:
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
     except SafetensorError as error:
-        raise WeightsFileError(f"is no whole safetensors file ({error})", path) from error
+        raise WeightsFileError(f"is not an intact safetensors file ({error})", path) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch.save: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, and in it a pickle and a file per storage
+# torch.save writes a zip archive (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT) with a pickle and a
+# member for each storage
 
 
 def _check_archive(file: BinaryIO, size: int) -> "_Inventory":
-    """Checks an archive of `torch.save`.
+    """Checks an archive of `torch.save` and returns its inventory.
 
-    Python's zipfile and the reader in PyTorch find the members of a malformed archive in different places. This one
-    therefore takes only what `torch.save` writes: members that are stored, apart from each other, and listed at the
-    very end of the file.
+    Python's zipfile and PyTorch's reader find the members of a malformed archive in different places. This check
+    therefore accepts only archives as `torch.save` writes them: uncompressed members that do not overlap, with the
+    table of contents at the very end of the file.
     """
     members = _members(file, size)
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise WeightsFileError("is no file of torch.save: it must hold one data.pkl")
+        raise WeightsFileError("is not a file of torch.save: expected one data.pkl in the archive")
     folder = pickles[0].removesuffix("data.pkl")
     start, length = members[pickles[0]]
     if length > MAX_PICKLE:
         raise WeightsFileError(
-            f"holds a pickle of {length:,} bytes, and {MAX_PICKLE:,} is the limit, since it takes many times its size "
-            "in memory; save the tensors without what is beside them"
+            f"contains a pickle of {length:,} bytes, more than the limit of {MAX_PICKLE:,}; a pickle needs many times "
+            "its size in memory; save only the tensors"
         )
     file.seek(start)
     inventory = _Inventory(io.BytesIO(file.read(length)))
@@ -149,12 +150,14 @@ def _check_archive(file: BinaryIO, size: int) -> "_Inventory":
 
 
 def _members(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
-    """Returns the place and the size of each member of an archive, by its name in lower case, as PyTorch looks it up.
+    """Returns the offset and size of each member of an archive, by lower-case name.
+
+    PyTorch ignores case when it looks up a member.
 
     Raises:
-        WeightsFileError: If the archive is not as `torch.save` writes it.
+        WeightsFileError: If the archive differs from archives of `torch.save`.
     """
-    damaged = WeightsFileError("is damaged, or is no file of torch.save: its table of contents is not at its end")
+    damaged = WeightsFileError("is damaged or not a file of torch.save: the table of contents is not at its end")
     file.seek(max(0, size - 98))
     tail = file.read()
     end = len(tail) - 22
@@ -162,7 +165,7 @@ def _members(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         raise damaged
     count, length, start = struct.unpack("<HLL", tail[end + 10 : end + 20])
     stop = size - 22
-    if tail[end - 20 : end - 16] == b"PK\x06\x07" and end >= 76:  # the form for large archives, before the other
+    if tail[end - 20 : end - 16] == b"PK\x06\x07" and end >= 76:  # the record of archives above 4 GB
         stop -= 76
         if struct.unpack("<Q", tail[end - 12 : end - 4])[0] != stop or tail[end - 76 : end - 72] != b"PK\x06\x06":
             raise damaged
@@ -200,11 +203,11 @@ def _members(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         members[name] = (begin, unpacked)
         spans.append((header, begin + unpacked))
     if any(name.endswith("/constants.pkl") for name in members):
-        raise WeightsFileError("is a TorchScript program, give the checkpoint that it was made from")
+        raise WeightsFileError("is a TorchScript program; pass the checkpoint that it was made from")
     if packed_names:
         raise WeightsFileError(
-            f"holds {packed_names[0]} compressed or encrypted, which torch.save never does, and unpacked it could fill "
-            "the memory; if you trust the file, load it with torch.load and save it again with torch.save"
+            f"has a compressed or encrypted member, {packed_names[0]}, which torch.save never writes and which could "
+            "fill the memory; if you trust the file, load it with torch.load and save it again with torch.save"
         )
     spans.sort()
     if any(one[1] > two[0] for one, two in zip(spans, spans[1:])):  # noqa: B905, RUF007
@@ -213,7 +216,7 @@ def _members(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
 
 
 def _large_sizes(extra: bytes, unpacked: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Sizes and place of a member, from its extra field where they do not fit into 32 bits."""
+    """Returns sizes and offset of a member, taking values above 32 bits from its extra field."""
     values: list[int] = []
     place = 0
     while place + 4 <= len(extra):
@@ -232,14 +235,17 @@ def _large_sizes(extra: bytes, unpacked: int, packed: int, header: int) -> tuple
 
 
 def _check_legacy(file: BinaryIO, size: int) -> "_Inventory":
-    """Checks a file of PyTorch before 1.6: pickles of a number, a version, a system and the contents, then bytes."""
+    """Checks a file of PyTorch before 1.6 and returns its inventory.
+
+    The file has four pickles (a magic number, the version, the system and the contents), then the bytes of the tensors.
+    """
     file.seek(0)
     stream = io.BytesIO(file.read(MAX_PICKLE))
     first = _Inventory(stream)
     if first.run() != torch.serialization.MAGIC_NUMBER:
         if first.kinds:
-            raise WeightsFileError(f"wants to run {', '.join(sorted(first.kinds))}, and no code of a file is run")
-        raise WeightsFileError("is no file of weights, or a damaged one")
+            raise WeightsFileError(f"would run {', '.join(sorted(first.kinds))}, and code in files is never run")
+        raise WeightsFileError("is damaged or not a file of weights")
     for _ in range(2):
         _Inventory(stream).run()
     inventory = _Inventory(stream)
@@ -251,14 +257,14 @@ def _check_legacy(file: BinaryIO, size: int) -> "_Inventory":
 
 
 class _Storage:
-    """Stands for the bytes of tensors."""
+    """Stand-in for a storage."""
 
     def __init__(self, elements: int) -> None:
         self.elements = elements
 
 
 class _Thing:
-    """Stands for an object of any class: takes what a pickle gives it, and keeps nothing."""
+    """Stand-in for an object of any class. Accepts all calls and keeps nothing."""
 
     source = ""
 
@@ -267,7 +273,7 @@ class _Thing:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     raise WeightsFileError(
-                        f"wants to run {cls.source}({value}), and no code of a file of weights is run"
+                        f"would run {cls.source}({value}), and code in files of weights is never run"
                     )
         return super().__new__(cls)
 
@@ -275,7 +281,7 @@ class _Thing:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        _check_tensor(state)  # the state of a tensor was what it is made of
+        _check_tensor(state)  # older files keep storage and shape of a tensor in its state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -291,18 +297,18 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class _Inventory(_PythonUnpickler):
-    """Lists the tensors of a pickle. Imports nothing, calls nothing of it, and allocates nothing for a tensor.
+    """Lists the tensors of a pickle without importing, calling or allocating anything that the pickle names.
 
-    Python's own unpickler in place of the one in C, whose memory follows numbers in the file.
+    This is Python's unpickler, because the one in C allocates whatever sizes the file states.
 
     Attributes:
-        storages: Bytes of each storage, by its key.
-        elements: Elements of all storages.
-        kinds: Stand-ins for the classes and functions, by their names.
+        storages: Bytes of each storage, by key.
+        elements: Number of elements of all storages.
+        kinds: Stand-ins for classes and functions, by name.
     """
 
-    # This opcode allocates a number of bytes that the file names. torch.save writes protocol 2, which lacks it.
-    dispatch = {  # noqa: RUF012  # as there
+    # This opcode allocates as many bytes as the file states. Protocol 2, which torch.save writes, lacks it.
+    dispatch = {  # noqa: RUF012  # as in the base class
         key: value for key, value in _PythonUnpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]
     }
 
@@ -313,17 +319,17 @@ class _Inventory(_PythonUnpickler):
         self.kinds: dict[str, type] = {}
 
     def run(self) -> Any:
-        """Reads the pickle; returns what it holds, with stand-ins.
+        """Reads the pickle and returns its contents with stand-ins.
 
         Raises:
-            WeightsFileError: If it is damaged, or a tensor is larger than its storage.
+            WeightsFileError: If the pickle is damaged, or a tensor is larger than its storage.
         """
         try:
             return self.load()
         except WeightsFileError:
             raise
-        except Exception as error:  # what is no pickle raises nearly everything
-            raise WeightsFileError("is no file of weights, or a damaged one") from error
+        except Exception as error:  # an arbitrary file raises nearly any error
+            raise WeightsFileError("is damaged or not a file of weights") from error
 
     def find_class(self, module: str, name: str) -> Any:
         source = f"{module}.{name}"
@@ -338,14 +344,14 @@ class _Inventory(_PythonUnpickler):
         return self.kinds[source]
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":  # a class, in the older format
+        if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":  # a class in the format before 1.6
             return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
             return _Thing()
         _, kind, key, _, elements = pid[:5]
         item_size = _ITEM_SIZES.get(getattr(kind, "source", "").rpartition(".")[2])
         if item_size is None or type(elements) is not int or elements < 0:
-            raise WeightsFileError("is damaged: it holds a storage of an unknown kind")
+            raise WeightsFileError("is damaged: it has a storage of an unknown type")
         key = str(key)
         if key not in self.storages:
             self.elements += elements
@@ -354,32 +360,32 @@ class _Inventory(_PythonUnpickler):
 
 
 def _tensor(*args: Any) -> _Thing:
-    """Stands for the functions that make a tensor of its storage, its place there, its shape and more."""
+    """Stand-in for the functions that create a tensor from storage, offset, shape and so on."""
     _check_tensor(args)
     return _Thing()
 
 
 def _subclass_tensor(function: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """Stands for the function that makes a tensor of a subclass by calling another one."""
+    """Stand-in for the function that creates a tensor of a subclass by calling another function."""
     return function(*args)
 
 
 def _check_tensor(args: Any) -> None:
-    """Checks a tensor: a view of a few bytes with a huge size would fill the memory once it is copied."""
+    """Refuses a tensor larger than its storage, such as a huge view of a few bytes: a copy would fill the memory."""
     if not isinstance(args, tuple) or len(args) < 4 or not isinstance(args[0], _Storage):
         return
     shape = args[2]
     if not isinstance(shape, tuple) or not all(type(length) is int and length >= 0 for length in shape):
-        raise WeightsFileError("is damaged: it holds a tensor without a shape")
+        raise WeightsFileError("is damaged: it has a tensor without a shape")
     if math.prod(shape) > args[0].elements:
         raise WeightsFileError(
-            f"holds a tensor of shape {list(shape)} on a storage of {args[0].elements:,} elements: copied it could "
-            "fill the memory; save a copy of it, tensor.clone()"
+            f"has a tensor of shape {list(shape)} on a storage of {args[0].elements:,} elements, whose copy could fill "
+            "the memory; save a copy of the tensor, tensor.clone()"
         )
 
 
 def find_corruption(path: Path) -> str | None:
-    """What is wrong with a file of weights at first sight, as the rest of a sentence; None if nothing is."""
+    """Returns the visible defect of a file of weights, such as "is empty"; None if there is none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -387,20 +393,20 @@ def find_corruption(path: Path) -> str | None:
             return "is empty"
         if start.startswith(b"version https://git-lfs"):
             return (
-                "is a Git LFS pointer, the few lines that stand for the weights and not the weights (in a clone, `git "
-                "lfs pull` fetches them)"
+                "is a Git LFS pointer, a few lines of text in place of the weights (run `git lfs pull` in the clone to "
+                "download them)"
             )
         if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
             return "is a web page, not weights"
         if path.suffix != ".safetensors":
             return None
         try:
-            # The header's length, the header, and the tensors: https://github.com/huggingface/safetensors#format
+            # Length of the header, header, tensors: https://github.com/huggingface/safetensors#format
             (length,) = struct.unpack("<Q", start[:8])
             file.seek(8)
-            # safetensors refuses a header of more than 100 MB.
+            # safetensors refuses headers above 100 MB.
             header = json.loads(file.read(length) if length < min(size, 100_000_000) else b"")
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            return f"is truncated or no safetensors at all ({size} bytes)"
+            return f"is truncated or not a safetensors file ({size} bytes)"
     return f"is truncated: it has {size} bytes of {end}" if size < end else None

@@ -1,7 +1,7 @@
-"""Checks what config.json says of a model before anything is built from it.
+"""Reads and checks config.json before a model is built from it.
 
-A folder or a repository on the Hub may come from anybody. Each field that timm or this package uses has a type and a
-range here, and the parameters of a model are counted while it is built.
+A folder or a repository on the Hub may come from anybody. Type and range of each field that timm or this package reads
+are checked. The parameters of a model are counted while it is built.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from torch.nn.modules.module import (
 
 from stvit.safe_text import clipped
 
-__all__ = ["ModelTooLargeError", "check_model_args", "check_pretrained_cfg", "limit_parameters", "read_config"]
+__all__ = [
+    "ModelTooLargeError",
+    "SavedConfig",
+    "check_model_args",
+    "check_pretrained_cfg",
+    "limit_parameters",
+    "read_config",
+    "read_content",
+]
 
 MAX_CONFIG = 64 << 20  # bytes
 MAX_IMAGE = 1 << 28  # values of an image: 1 GB in float32
@@ -27,58 +36,91 @@ MAX_SIDE = 1 << 14
 MAX_CLASSES = 1 << 24
 MAX_NUMBER = 1e9
 MAX_LENGTH = 10_000
-# What a model may have beyond twice the elements of its file, for a classifier of other classes and the like: 1 GB.
+# Parameters of a model beyond twice the elements in its file, for a new classifier and the like: 1 GB.
 SPARE_PARAMETERS = 1 << 28
-# Modules and parameters of a model; the largest models of timm have a few thousand.
+# Largest number of modules and parameters; the largest models of timm have a few thousand.
 MAX_PARTS = 20_000
 
 
 class ModelTooLargeError(ValueError):
-    """Raised while a model is built that has more parameters than its weights."""
+    """Raised when a model has more parameters than its file of weights can explain."""
 
 
-def read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Reads config.json and checks its fields.
+@dataclass(frozen=True)
+class SavedConfig:
+    """Contents of config.json.
+
+    Attributes:
+        architecture: Name of the model in timm's registry.
+        pretrained_cfg: Fields of timm's `PretrainedCfg`, with `num_classes` and `label_names` of the top level.
+        model_args: Arguments of the model.
+        content: Everything in the file, as it is.
+    """
+
+    architecture: str
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
+    content: dict[str, Any]
+
+
+def read_content(path: Path, max_bytes: int = MAX_CONFIG) -> dict[str, Any]:
+    """Returns the contents of config.json without checks of the fields.
 
     Args:
-        path: The file.
-
-    Returns:
-        Name of the architecture, fields of timm's `PretrainedCfg`, arguments of the model.
+        path: Path of config.json, or of its folder.
+        max_bytes: Largest size of the file.
 
     Raises:
         OSError: If the file cannot be read.
-        KeyError: If it names no architecture.
-        ValueError: If it is not JSON, or a field has a wrong type or range; names the field.
+        ValueError: If the file is too large or not a JSON object.
     """
-    if path.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes, and {MAX_CONFIG:,} is the limit")
+    path = path / "config.json" if path.is_dir() else path
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{size:,} bytes, more than the limit of {max_bytes:,}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if isinstance(config, dict) and "architecture" not in config:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping of names to values, got {clipped(content)}")
+    return content
+
+
+def read_config(path: Path) -> SavedConfig:
+    """Reads config.json and checks its fields.
+
+    Args:
+        path: Path of config.json, or of its folder.
+
+    Raises:
+        OSError: If the file cannot be read.
+        KeyError: If the architecture is missing.
+        ValueError: If the file is not JSON, or a field has a wrong type or range. The message names the field.
+    """
+    content = read_content(path)
+    if "architecture" not in content:
         raise KeyError("architecture")
-    if not isinstance(config, dict) or not isinstance(config["architecture"], str):
-        raise ValueError("architecture must be the name of a model")
-    cfg = config.get("pretrained_cfg", config)  # older files have no level below
+    if not isinstance(content["architecture"], str):
+        raise ValueError(f"architecture must be the name of a model, got {clipped(content['architecture'])}")
+    cfg = content.get("pretrained_cfg", content)  # older files have these fields at the top level
     if not isinstance(cfg, dict):
         raise ValueError(f"pretrained_cfg must be a mapping of names to values, got {clipped(cfg)}")
-    cfg = {**cfg, **{key: config[key] for key in ("num_classes", "label_names") if config.get(key) is not None}}
-    args = config.get("model_args") or {}
+    cfg = {**cfg, **{key: content[key] for key in ("num_classes", "label_names") if content.get(key) is not None}}
+    model_args = content.get("model_args") or {}
     check_pretrained_cfg(cfg)
-    check_model_args(args)
-    return config["architecture"], cfg, args
+    check_model_args(model_args)
+    return SavedConfig(content["architecture"], cfg, model_args, content)
 
 
 def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
     """Checks the fields of timm's `PretrainedCfg`.
 
     Args:
-        cfg: Fields by name. A field that is missing or None has timm's default.
+        cfg: Fields by name. Missing fields and None mean timm's default.
 
     Raises:
-        ValueError: If a field has another type or range; names it.
+        ValueError: If a field has a wrong type or range. The message names the field.
     """
     for key, (is_valid, wanted) in _FIELDS.items():
         value = cfg.get(key)
@@ -87,18 +129,19 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
 
 
 def check_model_args(args: Any) -> None:
-    """Checks the arguments of a model that config.json holds (`model_args`).
+    """Checks the model arguments in config.json (`model_args`).
 
-    The model checks what it alone knows. Here are the arguments that all models share, and limits for any other.
+    Arguments that all models share are checked for type and range; all others only for size. The model itself checks
+    the rest.
 
     Raises:
-        ValueError: If an argument has another type or range; names it.
+        ValueError: If an argument has a wrong type or range. The message names the argument.
     """
     if not isinstance(args, Mapping):
         raise ValueError(f"model_args must be a mapping of names to values, got {clipped(args)}")
     for key, value in args.items():
         if key in _NO_ARGUMENTS:
-            raise ValueError(f"{key} cannot be an argument of a model here, because it names a file; remove it")
+            raise ValueError(f"{key} is not allowed in model_args because it names a file; remove it")
         if value is None:
             continue
         is_valid, wanted = _ARGUMENTS.get(key, (_is_modest, _MODEST))
@@ -110,16 +153,16 @@ def check_model_args(args: Any) -> None:
 
 @contextmanager
 def limit_parameters(limit: int | None) -> Iterator[None]:
-    """Context manager: a model that this thread builds has at most a number of parameters.
+    """Context manager that limits the number of parameters of a model built by this thread.
 
-    Layers allocate a parameter before they fill it, and memory is taken when it is filled. The error thus comes before
-    the parameter that exceeds the limit takes any.
+    A layer registers a parameter before it initializes the values, and the system provides memory when the values are
+    written. The error is therefore raised before the memory is used.
 
     Args:
-        limit: Number of parameters; None for no limit.
+        limit: Largest number of parameters; None for no limit.
 
     Raises:
-        ModelTooLargeError: If the model has more.
+        ModelTooLargeError: If the model has more parameters.
     """
     if limit is None:
         yield
@@ -135,8 +178,8 @@ def limit_parameters(limit: int | None) -> Iterator[None]:
         if parameters > limit or parts > MAX_PARTS:
             many = f"{limit:,} parameters" if parameters > limit else f"{MAX_PARTS:,} modules and parameters"
             raise ModelTooLargeError(
-                f"architecture and model_args describe a model of more than {many}, which does not belong to the "
-                "weights; to build such a model, pass its arguments to timm.create_model by the architecture's name"
+                f"architecture and model_args describe a model with more than {many}, too large for the weights; to "
+                "build such a model, pass its arguments to timm.create_model with the name of the architecture"
             )
 
     handles = [
@@ -202,7 +245,7 @@ def _is_layer(value: Any) -> bool:
 
 
 def _is_modest(value: Any, depth: int = 0) -> bool:
-    """Returns whether all numbers and lengths in a value are within the limits."""
+    """Returns whether all numbers and lengths in a nested value are within the limits."""
     if depth > 10:
         return False
     if isinstance(value, int | float):
@@ -218,8 +261,8 @@ _IMAGE = (_is_image_size, f"three integers of at least 1 (channels, height, widt
 _CROP = (_is_crop, "a number from 0.05 to 2")
 _TEXT = (_is_text, "text")
 _INTEGERS = (lambda value: _is_list(value, lambda item: _is_integer(item, 1, MAX_SIDE)), "a list of integers")
-_LAYER = (_is_layer, "the name of a layer or a list of them")
-_MODEST = f"made of finite numbers up to {MAX_NUMBER:g} and at most {MAX_LENGTH:,} items"
+_LAYER = (_is_layer, "the name of a layer or a list of names")
+_MODEST = f"made of finite numbers up to {MAX_NUMBER:g} and lists of at most {MAX_LENGTH:,} items"
 _CLASSES = (lambda value: _is_integer(value, 0, MAX_CLASSES), f"an integer from 0 to {MAX_CLASSES:,}")
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_size": _IMAGE,
@@ -254,10 +297,10 @@ _NO_ARGUMENTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg",
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": _CLASSES,
     "in_chans": (lambda value: _is_integer(value, 1, MAX_SIDE), f"an integer from 1 to {MAX_SIDE:,}"),
-    "img_size": (_is_size, f"an integer or a pair of them of at least 1, with an area up to {MAX_IMAGE // 3:,}"),
+    "img_size": (_is_size, f"an integer or a pair of integers of at least 1, with an area up to {MAX_IMAGE // 3:,}"),
     "features_only": (_is_bool, "true or false"),
     "out_indices": (
         lambda value: _is_integer(value, -1000, 1000) or _is_list(value, lambda item: _is_integer(item, -1000, 1000)),
-        "an integer or a list of them",
+        "an integer or a list of integers",
     ),
 }

@@ -1,19 +1,20 @@
 """Creates models with pretrained weights.
 
-timm finds, downloads and loads the weights; each library below it has errors of its own, few of which name the model or
-the next step. Here each becomes a `PretrainedError` that does, chained to the original.
+A file of weights or a config.json may come from anybody. Neither can run code or fill the memory: the structure of the
+file, the fields of config.json and the size of the model are checked before a model is built.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 import timm
 import torch
 from huggingface_hub import errors, hf_hub_download
-from timm.models import get_pretrained_cfg, load_state_dict, parse_model_name
+from timm.models import build_model_with_cfg, get_pretrained_cfg, load_state_dict, resolve_pretrained_cfg
 from torch import nn
 
 from stvit.safe_text import one_line
@@ -34,79 +35,136 @@ from stvit.weights.errors import (
     explain,
     explain_config_errors,
     explain_errors,
-    is_own_model,
 )
 from stvit.weights.prefix import strip_prefix, tensor_names
+from stvit.weights.source import NAMESPACE_VARIABLE, Source, is_own_model
 
-__all__ = ["check_source", "create_model", "verify"]
+__all__ = ["build_model", "check_source", "create_model", "verify"]
 
 _logger = logging.getLogger(__name__)
-# Files of safetensors that timm prefers to a pickle of a name; of any other name it is the one of the same name.
+_Model = TypeVar("_Model", bound=nn.Module)
+# timm prefers a safetensors file to a pickle: one of these names, else one with the same stem.
 _SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
-# Of a model that is built from somebody's config.json without the weights.
+# Largest model that is built from a config.json without its weights.
 _MAX_PARAMETERS = 1 << 30
-# Ends of the names of files of weights in which timm looks for those of a folder.
+# Suffixes of the files in a folder that timm takes for weights.
 _SUFFIXES = {".bin", ".pth", ".safetensors", ".tar"}
 
 
 def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with every failure of a pretrained load explained, and a check for flipped bits.
+    """Calls `timm.create_model`, checks the weights first, and explains every failure.
 
-    Weights and config.json of somebody else can neither run code nor exhaust the memory: the structure of the file,
-    the fields of config.json and the size of the model are checked before anything is built.
+    A file (`pretrained_cfg_overlay=dict(file=…)`) may have a prefix such as Lightning's `model.` in its keys.
 
-    A file (`pretrained_cfg_overlay=dict(file=…)`) may hold the weights under a prefix such as Lightning's `model.`.
-    The models of this package explain their failures through `timm.create_model` as well, all but one: of
-    `hf-hub:org/name` timm reads the configuration before it asks any model.
+    Models of this package also explain their failures when `timm.create_model` is called directly. The exception is
+    `hf-hub:org/name`: there timm reads the configuration before it calls the model.
 
     Args:
-        model_name: As timm takes it: a tag such as 'stvit_small.in1k', 'hf-hub:org/name', 'local-dir:folder'.
-        pretrained: Whether to load the weights.
-        verify: Whether to compare the downloaded files with the Hub's record of their sha256. The download itself
-            only compares lengths.
-        **kwargs: More arguments of `timm.create_model`.
+        model_name: Name as timm takes it: 'stvit_small.in1k', 'hf-hub:org/name', 'local-dir:folder'.
+        pretrained: Whether to load pretrained weights.
+        verify: Whether to compare the sha256 of the downloaded files with the Hub. A download only compares sizes.
+        **kwargs: Arguments of `timm.create_model`.
 
     Returns:
-        The model, on the CPU unless `device` says otherwise.
+        The model, on the CPU unless `device` is given.
 
     Raises:
-        PretrainedError: If the weights cannot be loaded or config.json is refused. It is a `PretrainedDownloadError` if
-            the network or the disk is at fault.
-        ValueError: If `verify` is asked for without pretrained weights of the Hub.
+        PretrainedError: If the weights cannot be loaded, or config.json is refused. A network or disk error is a
+            `PretrainedDownloadError`.
+        ValueError: If `verify` is true but no weights are loaded from the Hub.
     """
     if verify and not pretrained:
-        raise ValueError("verify=True compares pretrained weights with the Hub's record: it needs pretrained=True")
+        raise ValueError("verify=True compares pretrained weights with the Hub; pass pretrained=True")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    cfg = {**_source_of(model_name), **overlay}
+    cfg = {**_locate(model_name), **overlay}
     if pretrained and overlay.get("file") and not overlay.get("state_dict") and not overlay.get("custom_load"):
-        kwargs["pretrained_cfg_overlay"] = {**overlay, **_stripped_file(model_name, overlay["file"])}
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **_strip_file(model_name, overlay["file"])}
     with explain_errors(model_name, cfg, kwargs.get("cache_dir")):
         if kwargs.get("checkpoint_path") and Path(kwargs["checkpoint_path"]).is_file():
             try:
                 check_file(Path(kwargs["checkpoint_path"]))
             except WeightsFileError as error:
                 raise PretrainedError(f"{model_name}: cannot load the weights: {error}") from error
-        limit = _check_foreign(model_name, cfg, pretrained, kwargs.get("cache_dir"))
+        limit = _check_other_model(model_name, cfg, pretrained, kwargs.get("cache_dir"))
         with limit_parameters(limit):
             model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
     if verify:
         cfg = model.pretrained_cfg
         if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
-            raise ValueError(f"verify=True compares with the Hub's record, and {model_name} was not loaded from there")
-        _verify(model_name, cfg["hf_hub_id"], kwargs.get("cache_dir"))
+            raise ValueError(f"verify=True compares with the Hub, but {model_name} was not loaded from there")
+        _verify(model_name, Source.hub(cfg["hf_hub_id"]), kwargs.get("cache_dir"))
     return model
 
 
-def _check_foreign(
+def build_model(model_cls: type[_Model], variant: str, pretrained: bool, **kwargs: Any) -> _Model:
+    """Calls timm's `build_model_with_cfg` for a model of this package, checks the weights first, explains failures.
+
+    The environment variable STVIT_HUB_NAMESPACE names another owner of the published weights.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Name of the model in timm's registry.
+        pretrained: Whether to load pretrained weights.
+        **kwargs: Arguments of `build_model_with_cfg` and of the model.
+
+    Raises:
+        PretrainedError: If the weights cannot be loaded, or config.json is refused.
+        ValueError: If an argument has a wrong type or range.
+    """
+    overlay = {
+        **_locate_in_namespace(variant, kwargs.get("pretrained_cfg")),
+        **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
+    }
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay).to_dict()
+    cache_dir = kwargs.get("cache_dir")
+    saved_args = kwargs.get("pretrained_model_args")  # from config.json
+    limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
+    check_model_args({key: kwargs[key] for key in ("features_only", "out_indices") if key in kwargs})
+    # An error about any other argument is a mistake of the caller.
+    names = [key for key, value in (saved_args or {}).items() if kwargs.get(key) == value]
+    with (
+        explain_config_errors(variant, cfg, cache_dir, names),
+        explain_errors(variant, cfg, cache_dir),
+        limit_parameters(limit),
+    ):
+        model: _Model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+        return model
+
+
+def _locate(model_name: str) -> dict[str, Any]:
+    """Returns where the weights of a model are, as fields of timm's `PretrainedCfg`."""
+    source = Source.parse_model_name(model_name)
+    if source.kind == "hub":
+        return {"source": "hf-hub", "hf_hub_id": source.full_name}
+    if source.kind == "folder":
+        return {"source": "local-dir", "file": source.name}
+    cfg = get_pretrained_cfg(source.name, allow_unregistered=True)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def _locate_in_namespace(variant: str, pretrained_cfg: Any) -> dict[str, str]:
+    """Returns where STVIT_HUB_NAMESPACE says that the weights of a tag are, as fields of timm's `PretrainedCfg`.
+
+    Args:
+        variant: Name of the model.
+        pretrained_cfg: A tag; None for the default tag. Any other configuration contains its own location.
+    """
+    namespace = os.environ.get(NAMESPACE_VARIABLE)
+    if not namespace or not isinstance(pretrained_cfg, str | None):
+        return {}
+    return {"hf_hub_id": f"{namespace}/{variant}.{resolve_pretrained_cfg(variant, pretrained_cfg).tag}"}
+
+
+def _check_other_model(
     model_name: str, cfg: Mapping[str, Any], pretrained: bool, cache_dir: str | Path | None
 ) -> int | None:
-    """Calls `check_source` for a model of timm; the models of this package call it themselves.
+    """Calls `check_source` for a model of timm. Models of this package call it themselves.
 
     Returns:
-        Limit of the model's parameters, None for no limit.
+        Largest number of parameters of the model; None for no limit.
 
     Raises:
         PretrainedError: If the weights or config.json are refused.
@@ -124,11 +182,12 @@ def _check_foreign(
                 raise kind(f"{model_name}: {message}") from error
         try:
             with explain_config_errors(model_name, cfg, cache_dir):
-                architecture, more, args = read_config(path)
+                config = read_config(path)
         except OSError:  # timm reports the missing file
             return None
-        cfg = {**more, **cfg}
-    if is_own_model(architecture) or not timm.is_model(architecture):  # timm refuses an unknown one
+        architecture, args = config.architecture, config.model_args
+        cfg = {**config.pretrained_cfg, **cfg}
+    if is_own_model(architecture) or not timm.is_model(architecture):  # timm reports an unknown architecture
         return None
     limit = check_source(model_name, cfg, args, pretrained, cache_dir)
     if cfg.get("source"):
@@ -138,7 +197,7 @@ def _check_foreign(
                     timm.create_model(architecture, pretrained_cfg=dict(cfg), **args)
                 except ModelTooLargeError:
                     raise
-                except Exception:  # some models cannot be built there; timm says what is wrong with the others
+                except Exception:  # some models do not support the meta device; timm reports real errors later
                     pass
     return limit
 
@@ -146,21 +205,21 @@ def _check_foreign(
 def check_source(
     model: str, cfg: Mapping[str, Any], args: Any, pretrained: bool, cache_dir: str | Path | None = None
 ) -> int | None:
-    """Checks the configuration of a model, and the file of its weights, which is downloaded first if need be.
+    """Checks the configuration of a model and its file of weights, which is downloaded if necessary.
 
     Args:
         model: Name of the model, for the message.
         cfg: timm's `PretrainedCfg` as a mapping.
-        args: Arguments of the model in config.json (`model_args`); empty for a model that was named.
+        args: Arguments of the model in config.json (`model_args`); empty without a config.json.
         pretrained: Whether the weights will be loaded.
-        cache_dir: The cache of downloads; None for huggingface_hub's.
+        cache_dir: Cache of downloads; None for huggingface_hub's.
 
     Returns:
-        The number of parameters that a model of these weights has at most; None for no limit.
+        Largest number of parameters that a model with these weights can have; None for no limit.
 
     Raises:
         PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
-            could exhaust the memory. It is a `PretrainedDownloadError` if the file cannot be downloaded.
+            could fill the memory. A failed download is a `PretrainedDownloadError`.
     """
     if cfg.get("source") or is_own_model(cfg.get("architecture")):
         with explain_config_errors(model, cfg, cache_dir):
@@ -169,15 +228,15 @@ def check_source(
     if not pretrained:
         return _MAX_PARAMETERS if cfg.get("source") else None
     try:
-        elements = [count_elements(path) for path in _weight_files(cfg, cache_dir)]
-    except Exception as error:  # of the Hub, the network or a file of any kind
+        elements = [count_elements(path) for path in _find_weight_files(cfg, cache_dir)]
+    except Exception as error:  # of the Hub, the network or an arbitrary file
         kind, message = explain(error, cfg, cache_dir, is_of_config=False)
         raise kind(f"{model}: {message}") from error
     return 2 * max(elements) + SPARE_PARAMETERS if elements else None
 
 
-def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
-    """Returns the files of weights that timm may read. Missing files are left out, because timm reports them."""
+def _find_weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
+    """Returns the files of weights that timm may read, except for missing files, which timm reports."""
     source, hub_id = cfg.get("source"), cfg.get("hf_hub_id")
     if cfg.get("custom_load") or (not source and cfg.get("state_dict")):
         return []
@@ -191,7 +250,7 @@ def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[
     if not hub_id:
         return []
     name = cfg.get("hf_hub_filename") or "pytorch_model.bin"
-    if not source and name.endswith(".safetensors"):  # of a model that was named: there is nothing to check
+    if not source and name.endswith(".safetensors"):  # published weights in a format without code
         return []
     if name.endswith(".bin"):
         try:
@@ -203,81 +262,69 @@ def _weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[
 
 def _download(hub_id: str, name: str, cache_dir: str | Path | None) -> str:
     """Downloads a file of 'org/name' or 'org/name@revision'; returns its path in the cache."""
-    repo_id, _, revision = hub_id.partition("@")
-    return hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir)
+    source = Source.hub(hub_id)
+    return hf_hub_download(source.name, name, revision=source.revision, cache_dir=cache_dir)
 
 
-def _stripped_file(model_name: str, file: str | Path) -> dict[str, Any]:
-    """Returns the weights in a file that have a prefix such as Lightning's `model.`, as an entry of a `PretrainedCfg`.
+def _strip_file(model_name: str, file: str | Path) -> dict[str, Any]:
+    """Returns the weights in a file without a prefix such as Lightning's `model.`, as a field of a `PretrainedCfg`.
 
-    It returns nothing for a file without a prefix and for models of this package, which remove prefixes themselves.
+    Returns an empty dictionary for a file without a prefix, and for models of this package, which remove prefixes
+    themselves.
 
     Raises:
-        PretrainedError: If the model is in the file under several prefixes.
+        PretrainedError: If the model's tensors are under several prefixes.
     """
     if not timm.is_model(model_name) or is_own_model(model_name):
         return {}
     try:
         check_file(Path(file))
         state_dict = load_state_dict(str(file))
-    except Exception:  # the file is checked and read again, and the error is explained
+    except Exception:  # the file is read again later, and then the error is explained
         return {}
     try:
-        weights, said = strip_prefix(state_dict, tensor_names(model_name))
+        weights, summary = strip_prefix(state_dict, tensor_names(model_name))
     except ValueError as error:
         raise PretrainedError(f"{model_name}: cannot load pretrained weights from {file}: {error}") from error
-    if not said:
+    if not summary:
         return {}
-    _logger.warning("%s", one_line(f"{file}: {said}"))
+    _logger.warning("%s", one_line(f"{file}: {summary}"))
     return {"state_dict": weights}
 
 
 def verify(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> list[str]:
-    """Compares the files of a repository in the cache with the Hub's record of their checksums.
+    """Compares the cached files of a repository with the checksums on the Hub.
 
     Args:
         repo_id: 'org/name'.
         revision: Branch, tag or commit; None for main.
-        cache_dir: The cache; None for huggingface_hub's.
+        cache_dir: Cache of downloads; None for huggingface_hub's.
 
     Returns:
-        A line for each file that differs, with the path of what the cache holds of it; none if all is well.
+        A line for each file that differs, with its path in the cache; empty if all files are equal.
 
     Raises:
-        OSError, ValueError: As huggingface_hub raises them, if the Hub cannot be asked or nothing is in the cache.
+        OSError, ValueError: Errors of huggingface_hub, if the Hub cannot be reached or the cache is empty.
     """
     found = huggingface_hub.HfApi().verify_repo_checksums(repo_id, revision=revision, cache_dir=cache_dir)
     return [
-        f"{(found.verified_path / file['path']).resolve()} (its {file['algorithm']} is {file['actual']}, and should be "
+        f"{(found.verified_path / file['path']).resolve()} ({file['algorithm']} is {file['actual']}, expected "
         f"{file['expected']})"
         for file in found.mismatches
     ]
 
 
-def _verify(model: str, hub_id: str, cache_dir: str | Path | None) -> None:
-    repo_id, _, revision = hub_id.partition("@")
+def _verify(model: str, source: Source, cache_dir: str | Path | None) -> None:
+    repository = describe_repository(source.name, source.revision)
     try:
-        wrong = verify(repo_id, revision or None, cache_dir)
+        wrong = verify(source.name, source.revision, cache_dir)
     except Exception as error:
         raise PretrainedDownloadError(
-            f"{model}: verify=True could not compare with {describe_repository(repo_id, revision)}: "
-            f"{describe_hub_error(error, repo_id, revision, from_cache=False)}"
+            f"{model}: verify=True could not compare with {repository}: "
+            f"{describe_hub_error(error, source.name, source.revision, from_cache=False)}"
         ) from error
     if wrong:
         raise PretrainedError(
-            f"{model}: files in the cache differ from {describe_repository(repo_id, revision)}, bits have flipped: "
-            f"{'; '.join(wrong)}. Delete what is there, and load again to download it anew"
+            f"{model}: corrupt files in the cache, which differ from {repository}: {'; '.join(wrong)}. Delete these "
+            "files, and load again to download them"
         )
-
-
-def _source_of(model_name: str) -> dict[str, Any]:
-    try:
-        source, name = parse_model_name(model_name)
-    except ValueError:
-        return {}  # timm refuses it in words of its own
-    if source == "hf-hub":
-        return {"source": source, "hf_hub_id": name}
-    if source == "local-dir":
-        return {"source": source, "file": name}
-    cfg = get_pretrained_cfg(name, allow_unregistered=True)
-    return {} if cfg is None else cfg.to_dict()

@@ -1,4 +1,8 @@
-"""The key names of the authors' checkpoints, and the model that weights are of."""
+"""Checkpoints for models of this package: the authors' key names, and which variant the weights belong to.
+
+The authors' code (https://github.com/hhb072/STViT) names the same tensors differently and keeps constant one-hot
+kernels in its checkpoints.
+"""
 
 import logging
 import math
@@ -9,21 +13,25 @@ from typing import Any
 import timm
 import torch
 
-from stvit.weights.errors import is_own_model
 from stvit.weights.prefix import strip_prefix, tensor_names
+from stvit.weights.read import find_weight_keys
+from stvit.weights.source import is_own_model
 
-__all__ = ["checkpoint_filter_fn", "find_variant", "is_official", "official_key", "strip_prefix_of"]
+__all__ = ["checkpoint_filter_fn", "find_variant", "is_official", "official_key", "strip_model_prefix"]
 
 _logger = logging.getLogger(__name__)
+# One-hot kernels with which the authors' code gathers neighbors.
 _FIXED_KERNELS = (".attn.unfold.weights", ".attn.fold.weights")
+_CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 def is_official(state_dict: Mapping[str, Any]) -> bool:
+    """Returns whether a state dict has the authors' key names."""
     return any(key.startswith(("patch_embed.", "layers.")) for key in state_dict)
 
 
 def official_key(key: str) -> str:
-    """The published code's name for a parameter or buffer of STViT."""
+    """Returns the authors' name for a parameter or buffer of STViT."""
     parts = key.split(".")
     if parts[0] == "stem":
         return ".".join(["patch_embed", "proj", *parts[1:]])
@@ -31,7 +39,7 @@ def official_key(key: str) -> str:
         top = {"final_conv": "proj", "final_norm": "norm", "head": "head"}[parts[0]]
         return f"{top}.{parts[-1]}"
     stage, kind, rest = int(parts[1]), parts[2], parts[3:]
-    if kind == "downsample":  # theirs ends a stage, ours begins the next
+    if kind == "downsample":  # the last layer of a stage there, the first layer of the next stage here
         return ".".join(["layers", str(stage - 1), "downsample", "proj", *rest])
     block, layer, rest = rest[0], rest[1], rest[2:]
     names = {
@@ -47,97 +55,110 @@ def official_key(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """Renames the published code's weights to ours, and checks that the weights are the model's, all of them.
+    """Returns the weights in a checkpoint under this package's key names, after checking that all of them fit.
 
-    timm calls this between reading a file and adapting its classifier and first convolution to the model; those two
-    are left to it. The rest is checked here because timm loads without complaint what is missing once `num_classes`
-    differs.
+    timm calls this function after reading a file. It then adapts the classifier and the first convolution itself.
+    Everything else is checked here, because timm ignores missing tensors if `num_classes` differs.
 
     Args:
-        state_dict: Weights under our names or the published code's, bare or below 'model_ema', 'model', …, with or
-            without a prefix such as Lightning's `model.`, which is removed with a warning. The published code's
-            one-hot kernels `fold` and `unfold` are constants, and may be absent.
-        model: What they are for.
-
-    Returns:
-        The weights under our names.
+        state_dict: Weights under this package's or the authors' names. They may be below a key such as 'model_ema' or
+            have a prefix such as Lightning's `model.`, which is removed with a warning. The authors' one-hot kernels
+            may be missing.
+        model: The `STViT` to load the weights into.
 
     Raises:
-        RuntimeError: If a key is missing, left over, or of another shape; names it.
+        RuntimeError: If a key is missing or unexpected, or a tensor has a wrong shape. The message names the keys.
         ValueError: If the weights are under several prefixes.
     """
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
-    names = model.state_dict().keys()
-    state_dict, said = strip_prefix(state_dict, {*names, *map(official_key, names)})
-    if said:
-        _logger.warning("%s: %s", getattr(model, "pretrained_cfg", {}).get("architecture", "STViT"), said)
-    official = is_official(state_dict)
-    left = dict(state_dict)
-    if official:
-        _take_fixed_kernels(left)
-
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    classifier: tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
+    plain, ema = find_weight_keys(state_dict)
+    wrapper = ema or plain
+    state_dict = state_dict[wrapper] if wrapper else state_dict
     pretrained_cfg: Any = getattr(model, "pretrained_cfg", {})
-    if pretrained_cfg.get("classifier") not in (None, "head.fc"):
-        # timm leaves at random what this names
-        raise RuntimeError(f"The classifier is head.fc, and not {pretrained_cfg['classifier']} as config.json says")
-    if model.num_classes > 0 and model.num_classes == pretrained_cfg.get("num_classes"):
-        classifier = ()  # it is loaded as it is, and so checked like the rest
-    out_dict, problems = {}, []
+    names = model.state_dict().keys()
+    state_dict, summary = strip_prefix(state_dict, {*names, *map(official_key, names)})
+    if summary:
+        _logger.warning("%s: %s", pretrained_cfg.get("architecture", "STViT"), summary)
+    if pretrained_cfg.get("classifier") not in (None, "head.fc"):  # timm would leave the classifier random
+        raise RuntimeError(f"expected head.fc as the classifier in config.json, got {pretrained_cfg['classifier']}")
+    weights, problems = _match_keys(state_dict, model)
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
+        count = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
+        raise RuntimeError(f"The weights do not fit the model ({count}; {_hint(state_dict, model)}): {shown}")
+    return weights
+
+
+def _match_keys(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], list[str]]:
+    """Renames weights to this package's names; returns them and a description of each mismatch."""
+    official = is_official(state_dict)
+    rest = dict(state_dict)
+    if official:
+        _remove_fixed_kernels(rest)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    # timm loads a classifier of the model's size unchanged and replaces any other.
+    is_loaded = model.num_classes > 0 and model.num_classes == getattr(model, "pretrained_cfg", {}).get("num_classes")
+    classifier = () if is_loaded else _CLASSIFIER
+    weights, problems = {}, []
     for key in [*(key for key in shapes if key not in classifier), *classifier]:
         name = official_key(key) if official else key
-        if name not in left:
+        if name not in rest:
             if key not in classifier:
                 problems.append(f"missing key {name}")
             continue
-        value = left.pop(name)
+        value = rest.pop(name)
         if official and name.endswith((".gamma_1", ".gamma_2")):
-            value = value.flatten()  # (1, C, 1, 1), ours is 1-D
+            value = value.flatten()  # (1, C, 1, 1) to (C,)
         shape = tuple(value.shape)
-        if key == "stem.0.weight":
+        if key == "stem.0.weight":  # timm adapts the number of image channels
             fits = shape[:1] + shape[2:] == shapes[key][:1] + shapes[key][2:]
         else:
             fits = key in classifier or shape == shapes[key]
         if not fits:
-            problems.append(f"key {name} has shape {shape}, the model's is {shapes[key]}")
-        out_dict[key] = value
-    problems += [f"left-over key {name}" for name in left]
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
-        mismatches = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
-        raise RuntimeError(f"The weights do not fit the model ({mismatches}, {_hint(state_dict, model)}): {shown}")
-    return out_dict
+            problems.append(f"key {name} has shape {shape}, expected {shapes[key]}")
+        weights[key] = value
+    return weights, problems + [f"unexpected key {name}" for name in rest]
+
+
+def _remove_fixed_kernels(state_dict: dict[str, Any]) -> None:
+    """Removes the one-hot kernels, which are constants in this package.
+
+    Raises:
+        RuntimeError: If a kernel has other values.
+    """
+    for key in [key for key in state_dict if key.endswith(_FIXED_KERNELS)]:
+        kernel = state_dict.pop(key)
+        if not torch.equal(kernel.cpu().float().reshape(9, -1), torch.eye(9)):
+            raise RuntimeError(
+                f"The weights do not fit the model: expected the authors' nine one-hot 3x3 kernels in {key}, got other "
+                "values"
+            )
 
 
 def _hint(state_dict: Mapping[str, Any], model: Any) -> str:
-    """What weights that do not fit a model are of instead."""
+    """Returns what the weights belong to, and what to do."""
     variant = find_variant(state_dict)
     if variant is None:
-        return "is it the right variant?"
+        return "check that the variant is right"
     if variant != getattr(model, "pretrained_cfg", {}).get("architecture"):
-        return f"they are those of {variant}: create that"
+        return f"these are weights of {variant}; create that model"
     classifier = state_dict.get("head.fc.weight", state_dict.get("head.weight"))
     classes = 0 if classifier is None else len(classifier)
     if classes != model.num_classes:
         return (
-            f"they have {classes} classes: load them by a name whose config.json says so, hf-hub:… or local-dir:…, or "
-            f"with pretrained_cfg_overlay=dict(num_classes={classes})"
+            f"these weights have {classes} classes; pass pretrained_cfg_overlay=dict(num_classes={classes}), or load "
+            "them by a name with a config.json, hf-hub:ORG/NAME or local-dir:FOLDER"
         )
-    return f"they are those of {variant} as it is: was it created with other arguments?"
+    return f"these are weights of {variant} with default arguments; check the arguments of the model"
 
 
 def find_variant(state_dict: Mapping[str, Any]) -> str | None:
-    """The model of this package that weights are of, by their names and shapes; None if it is none of them.
+    """Returns the model of this package that weights belong to, by names and shapes; None for other weights.
 
     Args:
-        state_dict: Weights under our names or the published code's, with or without a prefix such as Lightning's
-            `model.`. Classifier and image channels may be of any size: they do not tell.
+        state_dict: Weights under this package's or the authors' names, with or without a prefix such as Lightning's
+            `model.`. Number of classes and image channels are ignored.
     """
-    state_dict = strip_prefix(state_dict, _known_names())[0]
+    state_dict = strip_prefix(state_dict, _known_keys())[0]
     found = {
         key: tuple(value.shape)
         for key, value in state_dict.items()
@@ -146,30 +167,36 @@ def find_variant(state_dict: Mapping[str, Any]) -> str | None:
     official = is_official(found)
     for variant in timm.list_models(module="stvit"):
         shapes = {official_key(key) if official else key: shape for key, shape in _shapes_of(variant).items()}
-        if shapes.keys() - {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} <= found.keys() and all(
+        if shapes.keys() - {"head.weight", "head.bias", *_CLASSIFIER} <= found.keys() and all(
             _fits_any_task(key, found[key], shapes.get(key)) for key in found
         ):
             return variant
     return None
 
 
-def strip_prefix_of(model_name: str, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """`stvit.weights.prefix.strip_prefix` for a model of timm, and for one of this package under the published names too.
+def strip_model_prefix(model_name: str, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Calls `strip_prefix` with the key names of a model, including the authors' names for models of this package.
 
     Args:
-        model_name: timm's name of the model, with or without a tag. The weights of an unknown model stay as they are.
-        state_dict: Tensors by name.
+        model_name: Model or tag of timm. The state dict of an unknown model is returned unchanged.
+        state_dict: Tensors by key.
+
+    Returns:
+        The state dict without the prefix, and a sentence about the change; empty if nothing changed.
+
+    Raises:
+        ValueError: If the model's tensors are under several prefixes.
     """
     if is_own_model(model_name):
-        return strip_prefix(state_dict, _known_names())
+        return strip_prefix(state_dict, _known_keys())
     return strip_prefix(state_dict, tensor_names(model_name) if timm.is_model(model_name) else ())
 
 
 @cache
-def _known_names() -> frozenset[str]:
-    """Names of the tensors of all models of this package, ours and the published code's."""
-    names = {name for variant in timm.list_models(module="stvit") for name in _shapes_of(variant)}
-    return frozenset({*names, *map(official_key, names)})
+def _known_keys() -> frozenset[str]:
+    """Returns the keys of all models of this package, under both names."""
+    keys = {key for variant in timm.list_models(module="stvit") for key in _shapes_of(variant)}
+    return frozenset({*keys, *map(official_key, keys)})
 
 
 @cache
@@ -179,6 +206,7 @@ def _shapes_of(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def _fits_any_task(key: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool:
+    """Returns whether a shape fits except for the number of classes and image channels."""
     if expected is None:
         return False
     if key in ("stem.0.weight", "patch_embed.proj.0.weight"):
@@ -188,14 +216,3 @@ def _fits_any_task(key: str, shape: tuple[int, ...], expected: tuple[int, ...] |
     if key.endswith((".gamma_1", ".gamma_2")):
         return math.prod(shape) == math.prod(expected)
     return shape == expected
-
-
-def _take_fixed_kernels(state_dict: dict[str, Any]) -> None:
-    """Removes the one-hot kernels by which the published code gathers neighbors, constants that we do not keep."""
-    for key in [key for key in state_dict if key.endswith(_FIXED_KERNELS)]:
-        kernel = state_dict.pop(key)
-        if not torch.equal(kernel.cpu().float().reshape(9, -1), torch.eye(9)):
-            raise RuntimeError(
-                f"The weights do not fit the model: key {key} must hold the nine one-hot 3x3 kernels of the published "
-                "code, and has been changed"
-            )

@@ -1,4 +1,4 @@
-"""State dicts of other training programs, which hold a model's tensors under a prefix."""
+"""Removes prefixes such as Lightning's `model.` from the keys of a state dict."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -13,22 +13,22 @@ _COMPILED = "_orig_mod."  # torch.compile adds it to the name of each module tha
 
 
 def strip_prefix(state_dict: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], str]:
-    """Removes the prefix under which a state dict holds a model's tensors.
+    """Removes a prefix from the keys of a state dict.
 
     Lightning writes `model.stem.0.weight` for a model in its attribute `model`. Other programs write `module.`,
-    `backbone.`, `ema.module.` or `net._orig_mod.`. The prefix is the one under which most of the model's names are.
-    Tensors without the prefix belong to other modules, such as losses and metrics, and are left out.
+    `backbone.`, `ema.module.` or `net._orig_mod.`. The prefix that most of the model's tensors have is removed.
+    Tensors without this prefix belong to other modules, such as losses and metrics, and are dropped.
 
     Args:
-        state_dict: Tensors by name.
-        names: Names of the model's own tensors.
+        state_dict: Tensors by key.
+        names: Keys of the model's state dict.
 
     Returns:
-        The tensors without the prefix, and a sentence that says what was removed and left out. The sentence is empty
-        if the state dict has no prefix, or holds no tensors of this model; it is then unchanged.
+        The state dict without the prefix, and a sentence about the removed prefix and the dropped tensors. A state dict
+        without a prefix, or of another model, is returned unchanged with an empty sentence.
 
     Raises:
-        ValueError: If the model is under several prefixes.
+        ValueError: If the model's tensors are under several prefixes.
     """
     weights = {key.replace(_COMPILED, ""): value for key, value in state_dict.items()}
     found: Counter[str] = Counter()
@@ -44,27 +44,28 @@ def strip_prefix(state_dict: Mapping[str, Any], names: Collection[str]) -> tuple
     prefixes = [prefix for prefix, count in found.items() if count == most]
     prefix = "" if "" in prefixes or not prefixes else prefixes[0]
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if 2 * most < len(inside):  # another model, of which some names are alike
+    if 2 * most < len(inside):  # another model that shares some keys
         return dict(state_dict), ""
     if prefix and len(prefixes) > 1:
-        if 2 * most * len(prefixes) < len(weights):  # parts of modules that have the name of another one
+        if 2 * most * len(prefixes) < len(weights):  # submodules with equal names, not several models
             return dict(state_dict), ""
         raise ValueError(
-            f"the model's tensors are under several prefixes, {' and '.join(map(repr, prefixes))}; save those of one "
-            "prefix in a file of their own"
+            f"the model's tensors are under several prefixes, {' and '.join(map(repr, prefixes))}; save the tensors of "
+            "one prefix in a separate file"
         )
     removed = [prefix] if prefix else []
     removed += [_COMPILED] if any(_COMPILED in key for key in state_dict) else []
     if not removed:
         return dict(state_dict), ""
-    said = f"removed the prefix {' and '.join(map(repr, removed))} from the names of {len(inside)} tensors"
-    left = [key for key in weights if not key.startswith(prefix)]
-    if left:
-        said += f"; left out {len(left)} tensors without it: {', '.join(left[:5])}{', …' if len(left) > 5 else ''}"
-    return inside, said
+    summary = f"removed the prefix {' and '.join(map(repr, removed))} from {len(inside)} keys"
+    dropped = [key for key in weights if not key.startswith(prefix)]
+    if dropped:
+        shown = f"{', '.join(dropped[:5])}{', …' if len(dropped) > 5 else ''}"
+        summary += f"; dropped {len(dropped)} tensors without this prefix: {shown}"
+    return inside, summary
 
 
 def tensor_names(model_name: str) -> set[str]:
-    """Returns the names of the parameters and buffers of a timm model. Allocates no memory for them."""
+    """Returns the keys of a timm model's state dict, without allocating its tensors."""
     with torch.device("meta"):
         return set(timm.create_model(model_name).state_dict())

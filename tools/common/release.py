@@ -17,7 +17,9 @@ from stvit.hub import Details, HubError, Metric, Release
 from stvit.hub.card import CARD, is_edited
 from stvit.hub.files import file_sha256, list_files
 from stvit.hub.folder import CONFIG, WEIGHTS
-from stvit.weights import PretrainedError, find_variant
+from stvit.weights import PretrainedError, find_variant, read_checkpoint
+from stvit.weights.read import find_weight_keys, pick_weights
+from stvit.weights.source import find_model_folder
 
 from .checkpoint import load_checkpoint
 from .cli import CommandError, KeyValues, positive, reason
@@ -25,7 +27,7 @@ from .config import INTERPOLATIONS, ImageConfig
 from .data import resolve_data_config
 from .files import atomic_replace_dir
 from .flags import add_flags
-from .model import RECIPE_KEYS, create_model, open_file, pick_weights, strip_weights, weights_in
+from .model import RECIPE_KEYS, create_model, strip_weights, weights_errors
 
 # Top-1 accuracy on ImageNet-1k in percent that the paper reports for the published weights (tables 2 and 3).
 PAPER_TOP1 = {
@@ -161,9 +163,10 @@ def write_release(release: Release, output: "Output", name: str, license: str | 
 
 
 def _open_folder(path: Path, flags: WeightsFlags, part: str) -> Release:
-    folder = next((place for place in (path, path / part) if (place / CONFIG).is_file()), None)
-    if folder is None:
-        raise CommandError(f"no {CONFIG} in {path} or {path / part}")
+    try:
+        folder = find_model_folder(path, part)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if not (folder / WEIGHTS).is_file():
         raise CommandError(f"no {WEIGHTS} in {folder}; pass the file of weights instead of the folder")
     flags.check_unused(str(folder), allowed={"results"})
@@ -171,16 +174,18 @@ def _open_folder(path: Path, flags: WeightsFlags, part: str) -> Release:
 
 
 def _open_file(path: Path, flags: WeightsFlags) -> Release:
-    content = open_file(path)
+    with weights_errors():
+        content = read_checkpoint(path)
     is_run = {"progress", "recipe", "model"} <= content.keys()
     if is_run:
         content = load_checkpoint(path)  # checks the checksums of the file, too
-    plain, ema = weights_in(content)
+    plain, ema = find_weight_keys(content)
     if plain is not None and ema is not None and flags.use_ema is None:
         raise CommandError(
             f"{path} contains weights ({plain}) and their moving average ({ema}); pass --no-use-ema or --use-ema"
         )
-    weights, is_ema = pick_weights(content, path, flags.use_ema)
+    with weights_errors():
+        weights, is_ema = pick_weights(content, path, flags.use_ema)
     recipe = _read_recipe(content, is_run)
     name = flags.model or _find_model(path, weights, content, recipe)
     weights = strip_weights(name, weights)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from stvit import hub
+from stvit.weights.source import Source
 
 from .checkpoint import Checkpoints, load_checkpoint
 from .cli import CommandError
@@ -66,9 +67,10 @@ def find_run(config: RunConfig, recipe: Recipe, label: str, lock: PathLock) -> t
             checkpoint.
     """
     output = Path(config.output).expanduser()
-    if config.resume and config.resume.startswith(("hf-hub:", "hf_hub:")):
+    source = Source.parse_hub(config.resume)
+    if source is not None:
         folder, path = fetch_run(
-            config.resume, output, config.experiment, lambda state, name: _check_same_recipe(recipe, state, name)
+            source, output, config.experiment, lambda state, name: _check_same_recipe(recipe, state, name)
         )
         _lock_run(folder, lock)
         return folder, path
@@ -100,7 +102,7 @@ def run_label(model: str, img_size: int) -> str:
         model: Name of the model, also 'local-dir:C:\models\x' or 'hf-hub:org/name'.
         img_size: Width of the images in pixels.
     """
-    name = re.sub(r"[^\w.-]+", "_", model.partition(":")[2] or model).strip("_.")
+    name = re.sub(r"[^\w.-]+", "_", Source.parse_model_name(model).full_name).strip("_.")
     return f"{name}-{img_size}"
 
 
@@ -292,13 +294,15 @@ def check_remote_run(repo_id: str | None, recipe: Recipe, is_resumed: bool) -> N
     Raises:
         CommandError: If the repository contains another run.
     """
-    remote = read_remote_recipe(repo_id) if repo_id else None
+    if not repo_id:
+        return
+    remote = read_remote_recipe(repo_id)
     if remote is None:
         return
     if not is_resumed:
         raise CommandError(
-            f"--repo-id: {repo_id} already contains a run; resume it with --resume hf-hub:{repo_id}@last, or choose "
-            "another repository"
+            f"--repo-id: {repo_id} already contains a run; resume it with --resume "
+            f"{Source.hub(repo_id, 'last')}, or choose another repository"
         )
     own = recipe_key(recipe)
     changed = [

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from stvit.hub import HubError, Repository, write_card
 from stvit.hub.files import copy_file
+from stvit.weights.source import Source
 
 from .checkpoint import NAMES, Checkpoints, load_checkpoint
 from .cli import CommandError, reason
@@ -178,8 +179,8 @@ class _Upload(threading.Thread):
     def run(self) -> None:
         main, last, message = self.place / "main", self.place / BRANCH, f"After epoch {self.epoch}"
         try:
-            write_card(main, f"hf-hub:{self.repo_id}")
-            write_card(last, f"hf-hub:{self.repo_id}@{BRANCH}")
+            write_card(main, str(Source.hub(self.repo_id)))
+            write_card(last, str(Source.hub(self.repo_id, BRANCH)))
             # The copy is private already, so that `stvit.hub.push` would only copy it again.
             repository = Repository(self.repo_id)
             repository.push(main, private=self.private, message=message)
@@ -229,12 +230,12 @@ def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
 
 
 def fetch_run(
-    source: str, output: Path, experiment: str | None, check: Callable[[dict[str, Any], str], None]
+    source: Source, output: Path, experiment: str | None, check: Callable[[dict[str, Any], str], None]
 ) -> tuple[Path, Path]:
     """Downloads the snapshot of a run, to resume it.
 
     Args:
-        source: 'hf-hub:org/name@last'.
+        source: Repository and branch on the Hub.
         output: Folder of all runs.
         experiment: Name of the run directory; None for the name that the run had.
         check: Raises an error for a checkpoint that cannot be resumed. It takes the state and the name of the source.
@@ -246,8 +247,7 @@ def fetch_run(
         CommandError: If the run cannot be downloaded, the repository contains no run, the run directory exists, or
             another process downloads the same run.
     """
-    repo_id, _, revision = source.partition(":")[2].partition("@")
-    place = f".{repo_id.replace('/', '--')}"
+    place = f".{source.name.replace('/', '--')}"
     fresh = output / f"{place}.tmp"
     with PathLock() as lock:
         try:
@@ -261,13 +261,14 @@ def fetch_run(
         try:
             weights = [f"{name}/{file}" for name in _WEIGHTS for file in _WEIGHT_FILES]
             patterns = [*_RECORDS, f"checkpoints/{NAMES}", *weights]
-            Repository(repo_id).download(fresh, patterns, revision or None)
+            Repository(source.name).download(fresh, patterns, source.revision)
             paths = Checkpoints(fresh / "checkpoints").paths()
             if not paths:
-                hint = "" if revision == BRANCH else f"; pass the branch {BRANCH}, hf-hub:{repo_id}@{BRANCH}"
+                branch = Source.hub(source.name, BRANCH)
+                hint = "" if source == branch else f"; pass the branch {BRANCH}, {branch}"
                 raise CommandError(f"--resume {source}: no checkpoint of a run with --repo-id{hint}")
-            check(load_checkpoint(paths[-1]), source)
-            folder = output / (experiment or _read_name(fresh) or repo_id.rsplit("/", 1)[-1])
+            check(load_checkpoint(paths[-1]), str(source))
+            folder = output / (experiment or _read_name(fresh) or source.name.rsplit("/", 1)[-1])
             if folder.exists():
                 raise CommandError(
                     f"{folder} already exists; resume it with --resume auto --experiment {folder.name}, or pass "

@@ -1,6 +1,5 @@
-"""Models to look at: classifiers and detectors, of a run, a file, the Hub, or with random weights."""
+"""Opens classifiers and detectors to look at: from a run, a file or the Hub, or with random weights."""
 
-import argparse
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,35 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 import stvit
-from stvit import hub, images, visualize
-from stvit.tools.common.cli import CommandError, reason
-from stvit.tools.common.image_folders import find_image_files
-from stvit.tools.common.model import RECIPE_KEYS, choose_weights, create_model, read_weights
-from stvit.weights.check import WeightsFileError, class_names
+from stvit import hub, visualize
+from stvit.weights import Source, WeightsFileError
+from stvit.weights.check import class_names
 
-# Of an image that a model is shown; the network's time and memory grow with them.
-MAX_PIXELS = 64 * 2**20
-_PREFIXES = ("hf-hub:", "hf_hub:")
+from .cli import CommandError, reason
+from .model import ModelSource, open_model
 
-
-class ImageError(CommandError):
-    """Something is wrong with one image; others may do."""
+__all__ = ["LoadedModel", "explain_errors", "is_detector", "load_downloaded", "load_model", "stages_of"]
 
 
 @dataclass
 class LoadedModel:
-    """A model, and what a reader of its results must know.
+    """A model to look at, in eval mode on the CPU.
 
     Attributes:
-        title: What it is, random weights included.
-        model: Of timm's; or Ultralytics' YOLO.
-        is_yolo: Whether it is that.
-        is_random: Whether nothing has trained it.
+        title: Name of the model for the user; says if the weights are random.
+        model: Model of timm, or Ultralytics' YOLO.
+        is_yolo: Whether the model is a YOLO.
+        is_random: Whether the weights are random.
     """
 
     title: str
@@ -45,65 +37,72 @@ class LoadedModel:
     is_random: bool
 
 
-def load_model(args: argparse.Namespace) -> LoadedModel:
-    """The model of the flags of `add_model_arguments` and `pretrained`, for evaluation on the CPU.
+def load_model(config: ModelSource) -> LoadedModel:
+    """Loads a classifier or a detector without running code of its checkpoint.
 
-    A detector is meant by a model file (`yolo26s-stvit_small.yaml`), a checkpoint or a run of Ultralytics, or a
-    repository of one. None of a checkpoint's code is run.
+    A model file (`yolo26s-stvit_small.yaml`), a checkpoint or run of Ultralytics, or a repository with such a
+    checkpoint is a detector.
 
     Raises:
-        CommandError: If there is none such, or it cannot be read.
+        CommandError: If the model does not exist or cannot be read.
     """
-    source, model = args.checkpoint, args.model
-    if source is not None and source.startswith(_PREFIXES):
-        return _open_hub(args)
-    if source is not None:
-        path = _detector_in(Path(source).expanduser())
+    if config.checkpoint is not None:
+        source = Source.parse_hub(config.checkpoint)
+        if source is not None:
+            return _load_from_hub(config, source)
+        path = _find_detector(Path(config.checkpoint).expanduser())
         if path is not None:
-            return LoadedModel(source, _open_detector(path), is_yolo=True, is_random=False)
-    elif model is not None and model.endswith((".yaml", ".yml")):
+            return LoadedModel(config.checkpoint, _load_detector(path), is_yolo=True, is_random=False)
+    elif config.model is not None and config.model.endswith((".yaml", ".yml")):
         with _seeded_rng():
-            return LoadedModel(f"{Path(model).stem}, random weights", _yolo(model), is_yolo=True, is_random=True)
-    return _open_classifier(args)
+            detector = _yolo(config.model)
+        return LoadedModel(f"{Path(config.model).stem}, random weights", detector, is_yolo=True, is_random=True)
+    return _load_classifier(config)
 
 
-def _open_classifier(args: argparse.Namespace) -> LoadedModel:
-    # Which sets flags, on this copy; those of images are asked of the model.
-    weights = choose_weights(argparse.Namespace(**{**dict.fromkeys(RECIPE_KEYS), **vars(args)}))
-    content = read_weights(weights.file, weights.use_ema)[0] if weights.file is not None else None
-    pretrained = args.pretrained or args.checkpoint is not None
-    with _seeded_rng():
-        model = create_model(
-            weights.model,
-            pretrained=pretrained,
-            weights=content,
-            num_classes=args.num_classes or weights.recipe.get("num_classes"),
-            in_chans=args.in_chans or weights.recipe.get("in_chans"),
-            img_size=weights.recipe.get("img_size"),
-            model_kwargs={**(weights.recipe.get("model_kwargs") or {}), **args.model_kwargs},
-        )
-    title = args.checkpoint or (args.model if pretrained else f"{args.model}, random weights")
-    return LoadedModel(title, model.eval().requires_grad_(False), is_yolo=False, is_random=not pretrained)
-
-
-def open_downloaded(name: str, source: str) -> LoadedModel:
-    """Opens a model of the Hub from the files that were downloaded. None of a checkpoint's code is run.
+def load_downloaded(name: str, source: Source) -> LoadedModel:
+    """Loads a model of the Hub from its downloaded files, without running code of its checkpoint.
 
     Args:
-        name: 'hf-hub:ORG/NAME', the title.
-        source: 'local-dir:FOLDER' of a classifier, or the checkpoint of a detector.
+        name: Name of the model on the Hub, for the title.
+        source: Folder of a classifier, or checkpoint of a detector.
 
     Raises:
         CommandError: If the files cannot be read.
     """
-    if not source.startswith("local-dir:"):
-        detector = _open_detector(Path(source))
+    if source.kind == "file":
+        detector = _load_detector(source.path)
         detector._forget_data()
         return LoadedModel(name, detector, is_yolo=True, is_random=False)
-    flags = dict.fromkeys(("model", "use_ema", "num_classes", "in_chans"))
-    viewed = _open_classifier(argparse.Namespace(**flags, checkpoint=source, model_kwargs={}, pretrained=False))
-    viewed.title = name
-    return viewed
+    loaded = _load_classifier(ModelSource(checkpoint=str(source)))
+    loaded.title = name
+    return loaded
+
+
+def _load_from_hub(config: ModelSource, source: Source) -> LoadedModel:
+    """Loads a model of the Hub: a classifier if the repository has a config.json, else a detector."""
+    try:
+        return _load_classifier(config)
+    except CommandError as error:
+        try:
+            repository = hub.Repository(source.name)
+        except hub.HubError:  # an invalid name, which the first error reports, too
+            raise error from None
+        if repository.read_file("config.json", source.revision) is not None:
+            raise
+        try:
+            return LoadedModel(config.title, _yolo(str(source)), is_yolo=True, is_random=False)
+        except CommandError as second:
+            # If the download failed, nobody knows what the repository contains.
+            raise (error if isinstance(second.__cause__, stvit.PretrainedDownloadError) else second) from None
+
+
+def _load_classifier(config: ModelSource) -> LoadedModel:
+    is_random = config.checkpoint is None and not config.pretrained
+    with _seeded_rng():
+        model = open_model(config).model
+    title = f"{config.title}, random weights" if is_random else config.title
+    return LoadedModel(title, model.eval().requires_grad_(False), is_yolo=False, is_random=is_random)
 
 
 _DRAWING = threading.Lock()
@@ -111,40 +110,25 @@ _DRAWING = threading.Lock()
 
 @contextmanager
 def _seeded_rng() -> Iterator[None]:
-    """Context in which random weights are the same each time; the state of the process's generator does not change.
+    """Context manager: random weights are the same each time, and the process's random state does not change.
 
-    All threads share that generator, so that one thread at a time draws.
+    The lock is needed because all threads share this state.
     """
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
-def _open_hub(args: argparse.Namespace) -> LoadedModel:
-    try:
-        return _open_classifier(args)
-    except CommandError as error:
-        repo_id, _, revision = args.checkpoint.partition(":")[2].partition("@")
-        try:
-            repository = hub.Repository(repo_id)
-        except hub.HubError:  # the name is not valid, which the first error says, too
-            raise error from None
-        if repository.read_file("config.json", revision or None) is not None:
-            raise
-        try:
-            return LoadedModel(args.checkpoint, _yolo(args.checkpoint), is_yolo=True, is_random=False)
-        except CommandError as second:
-            # What a repository that cannot be had is of, nobody knows.
-            raise (error if isinstance(second.__cause__, stvit.PretrainedDownloadError) else second) from None
-
-
 def is_detector(name: str) -> bool:
-    """Whether a model file, or a run or a checkpoint of Ultralytics, is meant; of the Hub a name does not tell."""
-    return name.endswith((".yaml", ".yml")) or _detector_in(Path(name).expanduser()) is not None
+    """Returns whether a name stands for a model file, a run or a checkpoint of Ultralytics.
+
+    The name of a repository on the Hub does not tell; the result is then False.
+    """
+    return name.endswith((".yaml", ".yml")) or _find_detector(Path(name).expanduser()) is not None
 
 
-def _detector_in(path: Path) -> Path | None:
-    """The checkpoint of Ultralytics that a path stands for: a run's folder, or the file; None if it is none."""
+def _find_detector(path: Path) -> Path | None:
+    """Returns the checkpoint of Ultralytics at a path, which may be a run directory; None if there is none."""
     if path.is_dir():
         found = [path / name for name in ("weights/best.pt", "weights/last.pt") if (path / name).is_file()]
         return found[0] if found else None
@@ -152,13 +136,13 @@ def _detector_in(path: Path) -> Path | None:
         return None
     try:
         names = class_names(path)
-    except (OSError, WeightsFileError):  # the reader of the file says what is wrong
+    except (OSError, WeightsFileError):  # reported when the file is read
         return None
     return path if any(name.startswith("ultralytics.nn.") for name in names) else None
 
 
-def _open_detector(path: Path) -> Any:
-    with _ultralytics():
+def _load_detector(path: Path) -> Any:
+    with _ultralytics_errors():
         from stvit.adapters.yolo.checkpoint import open_safely
 
         open_safely(path)
@@ -166,7 +150,7 @@ def _open_detector(path: Path) -> Any:
 
 
 def _yolo(name: str) -> Any:
-    with _ultralytics():
+    with _ultralytics_errors():
         from stvit.adapters.yolo import YOLO
 
         detector: Any = YOLO(name)
@@ -176,28 +160,15 @@ def _yolo(name: str) -> Any:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Words what a foreign model or library says as an error for the user."""
+    """Context manager that turns errors of a model or a library into `CommandError`."""
     try:
         yield
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(reason(error)) from error
 
 
-def stages_of(viewed: LoadedModel) -> list[int]:
-    """The stages that have super tokens.
-
-    Raises:
-        CommandError: If none has.
-    """
-    with explain_errors():
-        stages = visualize.stages(viewed.model)
-    if not stages:
-        raise CommandError(f"{viewed.title} has no super tokens: choose an STViT, or a detector with one")
-    return stages
-
-
 @contextmanager
-def _ultralytics() -> Iterator[None]:
+def _ultralytics_errors() -> Iterator[None]:
     try:
         with explain_errors():
             yield
@@ -207,75 +178,14 @@ def _ultralytics() -> Iterator[None]:
         raise CommandError(reason(error)) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-
-def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens an image file by the rules of `stvit.images`, as RGB.
-
-    Args:
-        path: Of a format of `stvit.images.READERS`, whatever its name.
-        max_pixels: Largest number of pixels, which is checked before any is decoded.
+def stages_of(loaded: LoadedModel) -> list[int]:
+    """Returns the stages with super tokens.
 
     Raises:
-        ImageError: If the file is not an image, is damaged or too large.
+        CommandError: If there is none.
     """
-    with _explained_image(path):
-        return images.open_image(path, max_pixels=max_pixels)
-
-
-def open_mask(path: Path) -> np.ndarray:
-    """Returns the values of an image file as they are stored, (H, W) if there is one for each pixel.
-
-    Raises:
-        ImageError: If the file is not an image, is damaged or too large.
-    """
-    with _explained_image(path):
-        return np.array(images.decode_image(path, MAX_PIXELS))
-
-
-@contextmanager
-def _explained_image(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except images.UnreadableImageError as error:
-        raise ImageError(str(error)) from error
-    except OSError as error:
-        raise ImageError(f"{path.name}: {error.strerror or reason(error)}") from error
-
-
-def fitted(image: Image.Image, size: int) -> Image.Image:
-    """The image, made smaller to at most so many pixels along each axis."""
-    if max(image.size) <= size:
-        return image
-    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def find_images(path: Path, out: Path) -> list[Path]:
-    """Finds the images to show: the file itself, or those in a folder and the folders below it.
-
-    Prints a line on the files and folders that are ignored.
-
-    Args:
-        path: File or folder.
-        out: Folder of the results. If it is below `path`, its images do not count.
-
-    Raises:
-        CommandError: If there is no image.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise CommandError(f"{path}: there is no such file or folder")
-    try:
-        found, ignored = find_image_files(path, skipped=out.resolve())
-    except OSError as error:
-        raise CommandError(f"cannot read the folder {path}: {reason(error)}") from error
-    if not found:
-        raise CommandError(f"{path} holds no images: files that end in {', '.join(images.SUFFIXES)}")
-    line = ignored.describe(path)
-    if line is not None:
-        print(line, flush=True)
-    return [path / name for name in found]
+    with explain_errors():
+        stages = visualize.stages(loaded.model)
+    if not stages:
+        raise CommandError(f"{loaded.title} has no super tokens; choose an STViT or a detector with STViT")
+    return stages

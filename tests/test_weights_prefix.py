@@ -45,7 +45,7 @@ def lightning(path: Path, weights: dict[str, torch.Tensor], prefix: str = "model
 
 def said_of(prefix: str, tensors: int) -> str:
     return (
-        f"removed the prefix {prefix!r} from the names of {tensors} tensors; left out 2 tensors without it: "
+        f"removed the prefix {prefix!r} from {tensors} keys; dropped 2 tensors without this prefix: "
         "criterion.weight, accuracy.tp"
     )
 
@@ -59,7 +59,7 @@ def test_a_prefix_is_removed(name: str, prefix: str) -> None:
     weights = timm.create_model(name, num_classes=7).state_dict()
     stripped, said = strip_prefix({f"{prefix}{key}": weights[key] for key in weights}, tensor_names(name))
     assert list(stripped) == list(weights) and all(stripped[key] is weights[key] for key in weights)
-    assert said.startswith("removed the prefix ") and said.endswith(f" from the names of {len(weights)} tensors")
+    assert said.startswith("removed the prefix ") and said.endswith(f" from {len(weights)} keys")
     assert all(repr(part) in said for part in ([prefix] if "_orig_mod" not in prefix else ["_orig_mod."]))
     unchanged, said = strip_prefix(weights, tensor_names(name))
     assert unchanged == weights and said == ""
@@ -72,7 +72,7 @@ def test_other_modules_are_left_out_and_named() -> None:
     assert stripped == weights and said == said_of("model.", len(weights))
     more = {f"loss.{n}": torch.ones(1) for n in range(7)}
     assert strip_prefix({**under, **more}, weights)[1].endswith(
-        "left out 7 tensors without it: " + ", ".join([*(f"loss.{n}" for n in range(5)), "…"])
+        "dropped 7 tensors without this prefix: " + ", ".join([*(f"loss.{n}" for n in range(5)), "…"])
     )
 
 
@@ -95,7 +95,7 @@ def test_weights_of_another_model_stay_as_they_are() -> None:
 def test_several_prefixes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = timm.create_model("test_stvit").state_dict()
     both = {f"{part}.{key}": value for part in ("student", "teacher") for key, value in model.items()}
-    said = "under several prefixes, 'student.' and 'teacher.'; save those of one prefix in a file of their own"
+    said = "under several prefixes, 'student.' and 'teacher.'; save the tensors of one prefix in a separate file"
     with pytest.raises(ValueError, match=said):
         strip_prefix(both, model)
     torch.save({"state_dict": both}, tmp_path / "both.ckpt")
@@ -134,7 +134,7 @@ def test_timm_loads_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, o
         model: Any = timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay=overlay)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert f"test_stvit: {said_of('model.', len(weights))}" in caplog.text
-    with pytest.raises(stvit.PretrainedError, match="they are those of test_stvit: create that"):
+    with pytest.raises(stvit.PretrainedError, match="these are weights of test_stvit; create that model"):
         timm.create_model("stvit_pico", pretrained=True, pretrained_cfg_overlay=overlay)
     assert find_variant(torch.load(tmp_path / "it.ckpt")["state_dict"]) == "test_stvit"
 
@@ -157,7 +157,7 @@ def test_convert(name: str, flags: list[str], prefix: str, tmp_path: Path, capsy
     converted = load_file(tmp_path / "out/model.safetensors")
     assert converted.keys() == weights.keys() and all(torch.equal(converted[key], weights[key]) for key in weights)
     said = capsys.readouterr().out
-    assert said.count("removed the prefix") == 1 and "left out 2 tensors without it" in said
+    assert said.count("removed the prefix") == 1 and "dropped 2 tensors without this prefix" in said
 
 
 def test_commands_take_it(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,92 @@
+"""Opens the images that a command shows to a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stvit import images
+
+from .cli import CommandError, reason
+from .image_folders import find_image_files
+
+__all__ = ["MAX_PIXELS", "ImageError", "find_images", "fit", "open_image", "open_mask"]
+
+# Largest image; time and memory of a model grow with the pixels.
+MAX_PIXELS = 64 * 2**20
+
+
+class ImageError(CommandError):
+    """Raised when an image cannot be used. A command may go on with other images."""
+
+
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image file as RGB.
+
+    Args:
+        path: File in a format of `stvit.images.READERS`, with any name.
+        max_pixels: Largest number of pixels. It is checked before the image is decoded.
+
+    Raises:
+        ImageError: If the file is damaged, too large or not an image.
+    """
+    with _image_errors(path):
+        return images.open_image(path, max_pixels=max_pixels)
+
+
+def open_mask(path: Path) -> np.ndarray:
+    """Returns the stored values of an image file: (H, W) if there is one value per pixel.
+
+    Raises:
+        ImageError: If the file is damaged, too large or not an image.
+    """
+    with _image_errors(path):
+        return np.array(images.decode_image(path, MAX_PIXELS))
+
+
+@contextmanager
+def _image_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except images.UnreadableImageError as error:
+        raise ImageError(str(error)) from error
+    except OSError as error:
+        raise ImageError(f"{path.name}: {error.strerror or reason(error)}") from error
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Returns the image, reduced to at most `size` pixels on its longer side."""
+    if max(image.size) <= size:
+        return image
+    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def find_images(path: Path, out: Path) -> list[Path]:
+    """Returns an image file, or the images in a folder and its subfolders.
+
+    Prints a line about ignored files and folders.
+
+    Args:
+        path: File or folder.
+        out: Folder of the results. Images in it are skipped.
+
+    Raises:
+        CommandError: If there is no image.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CommandError(f"{path}: no such file or folder")
+    try:
+        found, ignored = find_image_files(path, skipped=out.resolve())
+    except OSError as error:
+        raise CommandError(f"cannot read the folder {path}: {reason(error)}") from error
+    if not found:
+        raise CommandError(f"no images in {path}; their names must end in {', '.join(images.SUFFIXES)}")
+    line = ignored.describe(path)
+    if line is not None:
+        print(line, flush=True)
+    return [path / name for name in found]
