@@ -851,6 +851,7 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["hf-hub:ORG/a", "stvit_pico", "runs/vehicles", "stvit_small"]
     assert offered.open("stvit_pico").is_random and not offered.open("runs/vehicles").is_random
     assert offered.open("stvit_pico") is offered.open(" stvit_pico ")
+    assert offered.check(" hf_hub:ORG/b@v1") == "hf-hub:ORG/b@v1"  # the former spelling
     closed = demo.Models(parse(["runs/vehicles", "--no-hub", "--no-random", "--runs="]))
     assert [name for _, name in closed.choices()] == ["runs/vehicles"]
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):

@@ -48,10 +48,11 @@ from timm.data import ImageNetInfo, create_transform
 from stvit import visualize
 from stvit.images import READERS
 from stvit.tools.common.cli import CommandError, Parser, positive, reason, run
+from stvit.tools.common.config import ModelSource
 from stvit.tools.common.data import resolve_data_config
 from stvit.tools.common.hub_models import Downloads, check_config, check_modules
 from stvit.tools.common.image_files import fit, open_image
-from stvit.tools.common.model import ModelSource, find_source
+from stvit.tools.common.model import find_source
 from stvit.tools.common.scratch import Storage, private_folder
 from stvit.tools.common.viewing import (
     LoadedModel,

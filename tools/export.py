@@ -52,7 +52,7 @@ from torch import nn
 import stvit
 from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError, Parser, positive, progress_bar, reason, run
-from stvit.tools.common.config import DataConfig, ImageConfig
+from stvit.tools.common.config import DataConfig, ImageConfig, ModelSource
 from stvit.tools.common.data import Images, check_targets, open_images, resolve_data_config
 from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.evaluation import Batches, add_class_map_argument, class_names, map_classes, mapped
@@ -60,7 +60,6 @@ from stvit.tools.common.files import atomic_write
 from stvit.tools.common.flags import add_flags, from_flags
 from stvit.tools.common.loaders import create_val_loader
 from stvit.tools.common.model import (
-    ModelSource,
     OpenedModel,
     check_img_size,
     check_num_classes,

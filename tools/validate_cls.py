@@ -44,7 +44,7 @@ import stvit
 from stvit.safe_text import printable, redact_values
 from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError, Parser, progress_bar, reason, run
-from stvit.tools.common.config import DataConfig, DeviceConfig, ImageConfig
+from stvit.tools.common.config import DataConfig, DeviceConfig, ImageConfig, ModelSource
 from stvit.tools.common.data import open_images, resolve_data_config
 from stvit.tools.common.distributed import DTYPES, Distributed, autocast, check_dtype, join_processes
 from stvit.tools.common.evaluation import (
@@ -61,7 +61,6 @@ from stvit.tools.common.loaders import create_val_loader
 from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.logs import has_matplotlib, save_plot
 from stvit.tools.common.model import (
-    ModelSource,
     OpenedModel,
     check_img_size,
     check_num_classes,

@@ -50,10 +50,10 @@ from stvit import visualize
 from stvit.superpixels import boundaries, boundary_recall, undersegmentation_error
 from stvit.tools.common.checkpoint import Checkpoints
 from stvit.tools.common.cli import CommandError, Parser, count, positive, progress_bar, reason, run
+from stvit.tools.common.config import ModelSource
 from stvit.tools.common.files import atomic_write
 from stvit.tools.common.flags import add_flags, from_flags
 from stvit.tools.common.image_files import ImageError, find_images, fit, open_image, open_mask
-from stvit.tools.common.model import ModelSource
 from stvit.tools.common.viewing import LoadedModel, explain_errors, load_model, stages_of
 
 DEFAULT_MODEL = "stvit_small"

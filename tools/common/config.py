@@ -113,6 +113,43 @@ class ModelConfig:
     )
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Chooses a trained model and its weights.
+
+    Attributes:
+        img_size: Image size in pixels; None for the size in the weights.
+    """
+
+    checkpoint: str | None = flag(
+        None,
+        "run, folder or file of weights, or a model on the Hub (default: published weights of --model)",
+        metavar="PATH|hf-hub:ORG/NAME",
+    )
+    model: str | None = flag(None, "timm model; needed for a file that does not name its model", metavar="NAME")
+    pretrained: bool = flag(
+        True,
+        "load the published weights of --model, not random ones",
+        action=argparse.BooleanOptionalAction,
+    )
+    use_ema: bool | None = flag(
+        None,
+        "use the moving average (EMA) in a file with both (default: use it if present)",
+        action=argparse.BooleanOptionalAction,
+    )
+    num_classes: int | None = flag(None, "number of classes (default: as in the weights)", type=positive, metavar="N")
+    in_chans: int | None = flag(None, "image channels (default: as in the weights)", type=positive, metavar="N")
+    model_kwargs: dict[str, Any] = flag(
+        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
+    )
+    img_size: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Name of the weights in messages."""
+        return self.checkpoint or self.model or ""
+
+
 @dataclass
 class OptimConfig:
     """Length of the training, optimizer, learning rate schedule and moving average."""

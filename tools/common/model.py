@@ -1,6 +1,5 @@
 """Opens the model that the flags of a command describe, with weights from a run, a file, a folder or the Hub."""
 
-import argparse
 import difflib
 import os
 from collections.abc import Iterator, Mapping
@@ -19,48 +18,11 @@ from stvit.weights.official import strip_model_prefix
 from stvit.weights.read import pick_weights
 
 from .checkpoint import load_checkpoint
-from .cli import CommandError, KeyValues, positive, reason
-from .flags import flag
+from .cli import CommandError, reason
+from .config import ModelSource
 
 # Flags about the model and its images that a run's checkpoint contains.
 RECIPE_KEYS = ("in_chans", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Chooses a trained model and its weights.
-
-    Attributes:
-        img_size: Image size in pixels; None for the size in the weights.
-    """
-
-    checkpoint: str | None = flag(
-        None,
-        "run, folder or file of weights, or a model on the Hub (default: published weights of --model)",
-        metavar="PATH|hf-hub:ORG/NAME",
-    )
-    model: str | None = flag(None, "timm model; needed for a file that does not name its model", metavar="NAME")
-    pretrained: bool = flag(
-        True,
-        "load the published weights of --model, not random ones",
-        action=argparse.BooleanOptionalAction,
-    )
-    use_ema: bool | None = flag(
-        None,
-        "use the moving average (EMA) in a file with both (default: use it if present)",
-        action=argparse.BooleanOptionalAction,
-    )
-    num_classes: int | None = flag(None, "number of classes (default: as in the weights)", type=positive, metavar="N")
-    in_chans: int | None = flag(None, "image channels (default: as in the weights)", type=positive, metavar="N")
-    model_kwargs: dict[str, Any] = flag(
-        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
-    )
-    img_size: int | None = None
-
-    @property
-    def title(self) -> str:
-        """Name of the weights in messages."""
-        return self.checkpoint or self.model or ""
 
 
 @dataclass(frozen=True)

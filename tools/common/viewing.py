@@ -15,7 +15,8 @@ from stvit.weights import Source, WeightsFileError
 from stvit.weights.check import class_names
 
 from .cli import CommandError, reason
-from .model import ModelSource, open_model
+from .config import ModelSource
+from .model import open_model
 
 __all__ = ["LoadedModel", "explain_errors", "is_detector", "load_downloaded", "load_model", "stages_of"]
 
