@@ -195,7 +195,7 @@ def test_two_evaluations_do_not_share_a_folder(
     with PathLock() as lock:
         lock.acquire(tmp_path / ".stvit.lock")
         assert validate_cls.main([*flags, f"--output={tmp_path}"]) == 1
-        assert f"uses {tmp_path}: choose another --output" in capsys.readouterr().err
+        assert f"uses {tmp_path}; choose another --output" in capsys.readouterr().err
     assert validate_cls.main([*flags, f"--output={tmp_path}"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "per_class.csv", "results.json"]
 
