@@ -39,17 +39,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
 
 import argparse
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stvit.tools.benchmarks import data, kernels, models, plots, yolo
-from stvit.tools.benchmarks.measure import append, circumstances, print_table
+from stvit.tools.benchmarks import config, plots
 from stvit.tools.common.cli import Parser, run
 from stvit.tools.common.flags import add_flags, from_flags
 
@@ -61,43 +59,43 @@ class Subject:
     Attributes:
         description: Help text.
         config: Dataclass of its flags.
-        measure: Yields tables of rows.
+        function: Module of tools/benchmarks and its function that yields tables of rows.
         defaults: Defaults that differ from those of the dataclass.
     """
 
     description: str
     config: type
-    measure: Callable[[Any], Iterator[list[dict[str, Any]]]]
+    function: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 SUBJECTS = {
     "op": Subject(
         "time of super token attention, forward and backward",
-        models.SpeedConfig,
-        models.benchmark_op,
+        config.SpeedConfig,
+        "models.benchmark_op",
         {"ways": ["published", "eager", "compiled"]},
     ),
-    "model": Subject("images/s and latency of models", models.SpeedConfig, models.benchmark_model),
+    "model": Subject("images/s and latency of models", config.SpeedConfig, "models.benchmark_model"),
     "train": Subject(
         "images/s and memory of training steps",
-        models.SpeedConfig,
-        models.benchmark_train,
+        config.SpeedConfig,
+        "models.benchmark_train",
         {"ways": ["published", "eager", "compiled"], "batch_size": 16},
     ),
     "resolution": Subject(
         "time and memory over image sizes",
-        models.ResolutionConfig,
-        models.benchmark_resolution,
+        config.ResolutionConfig,
+        "models.benchmark_resolution",
         {
             "ways": ["published", "eager", "optimized"],
             "img_size": [224, 320, 448, 640, 896, 1024, 1536, 2048],
             "batch_size": 1,
         },
     ),
-    "data": Subject("images/s of the training loader", data.LoaderConfig, data.benchmark),
-    "kernels": Subject("time of the operator's GPU kernels", kernels.KernelConfig, kernels.benchmark),
-    "yolo": Subject("latency of YOLO26 detectors", yolo.DetectorConfig, yolo.benchmark),
+    "data": Subject("images/s of the training loader", config.LoaderConfig, "data.benchmark"),
+    "kernels": Subject("time of the operator's GPU kernels", config.KernelConfig, "kernels.benchmark"),
+    "yolo": Subject("latency of YOLO26 detectors", config.DetectorConfig, "yolo.benchmark"),
 }
 
 
@@ -126,18 +124,25 @@ def benchmark(args: argparse.Namespace) -> None:
     Raises:
         CommandError: If something cannot be measured.
     """
+    import torch  # after the flags, so that --help is fast
+
+    from stvit.tools.benchmarks.measure import append, circumstances, default_device, print_table
+
     subject = SUBJECTS[args.subject]
-    config: Any = from_flags(subject.config, args)
-    plot = getattr(config, "plot", None)
+    settings: Any = from_flags(subject.config, args)
+    if hasattr(settings, "device"):
+        settings.device = settings.device or default_device()
+    plot, device = getattr(settings, "plot", None), getattr(settings, "device", "cpu")
     if plot:
         plots.check(Path(plot))  # before minutes of measuring
+    module, function = subject.function.split(".")
+    measure = getattr(importlib.import_module(f"stvit.tools.benchmarks.{module}"), function)
     rows: list[dict[str, Any]] = []
-    for table in subject.measure(config):  # each table is saved before the next one may fail
+    for table in measure(settings):  # each table is saved before the next one may fail
         print_table(table)
-        if config.csv:
-            device = torch.device(getattr(config, "device", "cpu"))
-            append(Path(config.csv), [{**circumstances(device), **row} for row in table])
-            print(f"appended to {config.csv}", flush=True)
+        if settings.csv:
+            append(Path(settings.csv), [{**circumstances(torch.device(device)), **row} for row in table])
+            print(f"appended to {settings.csv}", flush=True)
         rows += table
     if plot:
         plots.PLOTS[args.subject](rows, Path(plot))

@@ -4,7 +4,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,17 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 from .. import train_cls
-from ..common.cli import CommandError, count, positive, progress_bar, reason
+from ..common.cli import CommandError, progress_bar, reason
 from ..common.data import open_images
 from ..common.distributed import Distributed
-from ..common.flags import flag
 from ..common.image_folders import TorchImageFolder
 from ..common.loaders import TrainLoader
 from ..common.signals import ignore_signals_in_worker
-from .measure import BenchmarkConfig
+from .config import LoaderConfig
 
-__all__ = ["LoaderConfig", "benchmark"]
+__all__ = ["benchmark"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass
-class LoaderConfig(BenchmarkConfig):
-    """Flags of the subject data."""
-
-    data_dir: str = flag("", "folder with train/<class>/*", required=True, metavar="DIR")
-    config: str | None = flag(None, "also measure the augmentation of this recipe", metavar="FILE", short="-c")
-    img_size: int = flag(224, "image height and width in pixels", type=positive, metavar="N")
-    batch_size: int = flag(64, "images per batch", type=positive, metavar="N", short="-b")
-    images: int = flag(2000, "images to load, chosen by a fixed seed", type=positive, metavar="N")
-    workers: list[int] = flag([1], "image loading processes", type=count, nargs="+", metavar="N", short="-j")
-    repeats: int = flag(5, "measurements of each loader", type=positive, metavar="N")
 
 
 def benchmark(config: LoaderConfig) -> Iterator[list[dict[str, Any]]]:

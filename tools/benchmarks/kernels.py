@@ -6,7 +6,6 @@ It is compared with the time to copy the minimum number of bytes.
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +14,14 @@ from torch import nn
 
 import stvit
 
-from ..common.cli import CommandError, positive, progress_bar
-from ..common.flags import flag
-from .measure import DTYPES, BenchmarkConfig, default_device, require_device, significant
+from ..common.cli import CommandError, progress_bar
+from .config import KERNEL_SIZES, KernelConfig
+from .measure import DTYPES, require_device, significant
 
-__all__ = ["KernelConfig", "benchmark"]
+__all__ = ["benchmark"]
 
-WAYS = ("reference", "compiled", "triton")  # compiled: the reference under torch.compile
 # Stages of stvit_small: number, channels, cell size, stride of the feature map.
 STAGES = ((1, 64, 8, 4), (2, 128, 4, 8))
-# Image size and batch size. The number of pixels is nearly the same.
-SIZES = {224: 128, 640: 16, 1280: 4}
-
-
-@dataclass
-class KernelConfig(BenchmarkConfig):
-    """Flags of the subject kernels."""
-
-    img_size: list[int] = flag(list(SIZES), "image heights and widths in pixels", type=positive, nargs="+", metavar="N")
-    batch_size: int | None = flag(
-        None, "images (default: 128 at 224 pixels, 16 at 640, 4 at 1280)", type=positive, metavar="N", short="-b"
-    )
-    dtype: str = flag("bfloat16", "precision of pixels and products", choices=list(DTYPES))
-    ways: list[str] = flag(list(WAYS), "implementations to measure", nargs="+", choices=WAYS)
-    device: str = flag(help="cuda, or cpu to only count bytes", default_factory=default_device)
-    repeats: int = flag(7, "turns of each implementation", type=positive, metavar="N")
 
 
 def benchmark(config: KernelConfig) -> Iterator[list[dict[str, Any]]]:
@@ -53,7 +35,7 @@ def benchmark(config: KernelConfig) -> Iterator[list[dict[str, Any]]]:
     counted = []
     for size in config.img_size:
         for stage, dim, cell, stride in STAGES:
-            batch = config.batch_size or SIZES.get(size, max(1, 128 * 224**2 // size**2))
+            batch = config.batch_size or KERNEL_SIZES.get(size, max(1, 128 * 224**2 // size**2))
             shape = (batch, dim, -(-size // stride), -(-size // stride))
             forward, backward = count_bytes(shape, cell, DTYPES[config.dtype].itemsize)
             row = {
@@ -107,7 +89,7 @@ def make_step(
     the gradient of the output are the same for each way.
 
     Args:
-        way: One of `WAYS`.
+        way: One of `KERNEL_WAYS`.
         shape: Shape (B, C, H, W) of x, which is channels_last as in the model.
         cell: Height and width of a super token's cell, in pixels.
         dtype: Precision of x and of the weights.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ import torchvision
 import stvit
 
 from ..common.cli import CommandError, progress_bar, reason
-from ..common.flags import flag
+from . import config
 
 __all__ = [
     "DTYPES",
-    "BenchmarkConfig",
     "append",
     "circumstances",
     "default_device",
@@ -39,15 +37,8 @@ __all__ = [
     "take_turns",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 MIB = 2**20
-
-
-@dataclass
-class BenchmarkConfig:
-    """Flags of every subject."""
-
-    csv: str | None = flag(None, "table to append the results to", metavar="FILE")
 
 
 def default_device() -> str:

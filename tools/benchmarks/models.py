@@ -18,13 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stvit
 
-from ..common.cli import CommandError, Switch, above_zero, count, positive
-from ..common.flags import flag
+from ..common.cli import CommandError
 from ..common.model import check_img_size, create_model
+from .config import MODEL_WAYS, ResolutionConfig, SpeedConfig
 from .measure import (
     DTYPES,
-    BenchmarkConfig,
-    default_device,
     matrix_peak,
     peak_memory,
     percentile,
@@ -36,16 +34,12 @@ from .published import published
 from .yolo import check_detector_size, create_detector, detection_loss
 
 __all__ = [
-    "ResolutionConfig",
-    "SpeedConfig",
     "benchmark_model",
     "benchmark_op",
     "benchmark_resolution",
     "benchmark_train",
 ]
 
-# Ways to run a model, in the order of the tables. The first one is the baseline.
-WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
 # Top-1 on ImageNet-1k at 224 pixels in percent, trained only on ImageNet-1k, as published by the authors.
 TOP1 = {
     "stvit_small": 83.6,
@@ -70,7 +64,7 @@ class Case:
 
     Attributes:
         model: Name of the model, or a detector's model file.
-        way: One of `WAYS`.
+        way: One of `MODEL_WAYS`.
         batch_size: Images per step.
         img_size: Image height and width in pixels.
         dtype: Precision; in training that of autocast.
@@ -87,45 +81,6 @@ class Case:
     device: str
     is_training: bool = False
     stage: int | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
-@dataclass
-class SpeedConfig(BenchmarkConfig):
-    """Flags of the subjects op, model and train."""
-
-    models: list[str] = flag(
-        ["stvit_small"],
-        "timm models, with arguments as 'NAME(key=value)', or model files of detectors",
-        nargs="+",
-        metavar="NAME",
-    )
-    ways: list[str] = flag(
-        ["published", "eager", "optimized", "compiled"],
-        "ways to run them; each model uses those that it supports",
-        nargs="+",
-        choices=WAYS,
-    )
-    img_size: list[int] = flag([224], "image heights and widths in pixels", type=positive, nargs="+", metavar="N")
-    batch_size: int = flag(8, "images per step", type=positive, metavar="N", short="-b")
-    dtype: str = flag("float32", "precision; in training that of autocast", choices=list(DTYPES))
-    device: str = flag(help="cpu or cuda", default_factory=default_device)
-    repeats: int = flag(7, "turns of each model and way", type=positive, metavar="N")
-    min_seconds: float = flag(
-        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
-    )
-    memory: bool = flag(True, "measure memory, in new processes (not on Windows)", action=Switch)
-    plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
-
-
-@dataclass
-class ResolutionConfig(SpeedConfig):
-    """Flags of the subject resolution."""
-
-    published_up_to: int = flag(1536, "largest size for the published formulation", type=count, metavar="N")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +103,7 @@ def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
                 for is_training in (False, True):
                     cases = [
                         Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training, stage)
-                        for way in WAYS
+                        for way in MODEL_WAYS
                         if way in config.ways and way in ("published", "eager", "compiled")
                     ]
                     yield _measure(cases, config)
@@ -157,7 +112,7 @@ def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
 def benchmark_model(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
     """Yields a table of inference for each image size."""
     for img_size in config.img_size:
-        yield _measure(_cases(config, img_size, WAYS), config)
+        yield _measure(_cases(config, img_size, MODEL_WAYS), config)
 
 
 def benchmark_train(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
@@ -175,7 +130,7 @@ def benchmark_resolution(config: ResolutionConfig) -> Iterator[list[dict[str, An
     Large sizes leave out the published formulation.
     """
     for img_size in config.img_size:
-        ways = WAYS if img_size <= config.published_up_to else WAYS[1:]
+        ways = MODEL_WAYS if img_size <= config.published_up_to else MODEL_WAYS[1:]
         yield _measure(_cases(config, img_size, ways), config)
 
 

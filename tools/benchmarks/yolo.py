@@ -4,7 +4,6 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,23 +13,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common.cli import CommandError, positive, progress_bar, reason
-from ..common.flags import flag
-from .measure import BenchmarkConfig
+from ..common.cli import CommandError, progress_bar, reason
+from .config import DetectorConfig
 
-__all__ = ["DetectorConfig", "benchmark", "check_detector_size", "create_detector", "detection_loss"]
-
-
-PAIRS = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
-
-
-@dataclass
-class DetectorConfig(BenchmarkConfig):
-    """Flags of the subject yolo."""
-
-    models: list[str] = flag(PAIRS, "model files, ours or Ultralytics'", nargs="+", metavar="NAME")
-    img_size: int = flag(640, "image height and width in pixels", type=positive, metavar="N")
-    repeats: int = flag(5, "measurements of each model", type=positive, metavar="N")
+__all__ = ["benchmark", "check_detector_size", "create_detector", "detection_loss"]
 
 
 def benchmark(config: DetectorConfig) -> Iterator[list[dict[str, Any]]]:

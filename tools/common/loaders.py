@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Sampler
 
@@ -15,6 +14,7 @@ from .config import AugmentConfig, DataConfig
 from .distributed import Distributed
 from .shards import ShardDataset
 from .signals import ignore_signals_in_worker
+from .timm_patches import patch_posterize
 
 
 class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
@@ -239,8 +239,7 @@ def _val_transform(data_config: dict[str, Any]) -> Any:
 
 
 def _create_transform(data_config: dict[str, Any], is_training: bool, **options: Any) -> Any:
-    for policy in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[policy] = _posterize
+    patch_posterize()
     try:
         return create_transform(
             data_config["input_size"],
@@ -254,11 +253,3 @@ def _create_transform(data_config: dict[str, Any], is_training: bool, **options:
         raise CommandError(
             f"cannot create the image transform: {reason(error)}; check --aa and the other image flags"
         ) from error
-
-
-def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Calls timm's posterize with at least 1 bit.
-
-    timm asks for 0 bits, which Pillow 13 rejects.
-    """
-    return auto_augment.posterize(image, max(1, bits), **kwargs)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
+from timm.data import auto_augment
 
-__all__ = ["patch_shard_reader"]
+__all__ = ["patch_posterize", "patch_shard_reader"]
 
 
 def patch_shard_reader(
@@ -49,3 +50,18 @@ def patch_shard_reader(
     reader_wds._decode = decode  # type: ignore[assignment]
     reader_wds.Image = SimpleNamespace(open=open_image)  # type: ignore[assignment]
     reader_wds.log_and_continue = stop
+
+
+def patch_posterize() -> None:
+    """Makes the augmentation Posterize keep at least 1 bit per color, in this process.
+
+    Reason: at full strength timm asks Pillow for 0 bits, which Pillow 13 rejects.
+    Version: 1.0.31
+    Test: test_timm_patches.py::test_posterize_of_timm_asks_for_no_bits
+    """
+    for policy in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[policy] = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, max(1, bits), **kwargs)

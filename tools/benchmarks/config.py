@@ -1,0 +1,96 @@
+"""Flags of tools/benchmark.py. This module does not import PyTorch, so that --help is fast."""
+
+from dataclasses import dataclass
+
+from ..common.cli import Switch, above_zero, count, positive
+from ..common.flags import flag
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Ways to run a model, in the order of the tables. The first one is the baseline.
+MODEL_WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
+# Implementations of the kernels. compiled is the reference under torch.compile.
+KERNEL_WAYS = ("reference", "compiled", "triton")
+# Image size and batch size of the kernels. The number of pixels is nearly the same.
+KERNEL_SIZES = {224: 128, 640: 16, 1280: 4}
+# Stock YOLO26 detectors, and those with STViT backbones.
+DETECTORS = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
+
+
+@dataclass
+class BenchmarkConfig:
+    """Flags of every subject."""
+
+    csv: str | None = flag(None, "table to append the results to", metavar="FILE")
+
+
+@dataclass
+class SpeedConfig(BenchmarkConfig):
+    """Flags of the subjects op, model and train."""
+
+    models: list[str] = flag(
+        ["stvit_small"],
+        "timm models, with arguments as 'NAME(key=value)', or model files of detectors",
+        nargs="+",
+        metavar="NAME",
+    )
+    ways: list[str] = flag(
+        ["published", "eager", "optimized", "compiled"],
+        "ways to run them; each model uses those that it supports",
+        nargs="+",
+        choices=MODEL_WAYS,
+    )
+    img_size: list[int] = flag([224], "image heights and widths in pixels", type=positive, nargs="+", metavar="N")
+    batch_size: int = flag(8, "images per step", type=positive, metavar="N", short="-b")
+    dtype: str = flag("float32", "precision; in training that of autocast", choices=DTYPES)
+    device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
+    repeats: int = flag(7, "turns of each model and way", type=positive, metavar="N")
+    min_seconds: float = flag(
+        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
+    )
+    memory: bool = flag(True, "measure memory, in new processes (not on Windows)", action=Switch)
+    plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
+
+
+@dataclass
+class ResolutionConfig(SpeedConfig):
+    """Flags of the subject resolution."""
+
+    published_up_to: int = flag(1536, "largest size for the published formulation", type=count, metavar="N")
+
+
+@dataclass
+class LoaderConfig(BenchmarkConfig):
+    """Flags of the subject data."""
+
+    data_dir: str = flag("", "folder with train/<class>/*", required=True, metavar="DIR")
+    config: str | None = flag(None, "also measure the augmentation of this recipe", metavar="FILE", short="-c")
+    img_size: int = flag(224, "image height and width in pixels", type=positive, metavar="N")
+    batch_size: int = flag(64, "images per batch", type=positive, metavar="N", short="-b")
+    images: int = flag(2000, "images to load, chosen by a fixed seed", type=positive, metavar="N")
+    workers: list[int] = flag([1], "image loading processes", type=count, nargs="+", metavar="N", short="-j")
+    repeats: int = flag(5, "measurements of each loader", type=positive, metavar="N")
+
+
+@dataclass
+class KernelConfig(BenchmarkConfig):
+    """Flags of the subject kernels."""
+
+    img_size: list[int] = flag(
+        list(KERNEL_SIZES), "image heights and widths in pixels", type=positive, nargs="+", metavar="N"
+    )
+    batch_size: int | None = flag(
+        None, "images (default: 128 at 224 pixels, 16 at 640, 4 at 1280)", type=positive, metavar="N", short="-b"
+    )
+    dtype: str = flag("bfloat16", "precision of pixels and products", choices=DTYPES)
+    ways: list[str] = flag(list(KERNEL_WAYS), "implementations to measure", nargs="+", choices=KERNEL_WAYS)
+    device: str = flag("", "cuda, or cpu to only count bytes (default: cuda if available, else cpu)", metavar="NAME")
+    repeats: int = flag(7, "turns of each implementation", type=positive, metavar="N")
+
+
+@dataclass
+class DetectorConfig(BenchmarkConfig):
+    """Flags of the subject yolo."""
+
+    models: list[str] = flag(DETECTORS, "model files, ours or Ultralytics'", nargs="+", metavar="NAME")
+    img_size: int = flag(640, "image height and width in pixels", type=positive, metavar="N")
+    repeats: int = flag(5, "measurements of each model", type=positive, metavar="N")
