@@ -92,6 +92,12 @@ def test_help_and_commands_of_ultralytics(tmp_path: Path) -> None:
     assert ultralytics.__version__ in command("version", folder=tmp_path).stdout
 
 
+def test_help_does_not_import_pytorch() -> None:
+    program = [sys.executable, "-X", "importtime", "-m", "stvit.tools.yolo", "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert "stvit.tools.common.cli" in done.stderr and " torch\n" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

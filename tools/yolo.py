@@ -34,11 +34,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from stvit.tools.common.cli import CommandError, reason, run
-from stvit.weights.errors import PretrainedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status (1 after an error, 130 after Ctrl-C)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> None:
     """Runs the command of Ultralytics with our model class and options."""
+    from stvit.weights.errors import PretrainedError  # imported here, so that --help answers without PyTorch
+
     try:
         options, arguments = split_options(args.arguments)
         from ultralytics.cfg import entrypoint
