@@ -30,6 +30,8 @@ from stvit.ops import upsample_super_tokens
 from stvit.tools import train_cls
 from stvit.tools import visualize as command
 from stvit.tools.common import viewing
+from stvit.tools.visualizing import measures
+from stvit.tools.visualizing.pictures import PICTURES, find_checkpoints
 from stvit.visualize import draw, super_tokens
 
 BUS = ASSETS / "bus.jpg"
@@ -648,7 +650,7 @@ def files(folder: Path) -> set[str]:
 
 
 def pictures(*stages: int) -> set[str]:
-    return {f"stage{stage}{name}.png" for stage in stages for name in ("", *(f"_{p}" for p in command.PICTURES))}
+    return {f"stage{stage}{name}.png" for stage in stages for name in ("", *(f"_{p}" for p in PICTURES))}
 
 
 def test_training_keeps_the_requested_epochs(digits_run: Path, digits_folder: Path, tmp_path: Path) -> None:
@@ -659,6 +661,12 @@ def test_training_keeps_the_requested_epochs(digits_run: Path, digits_folder: Pa
     assert {path.name for path in (none / "checkpoints").iterdir()} == {"00002-00000002.pt", "00003-00000000.pt"}
     second = trained(tmp_path / "second", digits_folder, "--checkpoint-epochs=2", "--checkpoint-steps=0")
     assert {path.name for path in (second / "checkpoints").iterdir()} == {"00002-00000000.pt", "00003-00000000.pt"}
+
+
+def test_help_does_not_import_pytorch() -> None:
+    program = [sys.executable, "-X", "importtime", "-m", "stvit.tools.visualize", "--help"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert "--checkpoints" in result.stdout and " torch\n" not in result.stderr
 
 
 def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
@@ -681,7 +689,7 @@ def test_one_image_as_the_readme_says(digits_run: Path, tmp_path: Path) -> None:
         view.draw_association(token),
         view.draw_attention(token),
     ]
-    for name, picture in zip(command.PICTURES, expected, strict=True):
+    for name, picture in zip(PICTURES, expected, strict=True):
         assert np.array_equal(np.array(Image.open(tmp_path / f"out/photo/stage1_{name}.png")), np.array(picture)), name
     sheet = view.draw(token, f"{digits_run}, stage 1")
     assert np.array_equal(np.array(Image.open(tmp_path / "out/photo/stage1.png")), np.array(sheet))
@@ -759,7 +767,7 @@ def test_a_sheet_of_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -
         top = 12 + row * height
         assert np.array_equal(sheet[top : top + 360, 12 : 12 + 360], np.array(picture)), name
     assert not np.array_equal(views[0].association, views[-1].association)
-    assert [label for label, _ in command._find_checkpoints([str(digits_run)])] == [
+    assert [label for label, _ in find_checkpoints([str(digits_run)])] == [
         "epoch 1",
         "epoch 2",
         "epoch 3, step 2",
@@ -774,7 +782,7 @@ def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -
     weights.mkdir(parents=True)
     for name in ("epoch0", "epoch9", "epoch10", "best", "last"):
         detectors["stokenattention"].save(weights / f"{name}.pt")
-    found = command._find_checkpoints([str(tmp_path / "train")])
+    found = find_checkpoints([str(tmp_path / "train")])
     assert [label for label, _ in found] == ["epoch 1", "epoch 10", "epoch 11"]
     flags = [str(tmp_path / "a.png"), "--stage", "3", f"--output={tmp_path}"]
     assert command.main([*flags, f"--checkpoints={tmp_path}/train"]) == 0
@@ -843,7 +851,7 @@ def test_measures_compared_with_slic(digits_run: Path, tmp_path: Path, capsys: p
         assert int(ours["regions"]) == len(np.unique(view.assignment))
         assert abs(int(slic["regions"]) - int(ours["regions"])) <= 0.2 * int(ours["regions"])
         assert int(rows[4 * stage + 3]["regions"]) == view.grid[0] * view.grid[1]
-        coarse = command._slic(command.reduce_to_map(view), int(ours["regions"]))
+        coarse = measures._slic(measures.reduce_to_map(view), int(ours["regions"]))
         assert float(rows[4 * stage + 2]["boundary_recall"]) == pytest.approx(
             stvit.superpixels.boundary_recall(view.to_image(coarse), truth, 1, void=255), abs=1e-4
         )
@@ -879,7 +887,7 @@ def test_reduced_images_match_the_map(model: Any) -> None:
         view = super_tokens(net, photo(130, 99), stage)
         h, w = view.map_assignment.shape
         place = view.to_image(np.arange(h * w).reshape(h, w))
-        small = np.array(command.reduce_to_map(view)).astype(int)
+        small = np.array(measures.reduce_to_map(view)).astype(int)
         inner = [number for number in np.unique(place) if (place == number).sum() == view.stride**2]
         assert len(inner) > 100
         for number in inner:
@@ -949,5 +957,5 @@ def test_a_hostile_detector_is_not_run(tmp_path: Path, capsys: pytest.CaptureFix
     detector = YOLO("yolo26n-stokenattention.yaml")
     torch.save({"model": detector.model, "evil": Evil()}, tmp_path / "evil.pt")
     assert command.main([str(tmp_path / "a.png"), f"--checkpoint={tmp_path / 'evil.pt'}"]) == 1
-    assert "none of it was run" in capsys.readouterr().err
+    assert "no code was run" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()

@@ -18,7 +18,7 @@ from test_data import as_shards
 import stvit
 from stvit import hub
 from stvit.hub.card import model_card
-from stvit.tools import train_cls, visualize
+from stvit.tools import train_cls
 from stvit.tools.benchmarks import measure
 from stvit.tools.common import cli
 from stvit.tools.common.cli import CommandError
@@ -26,6 +26,7 @@ from stvit.tools.common.distributed import check_dtype, join_processes
 from stvit.tools.common.flags import to_recipe
 from stvit.tools.common.locks import PathLock
 from stvit.tools.common.runs import find_run, run_label
+from stvit.tools.visualizing import pictures
 
 ROOT = Path(__file__).parents[1]
 # A name that cp1252 cannot write.
@@ -309,7 +310,7 @@ def test_out_of_memory_on_every_device(error: Exception, capsys: pytest.CaptureF
 
 def test_pictures_of_names_that_differ_in_case_only(tmp_path: Path) -> None:
     images = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
-    folders = visualize._output_folders(tmp_path, images, tmp_path / "out")
+    folders = pictures.output_folders(tmp_path, images, tmp_path / "out")
     assert [folder.name for folder in folders] == ["a.jpg", "A.png", "b"]
     assert len({folder.name.casefold() for folder in folders}) == 3
 

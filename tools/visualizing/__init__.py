@@ -1,0 +1,1 @@
+"""Pictures and measures of the command tools/visualize.py."""
