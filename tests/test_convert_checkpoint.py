@@ -247,7 +247,7 @@ def test_errors_name_the_reason(convert: Convert, tmp_path: Path, capsys: pytest
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert f"--output {folder} already exists; choose another" in refused(capsys, source, output)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert "which stores its own configuration; remove --use-ema, --img-size" in refused(
+    assert "which stores its own configuration; remove --img-size, --use-ema" in refused(
         capsys, folder, f"--output={tmp_path / 'new'}", "--use-ema", "--img-size=64"
     )
 

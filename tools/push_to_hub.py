@@ -27,7 +27,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from stvit.hub.card import CARD
 from stvit.hub.push import check_license, check_push_options, check_repo_id, compare_model_with_hub
 from stvit.tools.common import space
 from stvit.tools.common.cli import CommandError, Parser, reason, run
+from stvit.tools.common.flags import add_flags, flag, from_flags
 from stvit.tools.common.release import (
     MODEL_FILES,
     Output,
@@ -52,41 +53,30 @@ from stvit.tools.common.viewing import is_detector
 from stvit.weights.source import Source
 
 
-@dataclass(frozen=True)
+@dataclass
 class Flags:
     """Flags of the command.
 
     Attributes:
-        weights: Weights to push.
-        part: Folder of a run directory: 'best', 'last' or 'last_ema'.
-        is_yolo: Whether the weights are a checkpoint of Ultralytics.
-        example: Picture to show detections on; None for that of Ultralytics.
-        is_space: Whether to push the page of tools/demo.py as a Space.
-        repo_id: Id of the repository.
-        revision: Branch; None for main.
-        tag: Tag for the commit.
-        private: Whether a new repository is private.
-        create_pr: Whether to open a pull request.
-        license: License of the weights; None for the license that is known.
-        message: Commit message; None for the name of the model.
-        dry_run: Whether to write the folder without pushing it.
-        output: Folder to keep; None to keep none.
+        origin: Weights to push.
     """
 
-    weights: WeightsFlags
-    part: str
-    is_yolo: bool
-    example: str | None
-    is_space: bool
-    repo_id: str
-    revision: str | None
-    tag: str | None
-    private: bool
-    create_pr: bool
-    license: str | None
-    message: str | None
-    dry_run: bool
-    output: str | None
+    weights: str = flag("best", "weights of a run to push", choices=["best", "last", "last_ema"])
+    yolo: bool = flag(False, "SOURCE is a checkpoint of Ultralytics", action="store_true")
+    example: str | None = flag(
+        None, "picture to show detections on, for the card (default: Ultralytics' bus)", metavar="IMAGE"
+    )
+    space: bool = flag(False, "push the page of tools/demo.py with the model, as a Space", action="store_true")
+    repo_id: str = flag("", "repository, created if it is missing", required=True, metavar="ORG/NAME")
+    revision: str | None = flag(None, "branch, created if it is missing (default: main)", metavar="BRANCH")
+    tag: str | None = flag(None, "tag for the commit", metavar="NAME")
+    private: bool = flag(False, "make a new repository private", action="store_true")
+    create_pr: bool = flag(False, "open a pull request instead of committing to main", action="store_true")
+    license: str | None = flag(None, "license of the weights on the Hub: mit, apache-2.0, …", metavar="NAME")
+    message: str | None = flag(None, "commit message (default: Add MODEL)", metavar="TEXT")
+    dry_run: bool = flag(False, "write and show the folder and the card, push nothing", action="store_true")
+    output: str | None = flag(None, "folder to keep (default with --dry-run: hub/ORG/NAME)", metavar="DIR")
+    origin: WeightsFlags = field(default_factory=WeightsFlags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,33 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("timm").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    return run(push_to_hub, create_parser().parse_args(argv))
+    args = create_parser().parse_args(argv)
+    flags = from_flags(Flags, args)
+    flags.origin = WeightsFlags.from_args(args)
+    return run(push_to_hub, flags)
 
 
 def create_parser() -> Parser:
     """Returns the parser of the flags."""
     parser = Parser(prog="push_to_hub.py", description="Pushes weights to the Hugging Face Hub.")
     add_source_arguments(parser)
-    parser.add_argument(
-        "--weights", dest="part", choices=["best", "last", "last_ema"], default="best", help="weights of a run to push"
-    )
-    group = parser.add_argument_group("detector")
-    group.add_argument("--yolo", dest="is_yolo", action="store_true", help="SOURCE is a checkpoint of Ultralytics")
-    group.add_argument("--example", metavar="IMAGE", help="picture to show detections on (default: Ultralytics' bus)")
-    group = parser.add_argument_group("Space")
-    group.add_argument("--space", dest="is_space", action="store_true", help="push a Space: the page of demo.py")
-    group = parser.add_argument_group("Hub")
-    group.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository, created if it is missing")
-    group.add_argument("--revision", metavar="BRANCH", help="branch, created if it is missing (default: main)")
-    group.add_argument("--tag", metavar="NAME", help="tag for the commit")
-    group.add_argument("--private", action="store_true", help="make a new repository private")
-    group.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to main")
-    group.add_argument("--license", metavar="NAME", help="license of the weights on the Hub: mit, apache-2.0, …")
-    group.add_argument("--message", metavar="TEXT", help="commit message (default: Add MODEL)")
-    group.add_argument("--dry-run", action="store_true", help="write and show the folder and the card, push nothing")
-    group.add_argument("--output", metavar="DIR", help="folder to keep (default with --dry-run: hub/ORG/NAME)")
+    group = parser.add_argument_group("push")
+    add_flags(group, Flags)
     # Known to the parser, so that the token is refused without being printed.
-    parser.add_argument("--token", "--hf-token", nargs="?", action=_NoToken, help=argparse.SUPPRESS)
+    group.add_argument("--token", "--hf-token", nargs="?", action=_NoToken, help=argparse.SUPPRESS)
     return parser
 
 
@@ -132,14 +109,12 @@ class _NoToken(argparse.Action):
         )
 
 
-def push_to_hub(args: argparse.Namespace) -> None:
+def push_to_hub(flags: Flags) -> None:
     """Writes the folder, pushes it unless this is a dry run, and compares it with the Hub.
 
     Raises:
         CommandError: If the weights cannot be read, or the push fails.
     """
-    values = {key: value for key, value in vars(args).items() if key in Flags.__dataclass_fields__}
-    flags = Flags(weights=WeightsFlags.from_args(args), **values)
     try:
         check_repo_id(flags.repo_id)
         check_push_options(flags.revision, flags.tag, flags.create_pr)
@@ -147,8 +122,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
         if not flags.dry_run:
             check_token()
         path = flags.output or (f"hub/{flags.repo_id}" if flags.dry_run else None)
-        with open_output(path, space.FILES if flags.is_space else MODEL_FILES, replace=True) as output:
-            write = _write_space if flags.is_space else _write_detector if flags.is_yolo else _write_classifier
+        with open_output(path, space.FILES if flags.space else MODEL_FILES, replace=True) as output:
+            write = _write_space if flags.space else _write_detector if flags.yolo else _write_classifier
             name = write(flags, output)
             folder = output.finish()
             if flags.dry_run:
@@ -164,9 +139,9 @@ def push_to_hub(args: argparse.Namespace) -> None:
                 private=flags.private,
                 create_pr=flags.create_pr,
                 message=flags.message or f"Add {name}",
-                allow_pickles=flags.is_yolo,
-                delete=space.REPLACED if flags.is_space else (),
-                repo_type="space" if flags.is_space else "model",
+                allow_pickles=flags.yolo,
+                delete=space.REPLACED if flags.space else (),
+                repo_type="space" if flags.space else "model",
             )
             _print_pushed(pushed, flags.create_pr)
             _compare(pushed, flags, folder)
@@ -178,8 +153,8 @@ def _write_classifier(flags: Flags, output: Output) -> str:
     """Writes a model folder; returns the name of the model."""
     if flags.example:
         raise CommandError("--example needs a detector; remove it, or pass --yolo")
-    _refuse_detector(flags.weights.source)
-    release = open_release(flags.weights, flags.part)
+    _refuse_detector(flags.origin.source)
+    release = open_release(flags.origin, flags.weights)
     if not write_release(release, output, str(Source.hub(flags.repo_id)), flags.license):
         print(f"the card {CARD} in the folder was edited by a person, and is pushed unchanged")
     elif flags.license is None and not release.details.license:
@@ -190,8 +165,8 @@ def _write_classifier(flags: Flags, output: Output) -> str:
 
 def _write_detector(flags: Flags, output: Output) -> str:
     """Writes the folder of a detector; returns the name of the model."""
-    flags.weights.check_unused("a checkpoint of a detector")
-    source = Path(flags.weights.source).expanduser()
+    flags.origin.check_unused("a checkpoint of a detector")
+    source = Path(flags.origin.source).expanduser()
     example = Path(flags.example).expanduser() if flags.example else None
     try:
         from stvit.adapters.yolo.hub import write_detector
@@ -204,24 +179,24 @@ def _write_detector(flags: Flags, output: Output) -> str:
 def _write_space(flags: Flags, output: Output) -> str:
     """Writes the page of tools/demo.py, and the model in the folder `model` unless it is on the Hub."""
     license, weights = flags.license, Output(output.fresh / "model", output.path, MODEL_FILES)
-    source = Source.parse_hub(flags.weights.source)
+    source = Source.parse_hub(flags.origin.source)
     if source is not None:
         repository = Repository(source.name)
         check_push_options(source.revision)
-        flags.weights.check_unused(str(source))
+        flags.origin.check_unused(str(source))
         if flags.example:
             raise CommandError(f"--example cannot be combined with {source}; remove it")
         if not flags.dry_run:
             repository.check_exists(source.revision)
         name = model = str(source)
-    elif flags.is_yolo:
+    elif flags.yolo:
         name, model = _write_detector(flags, weights), "model/model.pt"
         _keep(weights.fresh, "model.pt")
     else:
         if flags.example:
             raise CommandError("--example is for the card of a detector, and a Space has no pictures; remove it")
-        _refuse_detector(flags.weights.source)
-        release = open_release(flags.weights, flags.part)
+        _refuse_detector(flags.origin.source)
+        release = open_release(flags.origin, flags.weights)
         write_release(release, weights, str(Source.hub(flags.repo_id)), license)
         _keep(weights.fresh, "model.safetensors", "config.json")
         name, model, license = release.name, "model", license or release.details.license
@@ -252,13 +227,13 @@ def _print_pushed(pushed: Pushed, create_pr: bool) -> None:
 
 def _compare(pushed: Pushed, flags: Flags, folder: Path) -> None:
     """Compares the pushed files with the Hub, and prints how to load the model."""
-    if flags.is_space:
+    if flags.space:
         equal = Repository(pushed.repo_id, "space").compare_files(folder, pushed)
         print(f"compared with the Hub: the checksums of all {equal} files are equal")
         return
     revision = flags.tag or flags.revision or (pushed.commit if flags.create_pr else None)
     name = str(Source.hub(pushed.repo_id, revision))
-    if flags.is_yolo:
+    if flags.yolo:
         from stvit.adapters.yolo.hub import compare_with_hub
 
         equal = compare_with_hub(folder, pushed)

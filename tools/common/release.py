@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,11 +22,11 @@ from stvit.weights.read import find_weight_keys, pick_weights
 from stvit.weights.source import find_model_folder
 
 from .checkpoint import load_checkpoint
-from .cli import CommandError, KeyValues, positive, reason
+from .cli import CommandError, KeyValues, Parser, positive, reason
 from .config import INTERPOLATIONS, ImageConfig
 from .data import resolve_data_config
 from .files import atomic_replace_dir
-from .flags import add_flags
+from .flags import add_flags, flag, from_flags
 from .model import RECIPE_KEYS, create_model, strip_weights, weights_errors
 
 # Top-1 accuracy on ImageNet-1k in percent that the paper reports for the published weights (tables 2 and 3).
@@ -46,40 +46,33 @@ _NO_ARCHITECTURE = (
 )
 
 
-@dataclass(frozen=True)
-class WeightsFlags:
-    """Flags of `add_source_arguments`: weights, and facts about them that the file does not store.
+@dataclass
+class WeightsFlags(ImageConfig):
+    """Selects the weights to convert or push, and states facts that their file does not store.
 
     Attributes:
         source: Run directory, model folder or file.
-        use_ema: Whether to take the moving average of a file that has both; None if the user did not choose.
-        model: Model or tag of timm; None to detect it.
-        model_kwargs: Further arguments of the model.
-        in_chans: Image channels; None for those of the weights.
-        img_size: Image height and width in pixels; None for the model's.
-        mean: Mean of each channel; None for the model's.
-        std: Standard deviation of each channel; None for the model's.
-        interpolation: Resizing filter; None for the model's.
-        crop_pct: Center crop; None for the model's.
-        results: Path of a results.json; None for no results.
     """
 
-    source: str
-    use_ema: bool | None = None
-    model: str | None = None
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    in_chans: int | None = None
-    img_size: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
-    results: str | None = None
+    use_ema: bool | None = flag(
+        None,
+        "use the moving average of a file that has both, or the weights themselves (--no-use-ema)",
+        action=argparse.BooleanOptionalAction,
+    )
+    model: str | None = flag(None, "any timm model or tag (default: detected from the shapes)", metavar="NAME")
+    model_kwargs: dict[str, Any] = flag(
+        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
+    )
+    in_chans: int | None = flag(None, "image channels (default: those of the weights)", type=positive, metavar="N")
+    results: str | None = flag(None, "results.json of tools/validate_cls.py, for the card", metavar="FILE")
+    source: str = ""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "WeightsFlags":
-        """Takes the values from parsed flags."""
-        return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
+        """Returns the values of parsed flags."""
+        flags = from_flags(cls, args)
+        flags.source = args.source
+        return flags
 
     def check_unused(self, source: str, allowed: Set[str] = frozenset()) -> None:
         """Checks that no flag repeats what a source already stores.
@@ -91,7 +84,7 @@ class WeightsFlags:
         Raises:
             CommandError: If a flag is set.
         """
-        names = [item.name for item in fields(self) if item.name != "source" and item.name not in allowed]
+        names = [item.name for item in fields(self) if item.name not in {"source", *allowed}]
         used = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, {})]
         if used:
             raise CommandError(
@@ -100,22 +93,10 @@ class WeightsFlags:
             )
 
 
-def add_source_arguments(parser: Any) -> None:
+def add_source_arguments(parser: Parser) -> None:
     """Adds the flags of `WeightsFlags` to a parser."""
     parser.add_argument("source", metavar="SOURCE", help="run directory, model folder or file of weights")
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        help="use the moving average of a file that has both, or the weights themselves (--no-use-ema)",
-    )
-    group.add_argument("--model", metavar="NAME", help="any timm model or tag (default: detected from the shapes)")
-    group.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="further arguments of the model"
-    )
-    group.add_argument("--in-chans", type=positive, metavar="N", help="image channels (default: those of the weights)")
-    add_flags(group, ImageConfig)
-    group.add_argument("--results", metavar="FILE", help="results.json of tools/validate_cls.py, for the card")
+    add_flags(parser.add_argument_group("model"), WeightsFlags)
 
 
 def open_release(flags: WeightsFlags, part: str = "best") -> Release:
