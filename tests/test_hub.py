@@ -89,8 +89,12 @@ def test_a_private_folder_is_pushed_without_a_copy(
     module = importlib.import_module("stvit.hub.push")
     monkeypatch.delattr(module, "private_copy")
     repository = Repository(REPO)
-    pushed = repository.push(folder, tag="v1")
-    assert pushed.files == 2 and not repository.push(folder).changed
+    (folder / ".hidden").write_text("secret")
+    pushed = repository.upload(folder, tag="v1")
+    assert pushed.files == 2 and not repository.upload(folder).changed and ".hidden" not in hub.files(REPO)
+    (folder / "link").symlink_to(folder / "config.json")
+    with pytest.raises(HubError, match=r"link in .* is a link to"):
+        repository.upload(folder)
     assert repository.read_file("config.json", "v1") == (folder / "config.json").read_bytes()
     assert repository.read_file("none.json") is None and Repository("org/none").read_file("config.json") is None
     assert repository.download(tmp_path / "down", ["*.json"]) == pushed.commit

@@ -76,7 +76,7 @@ def push(
     """Pushes the files of a folder in one commit, unless the repository already has them.
 
     Links are refused. The files are copied to a private folder first (as hard links), so that the uploaded files are
-    the checked files. `Repository.push` explains the order of the steps.
+    the checked files. `Repository.upload` explains the order of the steps.
 
     Args:
         folder: Folder to push.
@@ -98,7 +98,7 @@ def push(
     check_push_options(revision, tag, create_pr)
     check_token()
     with repository._explain_failure(revision), private_copy(Path(folder), files) as copy:
-        return repository.push(
+        return repository.upload(
             copy, revision=revision, tag=tag, private=private, create_pr=create_pr, message=message, delete=delete
         )
 
@@ -121,7 +121,7 @@ class Repository:
         self.repo_type = repo_type
         self.api = HfApi(library_name="stvit")
 
-    def push(
+    def upload(
         self,
         folder: Path,
         *,
@@ -132,15 +132,15 @@ class Repository:
         message: str = "Add model",
         delete: Sequence[str] = (),
     ) -> Pushed:
-        """Pushes a private folder; `stvit.hub.push` pushes any folder and documents the arguments.
+        """Pushes a folder that no other program writes to; `stvit.hub.push` pushes any folder.
 
         The files are uploaded first, then the branch is created, and the commit comes last. An interrupted push thus
         changes no file of the repository, and the same push can be repeated. It may leave an empty repository or a new
         branch behind.
 
         Args:
-            folder: Folder that no other program writes to, without links.
-            revision: See `stvit.hub.push`, also for the other arguments.
+            folder: Folder to push. Hidden files are skipped.
+            revision: Branch. `stvit.hub.push` documents all arguments.
             tag: Tag for the commit.
             private: Whether a new repository is private.
             create_pr: Whether to open a pull request.
@@ -148,7 +148,7 @@ class Repository:
             delete: Patterns of files to delete.
 
         Raises:
-            HubError: If the push fails.
+            HubError: If the folder contains a link, or if the push fails.
         """
         with self._explain_failure(revision):
             self._create(private)
@@ -183,8 +183,7 @@ class Repository:
         """
         files = list_files(folder)
         with self._explain_failure(pushed.commit, "the files were pushed, but not compared"):
-            with private_copy(folder, files) as copy:
-                wrong = self._find_changed(copy, pushed.commit)
+            wrong = self._find_changed(folder, pushed.commit)
         if pushed.kept_card:
             files.pop(CARD, None)
         wrong = [name for name in wrong if name in files]
@@ -294,12 +293,14 @@ class Repository:
 
     def _find_changed(self, folder: Path, commit: str | None) -> list[str]:
         """Returns the files of a folder that a commit lacks or has with another checksum."""
+        files = list_files(folder)
         if commit is None:
-            return list(list_files(folder))
+            return list(files)
         found = self.api.verify_repo_checksums(
             self.repo_id, revision=commit, local_dir=folder, repo_type=self.repo_type
         )
-        return sorted([*(file["path"] for file in found.mismatches), *found.extra_paths])
+        changed = {*(file["path"] for file in found.mismatches), *found.extra_paths}
+        return [name for name in files if name in changed]
 
     def _has_edited_card(self, commit: str) -> bool:
         """Returns whether a person wrote or edited the card in a commit."""

@@ -183,8 +183,8 @@ class _Upload(threading.Thread):
             write_card(last, str(Source.hub(self.repo_id, BRANCH)))
             # The copy is private already, so that `stvit.hub.push` would only copy it again.
             repository = Repository(self.repo_id)
-            repository.push(main, private=self.private, message=message)
-            pushed = repository.push(last, revision=BRANCH, message=message, delete=[f"checkpoints/{NAMES}"])
+            repository.upload(main, private=self.private, message=message)
+            pushed = repository.upload(last, revision=BRANCH, message=message, delete=[f"checkpoints/{NAMES}"])
             self.commit = pushed.commit
         except Exception as error:  # no failure of the network stops a training
             self.error = reason(error)
