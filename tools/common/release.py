@@ -27,7 +27,7 @@ from .config import INTERPOLATIONS, ImageConfig
 from .data import resolve_data_config
 from .files import atomic_replace_dir
 from .flags import add_flags, flag, from_flags
-from .model import RECIPE_KEYS, create_model, strip_weights, weights_errors
+from .model import RECIPE_KEYS, create_model, strip_weights
 
 # Top-1 accuracy on ImageNet-1k in percent that the paper reports for the published weights (tables 2 and 3).
 PAPER_TOP1 = {
@@ -155,8 +155,7 @@ def _open_folder(path: Path, flags: WeightsFlags, part: str) -> Release:
 
 
 def _open_file(path: Path, flags: WeightsFlags) -> Release:
-    with weights_errors():
-        content = read_checkpoint(path)
+    content = read_checkpoint(path)
     is_run = {"progress", "recipe", "model"} <= content.keys()
     if is_run:
         content = load_checkpoint(path)  # checks the checksums of the file, too
@@ -165,8 +164,7 @@ def _open_file(path: Path, flags: WeightsFlags) -> Release:
         raise CommandError(
             f"{path} contains weights ({plain}) and their moving average ({ema}); pass --no-use-ema or --use-ema"
         )
-    with weights_errors():
-        weights, is_ema = pick_weights(content, path, flags.use_ema)
+    weights, is_ema = pick_weights(content, path, flags.use_ema)
     recipe = _read_recipe(content, is_run)
     name = flags.model or _find_model(path, weights, content, recipe)
     weights = strip_weights(name, weights)
