@@ -92,9 +92,58 @@ def copy_pages() -> None:
         _copy_module(path, BUILD / "package/stvit" / path.relative_to(ROOT))
 
 
+_SECTION = re.compile(r" *(Args|Attributes|Examples?|Notes?|Raises|Returns|Shapes|Sources?|Yields):")
+
+
 def _copy_module(path: Path, target: Path) -> None:
+    """Copies a module, with the indented lists and citations in its docstrings as Markdown."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    docstrings = [
+        node.body[0]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    ]
+    for node in sorted(docstrings, key=lambda node: -node.lineno):
+        start, end = node.lineno - 1, node.end_lineno or node.lineno
+        lines[start:end] = _mark_lists(lines[start:end])
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _mark_lists(lines: list[str]) -> list[str]:
+    """Turns `name: text` lines below a sentence that ends in a colon into a list, other indented lines into code."""
+    marked: list[str] = []
+    position = 0
+    while position < len(lines):
+        line = lines[position]
+        indent = len(line) - len(line.lstrip())
+        marked.append(line)
+        position += 1
+        block = []
+        while line.strip() and position < len(lines) and lines[position].startswith(" " * (indent + 4)):
+            block.append(lines[position])
+            position += 1
+        if line.startswith("@inproceedings"):
+            while position < len(lines) and lines[position - 1] != "}":
+                block.append(lines[position])
+                position += 1
+            marked[-1:] = ["", *(f"    {part}" for part in [line, *block]), ""]
+        elif not line.rstrip().endswith(":") or _SECTION.fullmatch(line):
+            marked += block
+        elif block and re.match(r" *\w+: ", block[0]):
+            items = [
+                re.sub(r"^ {4}( *)(\w+): ", r"\1- `\2`: ", part) if _is_item(part, block[0]) else part[4:]
+                for part in block
+            ]
+            marked += ["", *(item if "- `" in item else f"  {item}" for item in items), ""]
+        elif block:
+            marked += ["", *block, ""]
+    return marked
+
+
+def _is_item(line: str, first: str) -> bool:
+    return re.match(r" *\w+: ", line) is not None and len(line) - len(line.lstrip()) == len(first) - len(first.lstrip())
 
 
 def find_modules(package: Path) -> list[str]:
@@ -153,7 +202,7 @@ def write_commands(path: Path) -> None:
 
 def _describe(text: str) -> Iterator[str]:
     """Yields a module's docstring as Markdown: indented blocks become code."""
-    for block in re.split(r"\n\n+", text):
+    for block in re.split(r"\n\n+", "\n".join(_mark_lists(text.splitlines()))):
         if block.startswith("    "):
             yield from ("```sh", *(line[4:] for line in block.splitlines()), "```", "")
         elif block.strip():
