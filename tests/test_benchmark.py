@@ -2,6 +2,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ SMALL = ["--img-size=32", "--batch-size=8", "--images=20", "--repeats=2"]
 def read(table: Path) -> list[dict[str, str]]:
     with table.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_help_does_not_import_pytorch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "stvit.tools.benchmark", "kernels", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--ways" in shown.stdout and " torch\n" not in shown.stderr and " timm\n" not in shown.stderr
 
 
 def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

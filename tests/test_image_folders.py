@@ -18,6 +18,7 @@ from stvit.images import SUFFIXES
 from stvit.tools import train_cls, validate_cls, visualize
 from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError
+from stvit.tools.common.config import ClassificationConfig
 from stvit.tools.common.data import Images, open_images
 from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.image_folders import ImageFolder, ImageTar, find_image_files
@@ -141,7 +142,7 @@ def test_visualize_leaves_other_programs_folders_out(tmp_path: Path, capsys: pyt
     )
 
 
-def config_of(*flags: str) -> train_cls.Config:
+def config_of(*flags: str) -> ClassificationConfig:
     return train_cls.parse_args(["--workers=0", *flags])
 
 

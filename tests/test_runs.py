@@ -21,6 +21,7 @@ from test_data import KINDS
 from stvit.tools import push_to_hub, train_cls, validate_cls
 from stvit.tools.common import locks, runs
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
+from stvit.tools.common.classification import prepare
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.data import Images, open_images
 from stvit.tools.common.distributed import Distributed
@@ -486,7 +487,7 @@ def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.Ca
     flags = [f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2", f"--resume={path}"]
     with StopRequest() as stop, PathLock() as lock:
         config = train_cls.parse_args([*SHORT, *flags])
-        engine = Engine(Session(CPU, stop, lock), config, train_cls.prepare(config, CPU))
+        engine = Engine(Session(CPU, stop, lock), config, prepare(config, CPU))
         for name, change in list(WRONG_STATES.items())[::step]:
             path.write_bytes(right)
             state = torch.load(path, weights_only=True)

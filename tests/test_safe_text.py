@@ -20,6 +20,7 @@ from stvit import hub as hub_module
 from stvit.hub.card import model_card
 from stvit.safe_text import code_span, escape_markdown, one_line, printable, redact, redact_values
 from stvit.tools import convert_checkpoint, push_to_hub, train_cls, validate_cls
+from stvit.tools.common import classification
 from stvit.tools.common.cli import CommandError, OneProcessError
 from stvit.tools.common.flags import to_recipe
 
@@ -213,7 +214,7 @@ def test_traceback_contains_no_secret(
     def fail(*_: Any) -> None:
         raise LookupError(f"server said {TOKEN}")
 
-    monkeypatch.setattr(train_cls, "prepare", fail)
+    monkeypatch.setattr(classification, "prepare", fail)
     assert train_cls.main(["--model=test_stvit", f"--data-dir={digits_folder}"]) == 1
     said = capsys.readouterr().err
     assert "unforeseen LookupError: server said hf_***; please report it" in said
@@ -226,6 +227,17 @@ def test_traceback_contains_no_secret(
 # Ctrl-C
 
 
+# Flags that a command needs.
+FLAGS = {
+    "benchmark": "op",
+    "convert_checkpoint": "weights.pth --output=folder",
+    "main": "train",
+    "push_to_hub": "run --repo-id=org/run",
+    "visualize": "image.jpg",
+    "yolo": "predict",
+}
+
+
 @pytest.mark.parametrize("start", ["file", "module"])
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=[pytest.mark.long] * (name != "train_cls")) for name in COMMANDS]
@@ -235,8 +247,9 @@ def test_ctrl_c_during_the_imports(command: str, start: str, tmp_path: Path) -> 
     (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     arguments = [str(ROOT / "tools" / f"{command}.py")] if start == "file" else ["-m", f"stvit.tools.{command}"]
+    arguments += FLAGS.get(command, "").split()  # without them the command would end before it imports torch
     process = subprocess.Popen(
-        [sys.executable, *arguments, "--help"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "importing\n"

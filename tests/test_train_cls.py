@@ -25,7 +25,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.layers import DropPath
 
 from stvit.tools import train_cls
-from stvit.tools.common import data
+from stvit.tools.common import classification, data
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.optimization import create_optimizer, learning_rate
 
@@ -151,6 +151,12 @@ def test_module_and_file_are_the_same_program(tmp_path: Path) -> None:
         assert flag in helps[0]
 
 
+def test_help_does_not_import_pytorch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "stvit.tools.train_cls", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--epochs" in shown.stdout and " torch\n" not in shown.stderr and " timm\n" not in shown.stderr
+
+
 # Results
 
 
@@ -246,20 +252,20 @@ def test_starts_from_given_weights(digits_folder: Path, run: Run, tmp_path: Path
 def test_drop_path_follows_its_schedule(digits_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate changes at the epochs of the schedule, as in the recipe of the large model."""
     seen: list[float] = []
-    begin = train_cls.Classification.begin_epoch
+    begin = classification.Classification.begin_epoch
 
-    def begin_and_look(self: train_cls.Classification, epoch: int) -> None:
+    def begin_and_look(self: classification.Classification, epoch: int) -> None:
         begin(self, epoch)
         rates = [module.drop_prob for module in self.model.modules() if isinstance(module, DropPath)]
         # The rate grows linearly from 0 in the first block to its maximum in the last one.
         assert rates == sorted(rates) and min(rates) > 0
         seen.append(max(rates))
 
-    monkeypatch.setattr(train_cls.Classification, "begin_epoch", begin_and_look)
+    monkeypatch.setattr(classification.Classification, "begin_epoch", begin_and_look)
     run(f"--data-dir={digits_folder}", "--epochs=4", "--drop-path=0.2", "--drop-path-schedule", "2:0.5", "3:0.1")
     assert seen == pytest.approx([0.2, 0.2, 0.5, 0.1])
     config = train_cls.parse_args([f"--config={ROOT / 'configs/cls/stvit_large_in1k.yaml'}"])
-    assert [train_cls.drop_path_at(config.model, epoch) for epoch in (0, 259, 260, 299)] == [0.4, 0.4, 0.6, 0.6]
+    assert [classification.drop_path_at(config.model, epoch) for epoch in (0, 259, 260, 299)] == [0.4, 0.4, 0.6, 0.6]
 
 
 def test_frozen_batch_norm_keeps_its_statistics(digits_folder: Path, run: Run, tmp_path: Path) -> None:
@@ -453,7 +459,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
         (["--model-kwargs", "depths"], "--model-kwargs: expected key=value, got 'depths'"),
         (
             ["--model-kwargs", "act_layer=none"],
-            "cannot create model test_stvit: act_layer must be a layer or the name of",
+            "cannot create model test_stvit: act_layer must be a layer or a name that timm knows",
         ),
         (["--opt-betas", "0.9"], "cannot create optimizer adamw"),
         (["--interpolation=cubic"], "--interpolation: invalid choice"),
@@ -539,7 +545,7 @@ def test_unforeseen_error_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr(train_cls, "evaluate", fail)
+    monkeypatch.setattr(classification, "evaluate", fail)
     assert "unforeseen ZeroDivisionError: by chance; please report it" in refused(capsys, f"--data-dir={digits_folder}")
     monkeypatch.setenv("STVIT_TRACEBACK", "1")
     assert train_cls.main([*SHORT, f"--data-dir={digits_folder}"]) == 1

@@ -59,12 +59,22 @@ def run(command: Callable[[T], None], args: T) -> int:
     With several processes (torchrun sets RANK), only the primary one prints errors. The others print only errors of
     their own images. Standard output contains no secrets and no escape sequences.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # commands set this while they import
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _import_models()
     print_any_text()
-    importlib.import_module("stvit.stvit")  # registers the models in timm; see stvit/__init__.py
     with redirect_stdout(_SafeOutput(sys.stdout)):
         return _run(command, args)
+
+
+def _import_models() -> None:
+    """Registers the models in timm; see stvit/__init__.py.
+
+    Ctrl-C ends the process without a traceback while it imports PyTorch, and raises KeyboardInterrupt afterwards.
+    """
+    if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    importlib.import_module("stvit.stvit")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(command: Callable[[T], None], args: T) -> int:

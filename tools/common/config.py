@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .cli import CommandError, CommandLineSwitch, KeyValues, above_zero, count, positive, rate
-from .flags import flag
+from .flags import flag, section
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -237,6 +237,19 @@ class TrainConfig(Protocol):
     optim: OptimConfig
     device: TrainDeviceConfig
     run: RunConfig
+
+
+@dataclass
+class ClassificationConfig:
+    """Settings of a classification training. Each section is a group of flags."""
+
+    data: DataConfig = section("data", DataConfig)
+    model: ModelConfig = section("model", ModelConfig)
+    image: ImageConfig = section("image preprocessing", ImageConfig)
+    augment: AugmentConfig = section("augmentation and regularization", AugmentConfig)
+    optim: OptimConfig = section("optimizer and schedule", OptimConfig)
+    device: TrainDeviceConfig = section("device and speed", TrainDeviceConfig)
+    run: RunConfig = section("run", RunConfig)
 
 
 def check_channels(in_chans: int, images: ImageConfig) -> None:
