@@ -65,7 +65,9 @@ def redact_values(value: Any) -> Any:
 
 
 def printable(text: str, kept: str = "") -> str:
-    r"""Escapes control characters: a line break becomes '\n', an escape character '\x1b'.
+    r"""Escapes control characters.
+
+    A line break becomes '\n', an escape character '\x1b'.
 
     Args:
         text: Any text, such as the name of a file.
@@ -92,7 +94,10 @@ def clipped(value: Any, length: int = 100) -> str:
 
 
 def code_span(text: object) -> str:
-    """Returns text as inline code of Markdown. Its HTML and Markdown have no effect, in tables either."""
+    """Returns text as inline code of Markdown.
+
+    HTML and Markdown in the text have no effect, in tables either.
+    """
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pushes weights to the Hugging Face Hub: a run of tools/train_cls.py, a model folder, or a checkpoint.
+"""Pushes a run, a model folder or a checkpoint to the Hugging Face Hub.
 
     python tools/push_to_hub.py runs/flowers --repo-id ORG/flowers --license apache-2.0 --dry-run
     python tools/push_to_hub.py weights/stvit_small.in1k --repo-id ORG/stvit_small.in1k --private --tag v1
@@ -80,7 +80,10 @@ class Flags:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs the command and returns the exit status.
+
+    It is 0, 1 after an error, or 130 after Ctrl-C.
+    """
     logging.getLogger("timm").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -110,7 +113,9 @@ class _NoToken(argparse.Action):
 
 
 def push_to_hub(flags: Flags) -> None:
-    """Writes the folder, pushes it unless this is a dry run, and compares it with the Hub.
+    """Writes the folder, pushes it and compares it with the Hub.
+
+    A dry run only writes the folder.
 
     Raises:
         CommandError: If the weights cannot be read, or the push fails.
@@ -177,7 +182,10 @@ def _write_detector(flags: Flags, output: Output) -> str:
 
 
 def _write_space(flags: Flags, output: Output) -> str:
-    """Writes the page of tools/demo.py, and the model in the folder `model` unless it is on the Hub."""
+    """Writes the page of tools/demo.py.
+
+    A model that is not on the Hub is written to the folder `model`.
+    """
     license, weights = flags.license, Output(output.fresh / "model", output.path, MODEL_FILES)
     source = Source.parse_hub(flags.origin.source)
     if source is not None:

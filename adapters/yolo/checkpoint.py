@@ -1,4 +1,7 @@
-"""Opens checkpoints of detectors without running code, from files and from the Hub."""
+"""Opens checkpoints of detectors without running code.
+
+A checkpoint is a file or in a repository on the Hub.
+"""
 
 import os
 import re
@@ -38,7 +41,7 @@ _LAYERS = ("torch.nn.", "torchvision.ops.", "ultralytics.nn.modules.", "stvit.ad
 
 
 def fetch_checkpoint(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Downloads the checkpoint of a detector from the Hub and checks that it is safe to open.
+    """Downloads the checkpoint of a detector and checks that it is safe to open.
 
     Args:
         name: 'hf-hub:org/name' or 'hf-hub:org/name@revision'. The checkpoint is model.pt, best.pt or the only .pt file.
@@ -87,7 +90,9 @@ def _download(repo_id: str, revision: str | None, cache_dir: str | Path | None) 
 
 
 def check_local(name: Any, trust: bool = False) -> None:
-    """Checks a checkpoint before Ultralytics opens it, because Ultralytics runs any code in the file.
+    """Checks a checkpoint before Ultralytics opens it.
+
+    Ultralytics runs any code in the file.
 
     Args:
         name: Model in any form that Ultralytics takes: a path, a name such as 'yolo26n.pt', or a URL, which is
@@ -119,7 +124,10 @@ def check_local(name: Any, trust: bool = False) -> None:
 
 @contextmanager
 def trusting(trust: bool) -> Iterator[None]:
-    """Context manager that skips the check of `check_local`, in this process and in the processes that it starts."""
+    """Context manager that skips the check of `check_local`.
+
+    It has an effect in this process and in the processes that it starts.
+    """
     before = os.environ.get(_TRUST_VARIABLE)
     if trust:
         os.environ[_TRUST_VARIABLE] = "1"
@@ -131,12 +139,12 @@ def trusting(trust: bool) -> Iterator[None]:
 
 
 def is_trusting() -> bool:
-    """Returns whether `trusting(True)` is active in this process or in a parent process."""
+    """Returns whether `trusting(True)` is active here or in a parent process."""
     return os.environ.get(_TRUST_VARIABLE) == "1"
 
 
 def open_safely(path: Path) -> dict[str, Any]:
-    """Returns the contents of a checkpoint of Ultralytics without running code from it.
+    """Returns the contents of a checkpoint of Ultralytics; runs no code.
 
     Restored are tensors and modules of PyTorch, timm, Ultralytics and this package, plain containers, a plain
     configuration, and the losses and transforms that Ultralytics saves with its models. Hooks are refused. Ultralytics
@@ -208,7 +216,7 @@ def _check_module(path: Path, module: nn.Module) -> None:
 
 
 def _is_own_callable(module: nn.Module, name: str, value: Any) -> bool:
-    """Returns whether a callable attribute is one that some version of Ultralytics saves with its modules."""
+    """Returns whether Ultralytics saves a callable attribute with its modules."""
     where = f"{type(value).__module__}."
     if name in ("criterion", "transforms"):  # of training and of classifiers
         return where.startswith(("ultralytics.utils.loss.", "torchvision.transforms."))
@@ -228,12 +236,15 @@ def _is_own_callable(module: nn.Module, name: str, value: Any) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Returns the attributes of an object; none for an object that cannot have attributes."""
+    """Returns the attributes of an object, or none if it cannot have any."""
     return getattr(value, "__dict__", {})
 
 
 def _is_plain(value: Any) -> bool:
-    """Returns whether a value consists of Python's own types. Subclasses could run code."""
+    """Returns whether a value consists of Python's own types.
+
+    Subclasses could run code.
+    """
     if type(value) is dict:
         return all(_is_plain(item) for pair in value.items() for item in pair)
     if type(value) in (list, tuple):
@@ -242,7 +253,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_config(path: Path, config: Any) -> None:
-    """Checks a model configuration. Training builds the model from it, and Ultralytics evaluates parts of it as code.
+    """Checks a model configuration.
+
+    Training builds the model from it, and Ultralytics evaluates parts of it as code.
 
     Raises:
         PretrainedError: If the configuration is not plain data, the activation is not a module of PyTorch with numbers,

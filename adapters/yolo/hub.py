@@ -1,4 +1,7 @@
-"""Publishes detectors on the Hugging Face Hub: a checkpoint in half precision, an example picture and a card."""
+"""Publishes detectors on the Hugging Face Hub.
+
+A detector's folder has a checkpoint in half precision, an example picture and a card.
+"""
 
 import pickle
 import re
@@ -98,7 +101,9 @@ def write_detector(
 
 
 def prepare_checkpoint(source: Path, folder: Path, image: Path | None = None) -> Detector:
-    """Writes model.pt, a checkpoint to publish, and example.jpg, a picture with its results.
+    """Writes a checkpoint to publish, and a picture with its results.
+
+    The files are model.pt and example.jpg.
 
     The checkpoint is in the form that Ultralytics publishes: half precision, without the state for resuming. Paths
     among the arguments of the training are reduced to file names, because they tell about the machine.
@@ -198,7 +203,9 @@ def _results(detector: Detector) -> str:
 
 
 def compare_with_hub(folder: Path, pushed: Pushed) -> int:
-    """Loads a pushed detector by its commit into an empty cache, and compares every tensor and checksum.
+    """Loads a pushed detector by its commit, and compares tensors and checksums.
+
+    The detector is downloaded to an empty cache.
 
     Returns:
         Number of equal tensors: all tensors.
@@ -224,7 +231,9 @@ _PythonPickler: Any = pickle._Pickler
 
 
 class _OrderedPickler(_PythonPickler):
-    """Pickler that writes sets in order. The same model gives the same file, and pushing it again uploads nothing.
+    """Pickler that writes sets in order.
+
+    The same model gives the same file, and pushing it again uploads nothing.
 
     Python's own pickler is used, because the one in C does not let a subclass save sets.
     """
@@ -239,7 +248,10 @@ _ORDERED_PICKLE = SimpleNamespace(__name__="pickle", Pickler=_OrderedPickler)
 
 
 def _without_paths(value: Any) -> Any:
-    """Returns a nested value with each path reduced to its last part, for the paths of any system."""
+    """Returns a nested value with each path reduced to its last part.
+
+    Paths of any system are recognized.
+    """
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Saves models as folders that timm loads, and pushes them to the Hugging Face Hub.
+"""Saves models as folders that timm loads, and pushes them to the Hub.
 
 A model folder contains:
 

@@ -76,7 +76,9 @@ def is_edited(path: Path) -> bool:
 
 
 def write_card(folder: Path, name: str, *, license: str | None = None) -> bool:
-    """Writes the card of a model folder, unless a person wrote or edited the existing card.
+    """Writes the card of a model folder.
+
+    A card that a person wrote or edited is kept.
 
     Args:
         folder: Folder with model.safetensors and config.json.
@@ -180,7 +182,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def class_list(names: Sequence[Any], limit: int) -> str:
-    """Returns the first class names as Markdown code. Untrusted names have no effect on the page."""
+    """Returns the first class names as Markdown code.
+
+    Markdown and HTML in the names have no effect.
+    """
     return ", ".join(map(code_span, names[:limit])) + (", …" if len(names) > limit else "")
 
 

@@ -15,7 +15,7 @@ __all__ = ["HubError", "copy_file", "file_sha256", "list_files", "private_copy"]
 
 
 class HubError(RuntimeError):
-    """Raised when a model folder or a repository on the Hub cannot be read or written.
+    """Raised when a model folder or a repository cannot be read or written.
 
     The message is one line without secrets. It says what failed, why, and what to do.
     """
@@ -61,7 +61,9 @@ def list_files(folder: Path) -> dict[str, int]:
 
 
 def copy_file(folder: Path, name: str, target: Path, *, hard_link: bool = False) -> None:
-    """Copies a file out of a folder without following links, even if a link appears during the copy.
+    """Copies a file out of a folder without following links.
+
+    A link that appears during the copy is not followed either.
 
     Args:
         folder: Folder of the file. It may itself be a link.
@@ -91,7 +93,9 @@ def copy_file(folder: Path, name: str, target: Path, *, hard_link: bool = False)
 
 @contextmanager
 def private_copy(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Context manager: yields a private folder with copies of files, and removes it at the end.
+    """Context manager: yields a private folder with copies of files.
+
+    The folder is removed at the end.
 
     The copies are hard links where the file system supports them. Other programs cannot replace a file with a link
     between its check and its upload.

@@ -1,4 +1,7 @@
-"""Saves and reads model folders: model.safetensors and config.json, in timm's format."""
+"""Saves and reads model folders in timm's format.
+
+A model folder contains model.safetensors and config.json.
+"""
 
 import copy
 import json
@@ -173,7 +176,9 @@ def read_config(folder: Path) -> FolderConfig:
 
 
 def write_details(folder: Path, details: Details) -> None:
-    """Updates the facts about the weights in config.json, and removes a repeated model argument.
+    """Updates the facts about the weights in config.json.
+
+    It also removes a repeated model argument.
 
     timm writes the number of classes both as a field and as an argument of the model. transformers passes both to
     `timm.create_model`, which fails.

@@ -1,4 +1,4 @@
-"""Pushes folders to the Hugging Face Hub, compares them with it, and downloads them."""
+"""Pushes folders to the Hub, compares them with it, and downloads them."""
 
 import re
 import shutil
@@ -73,7 +73,9 @@ def push(
     delete: Sequence[str] = (),
     repo_type: Literal["model", "space"] = "model",
 ) -> Pushed:
-    """Pushes the files of a folder in one commit, unless the repository already has them.
+    """Pushes the files of a folder in one commit.
+
+    Files that the repository already has are not uploaded. Without a change there is no commit.
 
     Links are refused. The files are copied to a private folder first (as hard links), so that the uploaded files are
     the checked files. `Repository.upload` explains the order of the steps.
@@ -104,7 +106,9 @@ def push(
 
 
 class Repository:
-    """A repository on the Hugging Face Hub, accessed with the token of the environment (HF_TOKEN) or the login.
+    """A repository on the Hugging Face Hub.
+
+    It is accessed with the token of the environment (HF_TOKEN) or of the login.
 
     Attributes:
         repo_id: Id of the repository, 'org/name', or 'name' in the namespace of the token.
@@ -132,7 +136,9 @@ class Repository:
         message: str = "Add model",
         delete: Sequence[str] = (),
     ) -> Pushed:
-        """Pushes a folder that no other program writes to; `stvit.hub.push` pushes any folder.
+        """Pushes a folder that no other program writes to.
+
+        For any other folder, call `stvit.hub.push`.
 
         The files are uploaded first, then the branch is created, and the commit comes last. An interrupted push thus
         changes no file of the repository, and the same push can be repeated. It may leave an empty repository or a new
@@ -223,7 +229,10 @@ class Repository:
         return str(commit)
 
     def read_file(self, name: str, revision: str | None = None) -> bytes | None:
-        """Returns the contents of a file; None if the file, revision or repository is missing or out of reach."""
+        """Returns the contents of a file; None if it cannot be read.
+
+        The file, the revision or the repository may be missing, or the Hub may not answer.
+        """
         with TemporaryDirectory() as cache:
             try:
                 # The download alone would try again and again if the Hub is down.
@@ -370,7 +379,10 @@ class Repository:
 
     @contextmanager
     def _explain_failure(self, revision: str | None, outcome: str | None = None) -> Iterator[None]:
-        """Context manager that turns any error into a `HubError` with the state of the repository."""
+        """Context manager that turns any error into a `HubError`.
+
+        The message says in which state the repository is.
+        """
         try:
             yield
         except HubError:
@@ -383,7 +395,10 @@ class Repository:
 
 @dataclass(frozen=True)
 class _Branch:
-    """Branch to push to. `head` is its commit, or the commit that a new branch starts from."""
+    """Branch to push to.
+
+    `head` is its commit, or the commit that a new branch starts from.
+    """
 
     name: str
     head: str | None
@@ -453,7 +468,9 @@ def check_token() -> None:
 
 
 def compare_model_with_hub(folder: Path, repo_id: str, commit: str) -> int:
-    """Loads a pushed model by its commit into an empty cache, and compares every tensor and checksum.
+    """Loads a pushed model by its commit, and compares tensors and checksums.
+
+    The model is downloaded to an empty cache.
 
     Args:
         folder: Folder that was pushed.
@@ -480,7 +497,10 @@ def compare_model_with_hub(folder: Path, repo_id: str, commit: str) -> int:
 
 
 def mismatched_tensors(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> list[str]:
-    """Returns the names of tensors that differ in dtype or in any value, or are only in one state dict."""
+    """Returns the names of tensors that differ between two state dicts.
+
+    Tensors differ in dtype or in any value, or are missing in one state dict.
+    """
     return [
         key
         for key in here.keys() | there.keys()

@@ -74,7 +74,9 @@ class Release:
             raise HubError(f"{self.name}: NaN or infinity in the output; use an earlier checkpoint")
 
     def save(self, folder: Path, name: str, license: str | None = None) -> bool:
-        """Writes a model folder with its card, and checks that loading it gives the same output.
+        """Writes a model folder with its card, and checks that it loads again.
+
+        Loading the folder must give the same output.
 
         Args:
             folder: Folder to write. It must be missing or empty.

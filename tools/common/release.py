@@ -1,4 +1,4 @@
-"""Opens weights from a run, a folder or a file, as a release: a model with its metadata."""
+"""Opens weights from a run, a folder or a file, with their metadata."""
 
 import argparse
 import json
@@ -48,7 +48,9 @@ _NO_ARCHITECTURE = (
 
 @dataclass
 class WeightsFlags(ImageConfig):
-    """Selects the weights to convert or push, and states facts that their file does not store.
+    """Selects the weights to convert or push.
+
+    Some flags state facts that the file of the weights does not store.
 
     Attributes:
         source: Run directory, model folder or file.
@@ -126,7 +128,9 @@ def open_release(flags: WeightsFlags, part: str = "best") -> Release:
 
 
 def write_release(release: Release, output: "Output", name: str, license: str | None = None) -> bool:
-    """Writes a model folder to an output; `Release.save` documents the other arguments and the returned value.
+    """Writes a model folder to an output.
+
+    `Release.save` documents the other arguments and the returned value.
 
     Raises:
         CommandError: If the folder cannot be written.
@@ -195,7 +199,7 @@ def _open_file(path: Path, flags: WeightsFlags) -> Release:
 
 
 def _check_published(path: Path, name: str, model: Any, data_config: Mapping[str, Any]) -> None:
-    """Checks the number of classes and the resolution of weights that are said to be published ones.
+    """Checks the number of classes and the resolution of published weights.
 
     Raises:
         CommandError: If they are different.
@@ -321,7 +325,9 @@ class Output:
     names: Set[str]
 
     def finish(self) -> Path:
-        """Moves the contents to the final place, removes what an earlier command wrote there, and returns the path.
+        """Moves the contents to the final place and returns its path.
+
+        Files of an earlier command are removed there.
 
         Raises:
             CommandError: If a file cannot be moved.
@@ -344,7 +350,9 @@ class Output:
 
 @contextmanager
 def open_output(path: str | None, names: Set[str] = MODEL_FILES, replace: bool = False) -> Iterator[Output]:
-    """Context manager: yields an empty folder to write to. `Output.finish` moves its contents to their final place.
+    """Context manager: yields an empty folder to write to.
+
+    `Output.finish` moves its contents to their final place.
 
     Args:
         path: Final place; None for a temporary folder, which exists until the end of the context.

@@ -1,4 +1,4 @@
-"""Uploads a run to the Hugging Face Hub while it trains, and downloads it to resume."""
+"""Uploads a run to the Hub while it trains, and downloads it to resume."""
 
 import os
 import shutil
@@ -35,7 +35,9 @@ STALLED_S = 1800.0
 
 
 class Snapshots:
-    """Uploads a run directory in the background, every few epochs. A failure is a warning.
+    """Uploads a run directory in the background, every few epochs.
+
+    A failure is a warning.
 
     The branch `last` gets the newest checkpoint, the records and all weights, with the last weights as its model. The
     branch main gets the best weights. timm loads both branches.
@@ -83,7 +85,10 @@ class Snapshots:
             self._start(epoch)
 
     def finish(self, epoch: int) -> None:
-        """Uploads the end of the run, in up to two attempts, and waits for it unless the program is stopped."""
+        """Uploads the end of the run, in up to two attempts.
+
+        It waits for the upload unless the program is stopped.
+        """
         self._wait()
         for _ in range(2):
             if self._uploaded != epoch and not self._is_stopped():
@@ -98,7 +103,10 @@ class Snapshots:
             )
 
     def abandon(self) -> None:
-        """Waits a moment for a running upload, then abandons it. The Hub keeps the previous snapshot."""
+        """Waits a moment for a running upload, then abandons it.
+
+        The Hub keeps the previous snapshot.
+        """
         if self._upload is not None:
             self._upload.join(PATIENCE_S)
         self._abandon_upload()
@@ -120,7 +128,10 @@ class Snapshots:
         shutil.rmtree(self._place, ignore_errors=True)
 
     def _has_ended(self) -> bool:
-        """Returns whether no upload is running, and reports the result of an upload that has ended."""
+        """Returns whether no upload is running.
+
+        It reports the result of an upload that has ended.
+        """
         upload = self._upload
         if upload is None:
             return True
@@ -160,7 +171,9 @@ class Snapshots:
 
 
 class _Upload(threading.Thread):
-    """Thread that uploads a copy of the run. It is a daemon: the program can end without waiting for the network.
+    """Thread that uploads a copy of the run.
+
+    It is a daemon, so that the program can end without waiting for the network.
 
     Attributes:
         since: Start of the upload, in seconds of `time.monotonic`.
@@ -194,7 +207,9 @@ class _Upload(threading.Thread):
 
 
 def _copy_run(folder: Path, place: Path) -> None:
-    """Copies the files to upload, because the training may replace them at any moment.
+    """Copies the files to upload.
+
+    The training may replace the originals at any moment.
 
     Only the files of a run are copied. Other files in the run directory are not uploaded.
 
@@ -220,7 +235,10 @@ def _copy_run(folder: Path, place: Path) -> None:
 
 
 def read_remote_recipe(repo_id: str) -> dict[str, Any] | None:
-    """Returns the recipe of the run in a repository; None if there is no run, or if the Hub does not answer."""
+    """Returns the recipe of the run in a repository; None if it cannot be read.
+
+    The repository may contain no run, or the Hub may not answer.
+    """
     text = Repository(repo_id).read_file("config.yaml", BRANCH)
     try:
         recipe = None if text is None else load_yaml(text.decode())
@@ -285,7 +303,10 @@ def fetch_run(
 
 
 def _read_name(folder: Path) -> str | None:
-    """Returns the name of a run from its recipe. Only the last part of a path counts, whatever the file says."""
+    """Returns the name of a run from its recipe.
+
+    Only the last part of a path counts, because the file may come from anybody.
+    """
     try:
         name = load_yaml(read_utf8(folder / "config.yaml")).get("experiment")
     except (OSError, AttributeError, ValueError):

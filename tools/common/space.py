@@ -1,4 +1,7 @@
-"""Writes the page of tools/demo.py as a Space of the Hugging Face Hub: a folder that runs on its own."""
+"""Writes the page of tools/demo.py as a Space of the Hugging Face Hub.
+
+A Space is a folder that runs on its own.
+"""
 
 import json
 import re
@@ -44,7 +47,9 @@ if __name__ == "__main__":
 
 
 def write_space(folder: Path, repo_id: str, model: str, title: str, license: str | None = None) -> None:
-    """Writes app.py, requirements.txt, this version of stvit, its license, and the card.
+    """Writes the files of a Space.
+
+    These are app.py, requirements.txt, this version of stvit, its license, and the card.
 
     Args:
         folder: Folder to write. Weights that are not on the Hub are in its folder `model`.
