@@ -54,7 +54,9 @@ Device = torch.device | str | None
 
 
 class PixelAct(nn.Module):
-    """Applies an activation to (B, C, H, W) and returns the result in channels_last memory format.
+    """Applies an activation and returns the result in channels_last memory format.
+
+    The shape stays (B, C, H, W).
 
     The activation receives a contiguous tensor (B, H, W, C), because PyTorch's GELU is faster on it on CPUs, forward
     and backward. The first activation thus makes all later feature maps channels_last, whatever the memory format of
@@ -80,7 +82,10 @@ class PixelAct(nn.Module):
 
 
 class ResidualDepthwiseConv(nn.Module):
-    """Position encoding (section 3.1): adds a depthwise 3x3 convolution to its input, (B, C, H, W)."""
+    """Adds a depthwise 3x3 convolution to its input (B, C, H, W).
+
+    This encodes the position (section 3.1).
+    """
 
     def __init__(self, dim: int, dilation: int = 1, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -93,7 +98,10 @@ class ResidualDepthwiseConv(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """MLP with a residual depthwise 3x3 convolution in the middle (section 3.1), (B, C, H, W) to the same shape."""
+    """MLP with a residual depthwise 3x3 convolution in the middle (section 3.1).
+
+    Input and output have the shape (B, C, H, W).
+    """
 
     def __init__(
         self,
@@ -119,7 +127,10 @@ class ConvMlp(nn.Module):
 
 
 class STViTBlock(nn.Module):
-    """Position encoding, super token attention and MLP (figure 2), (B, C, H, W) to the same shape."""
+    """Position encoding, super token attention and MLP (figure 2).
+
+    Input and output have the shape (B, C, H, W).
+    """
 
     def __init__(
         self,
@@ -399,7 +410,9 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initializes the weights like the authors' code: truncated normal in linear layers, else PyTorch's default.
+        """Initializes the weights like the authors' code.
+
+        Linear layers get a truncated normal distribution, all other layers PyTorch's default.
 
         Args:
             needs_reset: Whether to reset all layers to PyTorch's default first. A model that was created on the meta
@@ -416,12 +429,12 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of parameters without weight decay, beyond those with one dimension: none."""
+        """Returns the parameters without weight decay, beyond those with one dimension."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns patterns that group parameters by depth, for layer-wise learning rate decay.
+        """Returns patterns that group parameters by depth, for layer decay.
 
         Args:
             coarse: Whether a group is a stage instead of a block.
@@ -439,7 +452,7 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Sets whether the activations of each block are recomputed in the backward pass, which saves memory."""
+        """Turns gradient checkpointing of each block on or off."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
@@ -462,7 +475,7 @@ class STViT(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict like `torch.nn.Module`, with one short error for a state dict of the authors.
+        """Loads a state dict; the error for key names of the authors is short.
 
         Raises:
             RuntimeError: If the keys do not fit, or have the authors' names.
@@ -549,13 +562,16 @@ class STViT(nn.Module):
         return self.final_act(self.final_norm(self.final_conv(x)))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns features before pooling, (B, num_features, H / 32, W / 32), for images (B, in_chans, H, W)."""
+        """Computes features before pooling from images (B, in_chans, H, W).
+
+        The shape is (B, num_features, H / 32, W / 32).
+        """
         x = self.stem(x)
         x = self.stages(x)
         return self._project(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Returns logits (B, num_classes) for features before pooling, or pooled features if `pre_logits`."""
+        """Computes logits (B, num_classes), or pooled features if `pre_logits`."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -711,7 +727,7 @@ def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Pico with about 2 M parameters: a third of the depth of small, about half its width."""
+    """STViT-Pico: 2 M parameters, a third of the depth of small, half its width."""
     model_args = {
         "dims": (32, 64, 128, 192),
         "depths": (1, 2, 3, 1),
@@ -723,7 +739,7 @@ def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Nano with about 5 M parameters: two thirds of the depth of small, half its width."""
+    """STViT-Nano: 5 M parameters, two thirds of the depth of small, half its width."""
     model_args = {
         "dims": (32, 64, 160, 256),
         "depths": (2, 3, 6, 2),
@@ -735,7 +751,7 @@ def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_tiny(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Tiny with about 12 M parameters: two thirds of the depth of small, narrower late stages."""
+    """STViT-Tiny: 12 M parameters, two thirds of the depth of small."""
     model_args = {"dims": (64, 128, 256, 384), "depths": (2, 3, 6, 2), "num_heads": (1, 2, 4, 6)}
     return _create_stvit("stvit_tiny", pretrained, **dict(model_args, **kwargs))
 

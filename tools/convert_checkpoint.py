@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Converts a checkpoint to a model folder that timm loads: model.safetensors, config.json and a card.
+"""Converts a checkpoint to a model folder that timm loads.
+
+The folder contains model.safetensors, config.json and a card.
 
     python tools/convert_checkpoint.py stvit_small.pth --use-ema --model stvit_small.in1k --output weights/small
     python tools/convert_checkpoint.py small_384.pth --use-ema --model stvit_small.in1k_384 --output weights/small_384
@@ -40,7 +42,10 @@ from stvit.weights.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs the command and returns its exit status.
+
+    The status is 0, 1 after an error, 130 after Ctrl-C.
+    """
     logging.getLogger("timm").setLevel(logging.ERROR)
     return run(convert, create_parser().parse_args(argv))
 

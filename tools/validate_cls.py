@@ -72,13 +72,18 @@ MAX_CONFUSION_CLASSES = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs the command and returns its exit status.
+
+    The status is 0, 1 after an error, 130 after Ctrl-C.
+    """
     logging.getLogger("timm").setLevel(logging.ERROR)
     return run(validate, parse_args(argv))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the flags: those of the command line override the file `--config`, which overrides the defaults.
+    """Parses the flags.
+
+    The command line overrides the file `--config`, which overrides the defaults.
 
     Raises:
         SystemExit: If a flag or a key is unknown or has a wrong type. The status is 2, the error one line.
@@ -237,7 +242,7 @@ def _open_model(source: ModelSource, device: DeviceConfig, distributed: Distribu
 
 
 def _resolve_data_config(flags: Mapping[str, Any], model: Any, official_crop: bool) -> dict[str, Any]:
-    """Returns the preprocessing of the images; `official_crop` is the crop of the paper."""
+    """Returns the preprocessing, with `official_crop` that of the paper."""
     data_config = resolve_data_config(flags, model, use_test_size=True)
     if official_crop:
         crop_pct = 1.0 if data_config["input_size"][-1] >= 384 else 224 / 256
@@ -246,7 +251,9 @@ def _resolve_data_config(flags: Mapping[str, Any], model: Any, official_crop: bo
 
 
 def _open_real_labels(images: Any, path: str) -> list[list[int]]:
-    """Returns the correct class numbers of each image; an empty list for an image without a clear class.
+    """Returns the correct classes of each image.
+
+    An image without a clear class has an empty list.
 
     Raises:
         CommandError: If the labels cannot be read, or the images are not those of ImageNet.
@@ -301,7 +308,7 @@ class _Counts:
         self._first = 0, time.perf_counter()
 
     def update(self, logits: torch.Tensor, target: torch.Tensor) -> None:
-        """Counts a batch of logits (B, K) and class numbers (B,). Class -1 does not count."""
+        """Counts a batch of logits (B, K) and classes (B,). Class -1 does not count."""
         top = logits.topk(min(5, logits.shape[1])).indices
         if self.real is not None:
             self.real += self._real_hits(top.tolist(), target.tolist()).to(self.real.device)
@@ -391,7 +398,9 @@ def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[s
 
 
 def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path) -> bool:
-    """Draws the confusion matrix: the share of each class (row) that is predicted as each class (column).
+    """Draws the confusion matrix.
+
+    A cell is the share of a class (row) that is predicted as a class (column).
 
     Args:
         confusion: Number of images, (K, K).
@@ -429,7 +438,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str] | None, path: Path)
 
 
 def _label(name: str) -> str:
-    """Returns the first characters of a class name, without characters that cannot be drawn."""
+    """Returns the first characters of a class name, in a form that can be drawn."""
     return printable(name)[:24]
 
 

@@ -1,4 +1,7 @@
-"""Loads pretrained weights into a detector: of a timm model into the backbone, of Ultralytics into neck and head."""
+"""Loads pretrained weights into a detector.
+
+The backbone gets weights of a timm model, neck and head those of Ultralytics.
+"""
 
 from copy import deepcopy
 from pathlib import Path
@@ -70,7 +73,7 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
 
 
 def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool = False) -> list[str]:
-    """Loads Ultralytics' YOLO26 weights into the layers of a detector that come from Ultralytics.
+    """Loads Ultralytics' YOLO26 weights into the layers from Ultralytics.
 
     Args:
         model: Detector from a model file of this package.
@@ -157,12 +160,15 @@ def align(weights: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _alike(layer: nn.Module, target: nn.Module) -> bool:
-    """Returns whether two layers have the same type. All detection heads count as the same type."""
+    """Returns whether two layers have the same type.
+
+    All detection heads count as the same type.
+    """
     return type(layer) is type(target) or (isinstance(layer, Detect) and isinstance(target, Detect))
 
 
 def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None) -> None:
-    """Copies the weights of a detector to a new detector that a trainer built for other classes or channels.
+    """Copies the weights of a detector to one with other classes or channels.
 
     Args:
         weights: Detector with the weights.
@@ -193,7 +199,10 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
 
 
 def _adapt_images(source: TimmBackbone, target: TimmBackbone) -> None:
-    """Adapts the first convolution to other image channels like timm. Ultralytics would leave it random."""
+    """Adapts the first convolution to other image channels like timm.
+
+    Ultralytics would leave it random.
+    """
     if source.in_chans == target.in_chans:
         return
     for name in _first_convs(target):
@@ -223,7 +232,7 @@ def _first_convs(backbone: TimmBackbone) -> list[str]:
 
 
 def _stock_layers(model: nn.Module) -> list[int]:
-    """Returns the row in Ultralytics' model file for each layer; -1 for a layer that is not in the file.
+    """Returns the row in Ultralytics' model file for each layer; -1 for none.
 
     The rows of a model without this information are 0, 1, 2 and so on.
     """
@@ -235,7 +244,7 @@ def _stock_layers(model: nn.Module) -> list[int]:
 
 
 def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[str, dict[str, Any]]:
-    """Returns the name and the arguments with which timm creates a model with the weights of a source.
+    """Returns name and arguments of the timm model with the weights of a source.
 
     Raises:
         ValueError: If the source does not exist or belongs to another model.
@@ -263,7 +272,10 @@ def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[
 
 
 def _count_classes(path: Path, backbone: TimmBackbone) -> int:
-    """Returns the number of classes in a file of weights, or 0. With this number timm checks all keys of the file."""
+    """Returns the number of classes in a file of weights, or 0.
+
+    With this number timm checks all keys of the file.
+    """
     try:
         check_file(path)
         state_dict = load_state_dict(str(path))

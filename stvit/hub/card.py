@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stvit.hub.files import file_sha256
 from stvit.hub.folder import WEIGHTS, Details, FolderConfig, Metric, read_config
 from stvit.safe_text import code_span, escape_markdown, one_line
-from stvit.weights.source import is_own_model
+from stvit.weights.source import Source, is_own_model
 
 __all__ = ["CARD", "CARD_MARK", "Card", "class_list", "is_edited", "model_card", "table", "write_card"]
 
@@ -102,7 +102,7 @@ def model_card(folder: Path, name: str, *, license: str | None = None) -> str:
     """Returns the card of a classifier. `write_card` has the arguments."""
     config = read_config(folder)
     is_stvit = is_own_model(config.architecture)
-    title = Path(name.partition(":")[2]).resolve().name
+    title = Path(Source.parse_model_name(name).full_name).resolve().name
     license = license or config.details.license
     return Card(
         metadata=ModelCardData(

@@ -69,7 +69,7 @@ class WeightsFileError(ValueError):
 
 
 def check_file(path: Path) -> None:
-    """Checks that a file of weights is intact and needs no more memory than its size suggests.
+    """Checks that a file of weights is intact and cannot fill the memory.
 
     Raises:
         WeightsFileError: If the file is damaged or could fill the memory.
@@ -79,14 +79,14 @@ def check_file(path: Path) -> None:
 
 
 def count_elements(path: Path) -> int:
-    """Checks a file like `check_file` and returns the number of elements in its tensors."""
+    """Checks a file like `check_file`; returns the number of elements."""
     if path.suffix == ".safetensors":
         return _count_safetensors(path)
     return _inventory(path).elements
 
 
 def class_names(path: Path) -> set[str]:
-    """Checks a file of `torch.save` like `check_file` and returns the names of its classes and functions."""
+    """Checks a file like `check_file`; returns the classes and functions it names."""
     return set(_inventory(path).kinds)
 
 
@@ -106,7 +106,10 @@ def _inventory(path: Path) -> "_Inventory":
 
 
 def _count_safetensors(path: Path) -> int:
-    """Returns the number of elements; safetensors checks that header and tensors fill the file exactly."""
+    """Returns the number of elements in a safetensors file.
+
+    The library checks that header and tensors fill the file exactly.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise WeightsFileError("is not a file", path)
     try:
@@ -216,7 +219,7 @@ def _members(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
 
 
 def _large_sizes(extra: bytes, unpacked: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Returns sizes and offset of a member, taking values above 32 bits from its extra field."""
+    """Returns sizes and offset of a member; values above 32 bits are in `extra`."""
     values: list[int] = []
     place = 0
     while place + 4 <= len(extra):
@@ -297,7 +300,7 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class _Inventory(_PythonUnpickler):
-    """Lists the tensors of a pickle without importing, calling or allocating anything that the pickle names.
+    """Lists the tensors of a pickle without running or allocating anything.
 
     This is Python's unpickler, because the one in C allocates whatever sizes the file states.
 
@@ -360,18 +363,21 @@ class _Inventory(_PythonUnpickler):
 
 
 def _tensor(*args: Any) -> _Thing:
-    """Stand-in for the functions that create a tensor from storage, offset, shape and so on."""
+    """Stand-in for the functions that create a tensor."""
     _check_tensor(args)
     return _Thing()
 
 
 def _subclass_tensor(function: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """Stand-in for the function that creates a tensor of a subclass by calling another function."""
+    """Stand-in for the function that creates a tensor of a subclass."""
     return function(*args)
 
 
 def _check_tensor(args: Any) -> None:
-    """Refuses a tensor larger than its storage, such as a huge view of a few bytes: a copy would fill the memory."""
+    """Refuses a tensor that is larger than its storage.
+
+    A copy of such a view could fill the memory.
+    """
     if not isinstance(args, tuple) or len(args) < 4 or not isinstance(args[0], _Storage):
         return
     shape = args[2]
@@ -385,7 +391,7 @@ def _check_tensor(args: Any) -> None:
 
 
 def find_corruption(path: Path) -> str | None:
-    """Returns the visible defect of a file of weights, such as "is empty"; None if there is none."""
+    """Returns the visible defect of a file, such as "is empty"; None if it has none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)

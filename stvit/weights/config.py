@@ -153,7 +153,7 @@ def check_model_args(args: Any) -> None:
 
 @contextmanager
 def limit_parameters(limit: int | None) -> Iterator[None]:
-    """Context manager that limits the number of parameters of a model built by this thread.
+    """Context manager that limits the parameters of a model built by this thread.
 
     A layer registers a parameter before it initializes the values, and the system provides memory when the values are
     written. The error is therefore raised before the memory is used.
@@ -245,7 +245,7 @@ def _is_layer(value: Any) -> bool:
 
 
 def _is_modest(value: Any, depth: int = 0) -> bool:
-    """Returns whether all numbers and lengths in a nested value are within the limits."""
+    """Returns whether the numbers and lengths in a value are within the limits."""
     if depth > 10:
         return False
     if isinstance(value, int | float):

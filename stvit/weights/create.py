@@ -55,7 +55,7 @@ _SUFFIXES = {".bin", ".pth", ".safetensors", ".tar"}
 
 
 def create_model(model_name: str, pretrained: bool = False, *, verify: bool = False, **kwargs: Any) -> nn.Module:
-    """Calls `timm.create_model`, checks the weights first, and explains every failure.
+    """Calls `timm.create_model` with checked weights and explained errors.
 
     A file (`pretrained_cfg_overlay=dict(file=…)`) may have a prefix such as Lightning's `model.` in its keys.
 
@@ -100,7 +100,7 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
 
 
 def build_model(model_cls: type[_Model], variant: str, pretrained: bool, **kwargs: Any) -> _Model:
-    """Calls timm's `build_model_with_cfg` for a model of this package, checks the weights first, explains failures.
+    """Builds a model of this package with checked weights and explained errors.
 
     The environment variable STVIT_HUB_NAMESPACE names another owner of the published weights.
 
@@ -146,7 +146,9 @@ def _locate(model_name: str) -> dict[str, Any]:
 
 
 def _locate_in_namespace(variant: str, pretrained_cfg: Any) -> dict[str, str]:
-    """Returns where STVIT_HUB_NAMESPACE says that the weights of a tag are, as fields of timm's `PretrainedCfg`.
+    """Returns the location of a tag's weights that STVIT_HUB_NAMESPACE sets.
+
+    The location consists of fields of timm's `PretrainedCfg`.
 
     Args:
         variant: Name of the model.
@@ -161,7 +163,9 @@ def _locate_in_namespace(variant: str, pretrained_cfg: Any) -> dict[str, str]:
 def _check_other_model(
     model_name: str, cfg: Mapping[str, Any], pretrained: bool, cache_dir: str | Path | None
 ) -> int | None:
-    """Calls `check_source` for a model of timm. Models of this package call it themselves.
+    """Calls `check_source` for a model of timm.
+
+    Models of this package call it themselves.
 
     Returns:
         Largest number of parameters of the model; None for no limit.
@@ -205,7 +209,9 @@ def _check_other_model(
 def check_source(
     model: str, cfg: Mapping[str, Any], args: Any, pretrained: bool, cache_dir: str | Path | None = None
 ) -> int | None:
-    """Checks the configuration of a model and its file of weights, which is downloaded if necessary.
+    """Checks the configuration of a model and its file of weights.
+
+    The file is downloaded if necessary.
 
     Args:
         model: Name of the model, for the message.
@@ -236,7 +242,10 @@ def check_source(
 
 
 def _find_weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
-    """Returns the files of weights that timm may read, except for missing files, which timm reports."""
+    """Returns the files of weights that timm may read.
+
+    Missing files are omitted, because timm reports them.
+    """
     source, hub_id = cfg.get("source"), cfg.get("hf_hub_id")
     if cfg.get("custom_load") or (not source and cfg.get("state_dict")):
         return []
@@ -261,13 +270,15 @@ def _find_weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> 
 
 
 def _download(hub_id: str, name: str, cache_dir: str | Path | None) -> str:
-    """Downloads a file of 'org/name' or 'org/name@revision'; returns its path in the cache."""
+    """Downloads a file of 'org/name' or 'org/name@revision'; returns its path."""
     source = Source.hub(hub_id)
     return hf_hub_download(source.name, name, revision=source.revision, cache_dir=cache_dir)
 
 
 def _strip_file(model_name: str, file: str | Path) -> dict[str, Any]:
-    """Returns the weights in a file without a prefix such as Lightning's `model.`, as a field of a `PretrainedCfg`.
+    """Reads a file whose keys have a prefix such as Lightning's `model.`.
+
+    Returns the weights without the prefix, as a field of a `PretrainedCfg`.
 
     Returns an empty dictionary for a file without a prefix, and for models of this package, which remove prefixes
     themselves.

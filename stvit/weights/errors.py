@@ -50,12 +50,12 @@ class PretrainedError(RuntimeError):
 
 
 class PretrainedDownloadError(PretrainedError, OSError):
-    """Raised when weights cannot be downloaded: an error of the Hub, the network or the disk."""
+    """Raised when a download fails: an error of the Hub, the network or the disk."""
 
 
 @contextmanager
 def explain_errors(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Context manager that turns timm's errors about pretrained weights into `PretrainedError`.
+    """Context manager that turns timm's errors about weights into `PretrainedError`.
 
     Other errors pass unchanged.
 
@@ -87,7 +87,7 @@ def explain_errors(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | N
 def explain_config_errors(
     model: str, cfg: Mapping[str, Any], cache_dir: str | Path | None = None, names: Collection[str] | None = None
 ) -> Iterator[None]:
-    """Context manager that turns errors about the fields of config.json into `PretrainedError`.
+    """Context manager that turns errors about config.json into `PretrainedError`.
 
     Args:
         model: Name of the model, for the message.
@@ -109,7 +109,7 @@ def explain_config_errors(
 def explain(
     error: Exception, cfg: Mapping[str, Any], cache_dir: str | Path | None, is_of_config: bool
 ) -> tuple[type[PretrainedError], str]:
-    """Returns the type and the message of the error to raise, without the name of the model.
+    """Returns type and message of the error to raise, without the model's name.
 
     Args:
         error: Error of timm or of a library below it.
@@ -201,7 +201,10 @@ def _is_http(error: BaseException) -> bool:
 
 
 def _find_code(error: Exception) -> str | None:
-    """Returns the code that a pickle wants to run, from the message of PyTorch or timm; None for another error."""
+    """Returns the code that a pickle would run; None for another error.
+
+    PyTorch and timm name the code in their messages.
+    """
     message = _join_lines(error)
     if "weights_only" not in message and "Weights only load failed" not in message:
         return None

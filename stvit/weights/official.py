@@ -1,4 +1,4 @@
-"""Checkpoints for models of this package: the authors' key names, and which variant the weights belong to.
+"""Renames the authors' checkpoints and detects the variant of weights.
 
 The authors' code (https://github.com/hhb072/STViT) names the same tensors differently and keeps constant one-hot
 kernels in its checkpoints.
@@ -55,7 +55,7 @@ def official_key(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """Returns the weights in a checkpoint under this package's key names, after checking that all of them fit.
+    """Renames and checks the weights in a checkpoint for a model.
 
     timm calls this function after reading a file. It then adapts the classifier and the first convolution itself.
     Everything else is checked here, because timm ignores missing tensors if `num_classes` differs.
@@ -89,7 +89,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, to
 
 
 def _match_keys(state_dict: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], list[str]]:
-    """Renames weights to this package's names; returns them and a description of each mismatch."""
+    """Renames weights; returns them and a description of each mismatch."""
     official = is_official(state_dict)
     rest = dict(state_dict)
     if official:
@@ -152,7 +152,9 @@ def _hint(state_dict: Mapping[str, Any], model: Any) -> str:
 
 
 def find_variant(state_dict: Mapping[str, Any]) -> str | None:
-    """Returns the model of this package that weights belong to, by names and shapes; None for other weights.
+    """Returns the model that weights belong to; None if it is not of this package.
+
+    Names and shapes of the tensors determine the model.
 
     Args:
         state_dict: Weights under this package's or the authors' names, with or without a prefix such as Lightning's
@@ -175,7 +177,9 @@ def find_variant(state_dict: Mapping[str, Any]) -> str | None:
 
 
 def strip_model_prefix(model_name: str, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Calls `strip_prefix` with the key names of a model, including the authors' names for models of this package.
+    """Calls `strip_prefix` with the key names of a model.
+
+    For models of this package these include the authors' names.
 
     Args:
         model_name: Model or tag of timm. The state dict of an unknown model is returned unchanged.
@@ -206,7 +210,7 @@ def _shapes_of(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def _fits_any_task(key: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool:
-    """Returns whether a shape fits except for the number of classes and image channels."""
+    """Returns whether a shape fits, apart from classes and image channels."""
     if expected is None:
         return False
     if key in ("stem.0.weight", "patch_embed.proj.0.weight"):

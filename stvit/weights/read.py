@@ -75,7 +75,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = None) -> tuple[dict[str, Any], bool]:
-    """Returns the weights in the contents of a checkpoint, and whether they are a moving average (EMA).
+    """Returns the weights among the contents, and whether they are EMA weights.
 
     Args:
         content: Contents as `read_checkpoint` returns them.
@@ -98,7 +98,7 @@ def pick_weights(content: Mapping[str, Any], path: Path, use_ema: bool | None = 
 
 
 def find_weight_keys(content: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Returns the keys below which a checkpoint has its weights and their moving average; None for a missing one."""
+    """Returns the keys of the weights and of the EMA weights; None if missing."""
 
     def find(keys: tuple[str, ...]) -> str | None:
         return next((key for key in keys if isinstance(content.get(key), Mapping)), None)
@@ -126,7 +126,9 @@ _LOADING = threading.Lock()
 
 @contextmanager
 def _allow_namespace() -> Iterator[None]:
-    """Context manager: PyTorch restores `argparse.Namespace`, which checkpoints of timm and of the authors contain.
+    """Context manager that lets PyTorch restore `argparse.Namespace`.
+
+    Checkpoints of timm and of the authors contain one.
 
     The lock is needed because PyTorch's list of allowed classes and the warning filters belong to the process.
     """
@@ -144,7 +146,7 @@ def _describe_damage(path: Path, error: Exception) -> str:
 
 
 def _find_unsafe_names(path: Path, error: Exception) -> list[str]:
-    """Returns the functions and classes beyond tensors and plain data that a pickle names."""
+    """Returns the functions and classes in a pickle that PyTorch does not allow."""
     if not isinstance(error, pickle.UnpicklingError):
         return []
     try:
@@ -155,7 +157,7 @@ def _find_unsafe_names(path: Path, error: Exception) -> list[str]:
 
 
 def _find_names_in_pickle(path: Path) -> list[str]:
-    """Returns the functions and classes that a bare pickle names, up to the first damaged byte."""
+    """Returns the functions and classes in a bare pickle, up to the first damage."""
     names, strings = set(), [""] * 2
     try:
         with path.open("rb") as file:

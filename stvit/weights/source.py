@@ -45,7 +45,7 @@ class Source:
 
     @classmethod
     def hub(cls, repo_id: str, revision: str | None = None) -> "Source":
-        """Returns the source for a repository on the Hub: 'org/name', or 'org/name@revision'."""
+        """Returns the source for a repository: 'org/name' or 'org/name@revision'."""
         name, _, inner = repo_id.partition("@")
         return cls("hub", name, revision or inner or None)
 
@@ -61,7 +61,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str | Path, *, allow_bare_repo_id: bool = False) -> "Source":
-        """Parses any name of weights: a model or tag of timm, a repository, a folder, a run directory, a file.
+        """Parses any name of weights: timm model, repository, folder, run or file.
 
         An existing path wins over a model of the same name.
 
@@ -91,12 +91,15 @@ class Source:
 
     @classmethod
     def parse_model_name(cls, text: str) -> "Source":
-        """Parses a name as `timm.create_model` does: without a prefix it is a model or tag of timm, never a path."""
+        """Parses a name like `timm.create_model`.
+
+        A name without a prefix is a model or tag of timm, never a path.
+        """
         return cls._parse_prefix(text) or cls("timm", text)
 
     @classmethod
     def parse_hub(cls, text: object) -> "Source | None":
-        """Returns the source if a text names a repository on the Hub with a prefix, else None."""
+        """Returns the source for 'hf-hub:org/name' and the like; None for other text."""
         source = cls._parse_prefix(str(text).strip())
         return source if source is not None and source.kind == "hub" else None
 
@@ -128,7 +131,7 @@ class Source:
         return None if self.kind == "file" else str(self)
 
     def with_config(self) -> "Source":
-        """Returns the folder instead of its model.safetensors, if config.json is beside it."""
+        """Returns the folder instead of a model.safetensors next to a config.json."""
         if self.kind == "file" and self.path.name == "model.safetensors" and (self.path.parent / _CONFIG).is_file():
             return self.folder(self.path.parent)
         return self
@@ -140,7 +143,7 @@ class Source:
 
 
 def find_model_folder(path: Path, part: str = "best") -> Path:
-    """Returns the folder with config.json: the path itself, or a part of a run directory.
+    """Returns the folder with config.json: the path, or a part of a run directory.
 
     Args:
         path: Folder or run directory.

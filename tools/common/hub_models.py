@@ -1,4 +1,7 @@
-"""Downloads models that users of a page type in, within limits. Users who ask for the same model share a download."""
+"""Downloads models that users of a page type in, within limits.
+
+Users who ask for the same model share a download.
+"""
 
 import threading
 from collections.abc import Mapping
@@ -61,7 +64,9 @@ class Downloads:
         self._places = threading.BoundedSemaphore(_MAX_WAITING)
 
     def get(self, source: Source, is_limited: bool = True) -> Source:
-        """Downloads a model and returns its local source: folder of a classifier, or checkpoint of a detector.
+        """Downloads a model and returns its local source.
+
+        It is the folder of a classifier or the checkpoint of a detector.
 
         Args:
             source: Repository on the Hub.
@@ -163,7 +168,10 @@ class Downloads:
 
 
 def _choose_files(source: Source, files: Mapping[str, int]) -> list[str]:
-    """Returns the files to download: configuration and weights of timm, or a checkpoint of Ultralytics."""
+    """Returns the files to download.
+
+    These are configuration and weights of timm, or a checkpoint of Ultralytics.
+    """
     if _CONFIG in files:
         weights = next((file for file in _WEIGHTS if file in files), None)
         if weights is None:

@@ -37,7 +37,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def open_mask(path: Path) -> np.ndarray:
-    """Returns the stored values of an image file: (H, W) if there is one value per pixel.
+    """Returns the stored values of an image file, (H, W) or (H, W, channels).
 
     Raises:
         ImageError: If the file is damaged, too large or not an image.

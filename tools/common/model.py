@@ -1,4 +1,4 @@
-"""Opens the model that the flags of a command describe, with weights from a run, a file, a folder or the Hub."""
+"""Opens the model that the flags of a command describe."""
 
 import difflib
 import os
@@ -80,7 +80,7 @@ def open_model(source: ModelSource, **model_kwargs: Any) -> OpenedModel:
 
 
 def _find_weights(wanted: ModelSource) -> tuple[str, dict[str, Any] | None, bool, dict[str, Any]]:
-    """Returns the name of a model, its weights if they are in a file, whether they are EMA weights, and the recipe."""
+    """Returns name of the model, weights of a file, whether they are EMA, and recipe."""
     source = None
     if wanted.checkpoint is not None:
         source = find_source(wanted.checkpoint, wanted.model)
@@ -127,7 +127,9 @@ def find_source(checkpoint: str, model: str | None = None) -> Source:
 
 
 def check_num_classes(source: ModelSource, model: Any) -> None:
-    """Refuses a number of classes that differs from the weights, because the classifier would be random.
+    """Refuses a number of classes that differs from the weights.
+
+    The classifier would be random.
 
     Raises:
         CommandError: If the numbers differ.
@@ -143,7 +145,7 @@ def check_num_classes(source: ModelSource, model: Any) -> None:
 
 
 def strip_weights(model: str, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes a prefix such as Lightning's `model.` from the keys of a state dict and prints what it removed.
+    """Removes a prefix such as Lightning's `model.` and prints it.
 
     Args:
         model: Name of the model for timm.
@@ -246,7 +248,9 @@ def _img_size_argument(name: str, img_size: int | None, model_kwargs: Mapping[st
 
 
 def check_img_size(model: nn.Module, data_config: Mapping[str, Any]) -> None:
-    """Runs the model on a blank image if the image size differs from the size in the weights.
+    """Checks that the model takes images of another size than its own.
+
+    Runs the model on a blank image if the size differs.
 
     Args:
         model: The model, on any device.

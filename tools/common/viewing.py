@@ -1,4 +1,7 @@
-"""Opens classifiers and detectors to look at: from a run, a file or the Hub, or with random weights."""
+"""Opens classifiers and detectors to look at.
+
+They come from a run, a file or the Hub, or have random weights.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -62,7 +65,9 @@ def load_model(config: ModelSource) -> LoadedModel:
 
 
 def load_downloaded(name: str, source: Source) -> LoadedModel:
-    """Loads a model of the Hub from its downloaded files, without running code of its checkpoint.
+    """Loads a model of the Hub from its downloaded files.
+
+    Code in a checkpoint is never run.
 
     Args:
         name: Name of the model on the Hub, for the title.
@@ -81,7 +86,10 @@ def load_downloaded(name: str, source: Source) -> LoadedModel:
 
 
 def _load_from_hub(config: ModelSource, source: Source) -> LoadedModel:
-    """Loads a model of the Hub: a classifier if the repository has a config.json, else a detector."""
+    """Loads a model of the Hub.
+
+    A repository with a config.json contains a classifier, any other one a detector.
+    """
     try:
         return _load_classifier(config)
     except CommandError as error:
@@ -111,7 +119,9 @@ _DRAWING = threading.Lock()
 
 @contextmanager
 def _seeded_rng() -> Iterator[None]:
-    """Context manager: random weights are the same each time, and the process's random state does not change.
+    """Context manager that makes random weights the same each time.
+
+    The random state of the process does not change.
 
     The lock is needed because all threads share this state.
     """
@@ -121,7 +131,7 @@ def _seeded_rng() -> Iterator[None]:
 
 
 def is_detector(name: str) -> bool:
-    """Returns whether a name stands for a model file, a run or a checkpoint of Ultralytics.
+    """Returns whether a name is a model file, run or checkpoint of Ultralytics.
 
     The name of a repository on the Hub does not tell; the result is then False.
     """
@@ -129,7 +139,7 @@ def is_detector(name: str) -> bool:
 
 
 def _find_detector(path: Path) -> Path | None:
-    """Returns the checkpoint of Ultralytics at a path, which may be a run directory; None if there is none."""
+    """Returns Ultralytics' checkpoint at a path or in a run directory, or None."""
     if path.is_dir():
         found = [path / name for name in ("weights/best.pt", "weights/last.pt") if (path / name).is_file()]
         return found[0] if found else None
