@@ -147,7 +147,7 @@ def run_page(page: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=() if page in FAST_PAGES else pytest.mark.long)
+        pytest.param(page, marks=() if page in FAST_PAGES else (pytest.mark.long, pytest.mark.timeout(1800)))
         for page in PAGES
         if page not in RECORDS and page != "guides/yolo.md" and any(lang == "python" for lang, _ in blocks(page))
     ],
