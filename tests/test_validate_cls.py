@@ -141,7 +141,7 @@ def test_official_weights_and_crop(
 
     # At 384 pixels all of the short side is looked at, whatever the model's configuration says.
     args = validate_cls.parse_args(["--official-crop", "--img-size=384"])
-    config = validate_cls._data_config(args, model)
+    config = validate_cls._resolve_data_config(vars(args), model, args.official_crop)
     assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 384, 384))
 
 
