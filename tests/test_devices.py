@@ -226,7 +226,7 @@ def test_refused_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (YOLO("yolo26n-stvit_pico.yaml"), "TimmBackbone"),
         (YOLO(checkpoint), "C2STA, StokenAttention"),
     ):
-        with pytest.raises(ValueError, match=f"format='imx' is not supported for a model with {said}: "):
+        with pytest.raises(ValueError, match=f"format='imx' is not supported for a model with {said}, because "):
             model.export(format="IMX", imgsz=SIZE, device="cpu")
     assert sorted(tmp_path.rglob("*")) == before
     check_format(YOLO("yolo11n.yaml").model, "imx")  # theirs are for Ultralytics to judge

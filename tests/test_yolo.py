@@ -102,7 +102,10 @@ def test_help_does_not_import_pytorch() -> None:
     ("arguments", "message"),
     [
         (["train", "model=yolo26n-stvit_pica.yaml"], "unknown backbone 'stvit_pica'; did you mean stvit_pico"),
-        (["train", "model=yolo26n-stvit_pico.yaml", "pretrained_backbone=no.pth"], "is no file and no timm model"),
+        (
+            ["train", "model=yolo26n-stvit_pico.yaml", "pretrained_backbone=no.pth"],
+            "no file, folder or timm model named 'no.pth'",
+        ),
         (["predict", "model=missing-model.yaml"], "missing-model.yaml"),
     ],
 )
