@@ -57,8 +57,8 @@ $(OLDEST)/.installed: pyproject.toml
 test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quarters of an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/ultralytics_suite.py $(ARGS)
 
-# mypy checks the package as it is installed: with adapters, configs and tools inside stvit. Otherwise it would take what
-# these folders import from each other for Any.
+# mypy checks the installed layout, with adapters, configs and tools inside stvit. Otherwise the imports between these
+# folders would have the type Any.
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

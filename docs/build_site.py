@@ -33,7 +33,7 @@ COPIED = (".css", ".csv", ".ipynb", ".jpg", ".md", ".png", ".svg")
 # Page of the reference, its title, its introduction and the modules or packages on it.
 REFERENCE = {
     "operator": ("Operator", "Super token attention and its two halves.", ["stvit.ops"]),
-    "models": ("Models", "The model, as it is registered in timm.", ["stvit.stvit"]),
+    "models": ("Models", "The model that is registered in timm.", ["stvit.stvit"]),
     "weights": (
         "Weights",
         "How weights are named, read and checked. `stvit.create_model` is `stvit.weights`' `create_model`.",
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def copy_pages() -> None:
-    """Copies the pages and their pictures to build/docs, and links the package as it is installed."""
+    """Copies the pages and their pictures to build/docs, and links the package."""
     shutil.rmtree(BUILD / "docs", ignore_errors=True)
     shutil.rmtree(BUILD / "site", ignore_errors=True)
     shutil.rmtree(BUILD / "package", ignore_errors=True)

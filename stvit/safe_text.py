@@ -71,7 +71,7 @@ def printable(text: str, kept: str = "") -> str:
 
     Args:
         text: Any text, such as the name of a file.
-        kept: Control characters to leave as they are.
+        kept: Control characters that are not escaped.
     """
     return "".join(
         char.encode("unicode_escape").decode("ascii") if _is_control(char) and char not in kept else char

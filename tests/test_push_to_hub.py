@@ -315,7 +315,7 @@ def test_commit_with_a_lost_answer_is_recognized(hub: Hub, folder: Path, push: P
         hub.heal()
         assert hub.files(REPO, revision)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert len(hub.history(REPO, "new")) == len(hub.history(REPO)) + 1
-    # If the Hub does not answer, nobody knows whether the commit arrived.
+    # The Hub does not answer, so the commit may or may not have arrived.
     weights = load_file(folder / "model.safetensors")
     save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors")
     hub.fail("POST .*/commit/", "lost")

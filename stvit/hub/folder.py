@@ -92,7 +92,7 @@ class Details:
         return cls(**{**known, "metrics": [Metric(**{key: metric.get(key) for key in keys}) for metric in metrics]})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the known facts, as they are written to config.json."""
+        """Returns the known facts in the form that config.json stores."""
         return {key: value for key, value in asdict(self).items() if value}
 
 

@@ -407,7 +407,7 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Change:
-    """Difference between a folder and a commit; false if there is none."""
+    """Difference between a folder and a commit. It is false if they are equal."""
 
     folder: Path
     additions: list[str]

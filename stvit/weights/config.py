@@ -54,7 +54,7 @@ class SavedConfig:
         architecture: Name of the model in timm's registry.
         pretrained_cfg: Fields of timm's `PretrainedCfg`, with `num_classes` and `label_names` of the top level.
         model_args: Arguments of the model.
-        content: Everything in the file, as it is.
+        content: Unchanged content of the file.
     """
 
     architecture: str

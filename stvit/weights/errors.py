@@ -213,7 +213,7 @@ def _find_code(error: Exception) -> str | None:
 
 
 def describe_repository(repo_id: str, revision: str | None) -> str:
-    """Returns a repository and its revision in words."""
+    """Returns the name of a repository and its revision, for a message."""
     return f"the Hub repository {repo_id} (revision {revision or 'main'})"
 
 

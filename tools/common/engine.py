@@ -299,7 +299,7 @@ class Engine:
             _Stopped: If a signal is received and `can_stop`, even while images do not arrive.
         """
         try:
-            # One of several processes must not stop alone, because the others would wait for it.
+            # If one process stopped while the others continue, they would wait for it.
             with self.session.stop.at_once(can_stop and self.distributed.size == 1, PATIENCE_S):
                 return next(batches, None)
         except StopNow:

@@ -51,7 +51,7 @@ class Progress:
         self.counts = dict.fromkeys(self.counts, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the progress as it is saved: counts are beside the other values."""
+        """Returns the progress for a checkpoint, with the counts beside the other values."""
         values = dict(vars(self))
         return values | values.pop("counts")
 

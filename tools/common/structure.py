@@ -16,7 +16,7 @@ def find_mismatch(value: Any, like: Any, name: str = "") -> str | None:
         name: Name of the value, for the message.
 
     Returns:
-        The first difference, in words; None if there is none.
+        A description of the first difference; None if the structures are equal.
     """
     if isinstance(like, torch.Tensor):
         if not isinstance(value, torch.Tensor):
@@ -66,7 +66,7 @@ def find_optimizer_mismatch(state: Any, optimizer: torch.optim.Optimizer) -> str
         optimizer: Optimizer that will load the state. Options that only one of the two has are not compared.
 
     Returns:
-        The first difference, in words; None if there is none.
+        A description of the first difference; None if the structures are equal.
     """
     groups = optimizer.state_dict()["param_groups"]
     like = {"state": {}, "param_groups": [{"params": group["params"]} for group in groups]}
