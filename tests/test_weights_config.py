@@ -90,9 +90,28 @@ OURS = [
 ]
 THEIRS = [
     ({"depth": 100_000}, MORE),
-    ({"embed_dim": 10**6}, MORE),
+    ({"embed_dim": 10**6}, "a model with"),
     ({"embed_dim": 10**12}, "embed_dim must be made of finite numbers"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("swin_tiny_patch4_window7_224", {"window_size": 120, "img_size": 3840}),
+        ("beit_base_patch16_224", {"img_size": 4000}),
+        ("vit_small_patch16_rope_224", {"img_size": 6000, "patch_size": 1}),
+        ("levit_128s", {"img_size": 8000}),
+    ],
+)
+def test_tables_of_a_model_are_limited(architecture: str, args: dict[str, Any], tmp_path: Path) -> None:
+    """Position tables grow with the square of the image's area. They are refused before they take memory."""
+    config = {"architecture": architecture, "model_args": args, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(stvit.PretrainedError, match=r"a table of .* elements|a model with more than"):
+        stvit.create_model(f"local-dir:{tmp_path}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000  # KB
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

@@ -1,7 +1,7 @@
 """Reads and checks config.json before a model is built from it.
 
 A folder or a repository on the Hub may come from anybody. Type and range of each field that timm or this package reads
-are checked. The parameters of a model are counted while it is built.
+are checked. The parameters of a model are counted while it is built, and the tables that it computes.
 """
 
 import json
@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stvit.safe_text import clipped
 
 __all__ = [
     "ModelTooLargeError",
     "SavedConfig",
+    "TensorLimit",
     "check_model_args",
     "check_pretrained_cfg",
     "limit_parameters",
@@ -40,6 +44,8 @@ MAX_LENGTH = 10_000
 SPARE_PARAMETERS = 1 << 28
 # Largest number of modules and parameters; the largest models of timm have a few thousand.
 MAX_PARTS = 20_000
+# Elements of a tensor that a model computes when it is built; real models stay below 10 million.
+MAX_TENSOR = 1 << 28
 
 
 class ModelTooLargeError(ValueError):
@@ -191,6 +197,28 @@ def limit_parameters(limit: int | None) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TensorLimit(TorchDispatchMode):
+    """Context manager that limits the tensors computed while a model is built on the meta device.
+
+    Models compute position indices and other tables whose size grows with the square of the image's area. On the meta
+    device these take no memory.
+
+    Raises:
+        ModelTooLargeError: If a tensor has more than `MAX_TENSOR` elements.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.numel() > MAX_TENSOR:
+                raise ModelTooLargeError(
+                    f"architecture and model_args describe a model with a table of {value.numel():,} elements, "
+                    "too large; to build such a model, pass its arguments to timm.create_model with the name of the "
+                    "architecture"
+                )
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from stvit.weights.check import WeightsFileError, check_file, count_elements
 from stvit.weights.config import (
     SPARE_PARAMETERS,
     ModelTooLargeError,
+    TensorLimit,
     check_model_args,
     check_pretrained_cfg,
     limit_parameters,
@@ -196,7 +197,7 @@ def _check_other_model(
     limit = check_source(model_name, cfg, args, pretrained, cache_dir)
     if cfg.get("source"):
         with explain_config_errors(model_name, cfg, cache_dir), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            with limit_parameters(limit):
+            with limit_parameters(limit), TensorLimit():
                 try:
                     timm.create_model(architecture, pretrained_cfg=dict(cfg), **args)
                 except ModelTooLargeError:
