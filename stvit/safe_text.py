@@ -23,8 +23,8 @@ _URL_VARIABLES = ("HF_ENDPOINT", "WANDB_BASE_URL", "ALL_PROXY", "HTTP_PROXY", "H
 # Shorter values could be ordinary words, which must stay readable.
 _SHORTEST_SECRET = 6
 _PATTERNS = (
-    # Access tokens of the Hub, but not names such as hf_hub_download.
-    (re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w.-]+|[A-Za-z0-9]{8,})"), f"hf_{HIDDEN}"),
+    # Access tokens of the Hub: 34 letters and digits, or longer. Names such as hf_finetune1 stay readable.
+    (re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w.-]{20,}|[A-Za-z0-9]{30,})"), f"hf_{HIDDEN}"),
     (re.compile(r"""(?i)\b(authorization["']?\s*[:=]\s*["']?)(?:[a-z]+\s+)?[^\s"',;)\]}]+"""), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     # User and password in a URL. They contain no slash.

@@ -36,6 +36,7 @@ COMMANDS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.st
     ("text", "shown"),
     [
         (f"token {TOKEN}.", "token hf_***."),
+        ("hf_finetune1 and hf_hub_download", "hf_finetune1 and hf_hub_download"),
         ("hf_oauth_eyJhbGci.eyJzdWIi.x-y_z failed", "hf_*** failed"),
         (f"{{'Authorization': 'Bearer {TOKEN}'}}", "{'Authorization': '***'}"),
         ("authorization: Basic dXNlcjpwYXNz, then", "authorization: ***, then"),
