@@ -379,11 +379,62 @@ def test_foreign_files_are_neither_read_nor_removed(own: Path, capsys: pytest.Ca
     assert left == {*foreign, "00099-00000000.pt", "00098-00000000.pt", "00002-00000002.pt", "00003-00000000.pt"}
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("checkpoints/00002-00000000.pt.tmp", "link"),
+        ("checkpoints/00002-00000000.pt.tmp", "pipe"),
+        ("config.yaml.tmp", "link"),
+        ("summary.csv.tmp", "link"),
+        ("last.tmp", "folder link"),
+    ],
+)
+def test_temporary_files_of_strangers_are_replaced(name: str, kind: str, own: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("keep")
+    if kind == "pipe":
+        os.mkfifo(own / "it" / name)
+    else:
+        (own / "it" / name).symlink_to(outside if kind == "folder link" else outside / "file")
+    assert train_cls.main([*SHORT, f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2"]) == 0
+    assert [path.name for path in outside.iterdir()] == ["file"] and (outside / "file").read_text() == "keep"
+    assert not (own / "it" / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "last", "checkpoints"])
+def test_a_run_does_not_write_through_links(
+    name: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run directory may come from somebody else. Training writes only inside it."""
+    target = tmp_path / "target"
+    (own / "it" / name).rename(target)
+    (own / "it" / name).symlink_to(target)
+    files = [path for path in ([target] if target.is_file() else target.rglob("*")) if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    said = fails(capsys, f"--data-dir={own / 'data'}", f"--output={own}", "--epochs=2")
+    assert "is a link" in said and str(own / "it" / name) in said
+    assert {path: path.read_bytes() for path in files} == before
+
+
 def test_checkpoints_beyond_the_width_of_their_names_are_in_order(tmp_path: Path) -> None:
     for name in ("100000-00000000.pt", "99999-00000000.pt", "99999-100000000.pt"):
         (tmp_path / name).write_bytes(b"")
     names = [path.name for path in Checkpoints(tmp_path).paths()]
     assert names == ["99999-00000000.pt", "99999-100000000.pt", "100000-00000000.pt"]
+
+
+def test_names_that_begin_like_tokens_stay_whole(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders called hf_… are common. Only real tokens are hidden."""
+    flags = [f"--data-dir={own / 'hf_datasetA'}", f"--output={own}", "--resume=auto"]
+    command = [flag for flag in SHORT if "experiment" not in flag]
+    for name in ("hf_datasetA", "hf_datasetB"):
+        shutil.copytree(own / "data", own / name)
+        flags[0] = f"--data-dir={own / name}"
+        assert train_cls.main([*command, *flags]) == 0
+        assert "is finished" not in capsys.readouterr().out
+    recipes = [yaml.safe_load(path.read_text())["data_dir"] for path in own.glob("2*/config.yaml")]
+    assert sorted(Path(path).name for path in recipes) == ["hf_datasetA", "hf_datasetB"]
 
 
 def test_runs_of_others_do_not_stop_the_search(own: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,6 +525,11 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "optimizer of a stranger": with_value("optimizer", "state", 10_000, value={}),
     "optimizer of a text": with_value("optimizer", "state", 0, "step", value="one"),
     "learning rate a text": with_value("optimizer", "param_groups", 0, "lr", value="fast"),
+    "optimizer of None": with_value("optimizer", "state", 0, "exp_avg", value=None),
+    "epsilon too large": with_value("optimizer", "param_groups", 0, "eps", value=10**30),
+    "correct too large": with_value("processes", 0, "correct", value=10**30),
+    "data labels of numbers": with_value("data", "train", "labels", value={1: [1, "x"]}),
+    "data labels of many digits": with_value("data", "train", "labels", value={"1" * 5000: [1, "x"]}),
     "data of numbers": with_value("data", "class_names", value=[1, 2, 3, 4]),
     "data labels of texts": with_value("data", "train", "labels", value={"0": "many"}),
 }

@@ -9,7 +9,7 @@ from filelock import FileLock
 from stvit.images import UnreadableImageError
 
 from .cli import OneProcessError, reason
-from .files import cut_torn_line, read_utf8
+from .files import open_append, read_utf8
 
 # Largest image. Decoding takes 3 to 12 bytes per pixel in each loader worker.
 MAX_PIXELS = 1 << 27
@@ -50,8 +50,7 @@ class BadImages:
                     f"cannot read image {name}: {problem}; {len(known)} others were skipped (see {self.log}), and "
                     f"--max-bad-images is {self.limit}"
                 )
-            cut_torn_line(self.log)
-            with self.log.open("a", encoding="utf-8") as file:
+            with open_append(self.log) as file:
                 file.write(json.dumps({"image": name, "reason": problem}) + "\n")
 
     def names(self) -> set[str]:

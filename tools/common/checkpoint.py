@@ -1,5 +1,6 @@
 """Checkpoint files of a training run."""
 
+import errno
 import re
 import shutil
 import sys
@@ -61,6 +62,8 @@ class Checkpoints:
         """
         path = self.folder / _name(epoch, step)
         try:
+            if self.folder.is_symlink():
+                raise OSError(errno.ELOOP, "is a link; replace it by a folder", str(self.folder))
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, lambda fresh: torch.save(state, fresh))
         except (OSError, RuntimeError) as error:

@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from stvit.safe_text import one_line, printable, redact
+from stvit.safe_text import clipped, one_line, printable, redact
 
 T = TypeVar("T")
 
@@ -282,37 +282,58 @@ class CommandLineSwitch(Switch):
     """
 
 
+# Larger whole numbers overflow in PyTorch, NumPy or a file format.
+_LARGEST = 2**31 - 1
+
+
 def count(text: str) -> int:
     """Parses a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    return _whole_number(text, 0)
 
 
 def positive(text: str) -> int:
     """Parses a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return _whole_number(text, 1)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if text.isdecimal() and (len(text) > len(str(_LARGEST)) or int(text) > _LARGEST):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most {_LARGEST}, got {clipped(text)}")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {clipped(text)}")
     return int(text)
 
 
 def rate(text: str) -> float:
     """Parses a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
+    return _number(text, "from 0 to 1", lambda value: 0.0 <= value <= 1.0)
+
+
+def below_one(text: str) -> float:
+    """Parses a number of at least 0 and below 1."""
+    return _number(text, "of at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
 
 
 def above_zero(text: str) -> float:
     """Parses a number above 0."""
+    return _number(text, "above 0", lambda value: value > 0.0)
+
+
+def at_least_zero(text: str) -> float:
+    """Parses a number of at least 0."""
+    return _number(text, "of at least 0", lambda value: value >= 0.0)
+
+
+def number(text: str) -> float:
+    """Parses a finite number."""
+    return _number(text, "", lambda value: True)
+
+
+def _number(text: str, condition: str, is_valid: Callable[[float], bool]) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not math.isfinite(value) or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"expected a number{' ' if condition else ''}{condition}, got {clipped(text)}")
     return value

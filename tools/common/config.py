@@ -4,7 +4,18 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .cli import CommandError, CommandLineSwitch, KeyValues, above_zero, count, positive, rate
+from .cli import (
+    CommandError,
+    CommandLineSwitch,
+    KeyValues,
+    above_zero,
+    at_least_zero,
+    below_one,
+    count,
+    number,
+    positive,
+    rate,
+)
 from .flags import flag, section
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
@@ -43,14 +54,14 @@ class ImageConfig:
         None, "image height and width in pixels (default: the model's)", type=positive, metavar="N"
     )
     mean: list[float] | None = flag(
-        None, "mean of each channel, for pixels from 0 to 1 (default: the model's)", type=float, nargs="+", metavar="X"
+        None, "mean of each channel, for pixels from 0 to 1 (default: the model's)", type=number, nargs="+", metavar="X"
     )
     std: list[float] | None = flag(
         None, "standard deviation of each channel (default: the model's)", type=above_zero, nargs="+", metavar="X"
     )
     interpolation: str | None = flag(None, "resizing filter (default: the model's)", choices=INTERPOLATIONS)
     crop_pct: float | None = flag(
-        None, "center crop of the evaluation, relative to the resized image (default: the model's)", type=float,
+        None, "center crop of the evaluation, relative to the resized image (default: the model's)", type=above_zero,
         metavar="X",
     )  # fmt: skip
 
@@ -61,25 +72,27 @@ class AugmentConfig:
 
     no_aug: bool = flag(False, "only resize and crop, as in evaluation", action="store_true")
     aug_repeats: int = flag(1, "augmented views of an image in a row", type=positive, metavar="N")
-    scale: list[float] = flag([0.08, 1.0], "range of the random crop's relative area", type=float, nargs=2, metavar="X")
+    scale: list[float] = flag(
+        [0.08, 1.0], "range of the random crop's relative area", type=above_zero, nargs=2, metavar="X"
+    )
     ratio: list[float] = flag(
-        [3 / 4, 4 / 3], "range of the random crop's aspect ratio", type=float, nargs=2, metavar="X"
+        [3 / 4, 4 / 3], "range of the random crop's aspect ratio", type=above_zero, nargs=2, metavar="X"
     )
     hflip: float = flag(0.5, "probability of a horizontal flip", type=rate, metavar="X")
     vflip: float = flag(0.0, "probability of a vertical flip", type=rate, metavar="X")
-    color_jitter: float = flag(0.4, "strength of color jitter", type=float, metavar="X")
+    color_jitter: float = flag(0.4, "strength of color jitter", type=at_least_zero, metavar="X")
     aa: str | None = flag(None, "augmentation policy, e.g. rand-m9-mstd0.5-inc1", metavar="POLICY")
     train_interpolation: str = flag("random", "resizing filter in training", choices=["random", *INTERPOLATIONS])
     reprob: float = flag(0.0, "probability of random erasing", type=rate, metavar="X")
     remode: str = flag("pixel", "fill of erased rectangles", choices=["const", "rand", "pixel"])
-    mixup: float = flag(0.0, "mixup alpha (0: off)", type=float, metavar="X")
-    cutmix: float = flag(0.0, "cutmix alpha (0: off)", type=float, metavar="X")
+    mixup: float = flag(0.0, "mixup alpha (0: off)", type=at_least_zero, metavar="X")
+    cutmix: float = flag(0.0, "cutmix alpha (0: off)", type=at_least_zero, metavar="X")
     mixup_prob: float = flag(1.0, "probability of mixup or cutmix", type=rate, metavar="X")
     mixup_switch_prob: float = flag(
         0.5, "probability of cutmix instead of mixup, if both are on", type=rate, metavar="X"
     )
     mixup_off_epoch: int = flag(0, "epoch that turns mixup and cutmix off (0: never)", type=count, metavar="N")
-    smoothing: float = flag(0.1, "label smoothing", type=rate, metavar="X")
+    smoothing: float = flag(0.1, "label smoothing", type=below_one, metavar="X")
 
 
 def _epoch_and_rate(text: str) -> str:
@@ -157,21 +170,25 @@ class OptimConfig:
     epochs: int = flag(300, "epochs to train", type=positive, metavar="N")
     grad_accum_steps: int = flag(1, "steps per update", type=positive, metavar="N")
     opt: str = flag("adamw", "any timm optimizer", metavar="NAME")
-    opt_eps: float | None = flag(None, "epsilon (default: the optimizer's)", type=float, metavar="X")
-    opt_betas: list[float] | None = flag(None, "betas (default: the optimizer's)", type=float, nargs="+", metavar="X")
-    momentum: float = flag(0.9, "momentum, if the optimizer has one", type=float, metavar="X")
-    weight_decay: float = flag(0.05, "weight decay of all parameters except 1-D ones", type=float, metavar="X")
-    layer_decay: float | None = flag(None, "factor of the learning rate from layer to layer", type=float, metavar="X")
-    clip_grad: float | None = flag(None, "gradient clipping threshold (default: no clipping)", type=float, metavar="X")
+    opt_eps: float | None = flag(None, "epsilon (default: the optimizer's)", type=at_least_zero, metavar="X")
+    opt_betas: list[float] | None = flag(None, "betas (default: the optimizer's)", type=number, nargs="+", metavar="X")
+    momentum: float = flag(0.9, "momentum, if the optimizer has one", type=number, metavar="X")
+    weight_decay: float = flag(0.05, "weight decay of all parameters except 1-D ones", type=number, metavar="X")
+    layer_decay: float | None = flag(
+        None, "factor of the learning rate from layer to layer", type=above_zero, metavar="X"
+    )
+    clip_grad: float | None = flag(
+        None, "gradient clipping threshold (default: no clipping)", type=above_zero, metavar="X"
+    )
     clip_mode: str = flag("norm", "gradient clipping mode", choices=["norm", "value", "agc"])
-    lr: float | None = flag(None, "learning rate (default: computed from --lr-base)", type=float, metavar="X")
-    lr_base: float = flag(5e-4, "learning rate for updates of --lr-base-size images", type=float, metavar="X")
+    lr: float | None = flag(None, "learning rate (default: computed from --lr-base)", type=at_least_zero, metavar="X")
+    lr_base: float = flag(5e-4, "learning rate for updates of --lr-base-size images", type=at_least_zero, metavar="X")
     lr_base_size: int = flag(512, "images per update that --lr-base is for", type=positive, metavar="N")
     sched: str = flag("cosine", "any timm learning rate schedule", metavar="NAME")
     sched_on_updates: bool = flag(False, "change the learning rate after each update, not after each epoch")
     warmup_epochs: int = flag(5, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
-    warmup_lr: float = flag(1e-6, "learning rate of the first step", type=float, metavar="X")
-    min_lr: float = flag(1e-5, "learning rate of the last epoch", type=float, metavar="X")
+    warmup_lr: float = flag(1e-6, "learning rate of the first step", type=at_least_zero, metavar="X")
+    min_lr: float = flag(1e-5, "learning rate of the last epoch", type=at_least_zero, metavar="X")
     bn_eval: bool = flag(False, "keep BatchNorm in evaluation mode, so that its statistics do not change")
     sync_bn: bool = flag(False, "compute BatchNorm statistics over all processes (GPUs)")
     model_ema: bool = flag(False, "keep an exponential moving average of the weights, evaluate it and save it")

@@ -9,7 +9,6 @@ A training command opens a session, prepares a `Job` in it, and trains it:
 """
 
 import math
-import shutil
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ from .checkpoint import Checkpoints
 from .cli import CommandError, Interrupted, progress_bar, reason
 from .config import TrainConfig
 from .distributed import DTYPES, Distributed, check_dtype, join_processes
-from .files import atomic_replace_dir
+from .files import atomic_replace_dir, remove_tree
 from .fingerprint import fingerprint
 from .flags import to_recipe
 from .job import Job, SavedWeights
@@ -468,12 +467,12 @@ class Engine:
         saved = SavedWeights(row["epoch"] + 1, prefix == "ema", name == "best", value)
         folder = self.folder / name
         fresh = folder.with_name(f"{name}.tmp")
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove_tree(fresh)
         try:
             self.job.save(model, fresh, saved)
             atomic_replace_dir(fresh, folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(fresh, ignore_errors=True)
+            remove_tree(fresh)
             raise CommandError(
                 f"cannot write the weights to {folder}: {reason(error)}; earlier weights and checkpoints are kept: "
                 "free some space, then run the same command with --resume auto"

@@ -1,28 +1,36 @@
 """Atomic writes, and bounded reads of text files."""
 
+import errno
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Windows does not replace a file that another program has open, such as a virus scanner: seconds between attempts.
 _WAITS_S = (0.02, 0.1, 0.3, 0.6)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file atomically.
 
-    Readers see the old contents or the new ones, never a partial file.
+    Readers see the old contents or the new ones, never a partial file. No link is followed: whatever stands at the name
+    of the temporary file is removed first.
 
     Args:
         path: File to write.
-        write: Writes the contents to the path that it receives.
+        write: Writes the contents to the path that it receives, an empty file.
+
+    Raises:
+        OSError: If the file cannot be written, or there is a folder with the name of the temporary file.
     """
     fresh = path.with_name(path.name + ".tmp")
     try:
+        _create_empty(fresh)
         write(fresh)
         _sync(fresh)
         _replace(fresh, path)
@@ -34,7 +42,13 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def atomic_replace_dir(fresh: Path, folder: Path) -> None:
-    """Moves all files of one folder into another folder, each of them atomically."""
+    """Moves all files of one folder into another folder, each of them atomically.
+
+    Raises:
+        OSError: If a file cannot be moved, or the folder is a link.
+    """
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "is a link; replace it by a folder", str(folder))
     folder.mkdir(exist_ok=True)
     for file in fresh.iterdir():
         _sync(file)
@@ -44,13 +58,28 @@ def atomic_replace_dir(fresh: Path, folder: Path) -> None:
     fresh.rmdir()
 
 
-def cut_torn_line(path: Path) -> None:
-    """Removes an incomplete last line, which a killed process leaves behind."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        complete = file.read().rfind(b"\n") + 1
-        file.truncate(complete)
+def remove_tree(path: Path) -> None:
+    """Removes a folder with its contents, or a link without the folder that it points to. Errors are ignored."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def open_append(path: Path) -> TextIO:
+    """Opens a text file to append lines, without following links.
+
+    An incomplete last line, which a killed process leaves behind, is removed. Each line is written at once.
+
+    Raises:
+        OSError: If the file cannot be opened, or is a link or another special file.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise OSError(errno.EINVAL, "is a link or not a regular file; remove it", str(path))
+        with open(path, "rb+", opener=_open_itself) as file:
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
+    return open(path, "a", buffering=1, encoding="utf-8", opener=_open_itself)
 
 
 def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
@@ -70,6 +99,17 @@ def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
     if status.st_size > max_bytes:
         raise ValueError(f"{status.st_size} bytes, more than the limit of {max_bytes}")
     return path.read_text(encoding="utf-8-sig")
+
+
+def _create_empty(path: Path) -> None:
+    """Creates an empty file in place of whatever has its name, except a folder."""
+    path.unlink(missing_ok=True)
+    open(path, "xb", opener=_open_itself).close()
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Opens a file for `open`, but refuses links."""
+    return os.open(path, flags | _NO_FOLLOW, 0o666)
 
 
 def _replace(source: Path, target: Path) -> None:

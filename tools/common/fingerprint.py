@@ -10,6 +10,7 @@ from .shards import ShardDataset
 from .structure import find_mismatch
 
 MOST_CHANGES = 4
+_LONGEST_LABEL = 1000
 _DIGEST_BYTES = 16
 
 
@@ -93,6 +94,8 @@ def find_fingerprint_mismatch(value: Any) -> str | None:
         mismatch = find_mismatch(names, [], "data.class_names") or find_mismatch(names, [""] * len(names), "data.names")
     for split in ("train", "val"):
         labels = value[split]["labels"]
+        if not all(isinstance(label, str) and len(label) <= _LONGEST_LABEL for label in labels):
+            return mismatch or f"data.{split}.labels has a key that is not a class number"
         mismatch = mismatch or find_mismatch(labels, {label: [0, ""] for label in labels}, f"data.{split}.labels")
     return mismatch
 

@@ -14,7 +14,7 @@ from typing import Any
 from stvit.safe_text import redact_values
 
 from .cli import CommandError, reason
-from .files import atomic_write, cut_torn_line
+from .files import atomic_write, open_append
 
 
 def require_loggers(tensorboard: bool, wandb_project: str | None) -> None:
@@ -64,8 +64,7 @@ class RunLog:
         self._wandb: Any = None
         self._tensorboard: Any = None
         path = folder / "log.jsonl"
-        cut_torn_line(path)
-        self._lines = path.open("a", buffering=1, encoding="utf-8")
+        self._lines = open_append(path)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -204,6 +204,9 @@ def create_model(
     if num_classes is None:
         num_classes = overlay.get("num_classes")
     kwargs = dict(model_kwargs or {})
+    for key in ("num_classes", "in_chans"):
+        if key in kwargs:
+            raise CommandError(f"--model-kwargs {key}={kwargs[key]}: pass --{key.replace('_', '-')} instead")
     size = _img_size_argument(name, img_size, kwargs)
     given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": size}
     kwargs |= {key: value for key, value in given.items() if value is not None}

@@ -1,7 +1,6 @@
 """Uploads a run to the Hub while it trains, and downloads it to resume."""
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from stvit.weights.source import Source
 
 from .checkpoint import NAMES, Checkpoints, load_checkpoint
 from .cli import CommandError, reason
-from .files import read_utf8
+from .files import read_utf8, remove_tree
 from .locks import InUseError, PathLock
 from .recipes import load_yaml
 
@@ -67,7 +66,7 @@ class Snapshots:
         self._is_due = False
         # They would interrupt the progress bar of the training.
         disable_progress_bars()
-        shutil.rmtree(self._place, ignore_errors=True)  # of a run that was killed
+        remove_tree(self._place)  # of a run that was killed
 
     @property
     def _place(self) -> Path:
@@ -125,7 +124,7 @@ class Snapshots:
             assert self._upload is not None
             self._report("hub_failed", {"epoch": self._upload.epoch, "error": "the upload was abandoned"})
             self._upload = None
-        shutil.rmtree(self._place, ignore_errors=True)
+        remove_tree(self._place)
 
     def _has_ended(self) -> bool:
         """Returns whether no upload is running.
@@ -155,7 +154,7 @@ class Snapshots:
             self._place.mkdir(mode=0o700, exist_ok=True)  # no other user can replace a file during the upload
             _copy_run(self.folder, place)
         except (OSError, HubError) as error:
-            shutil.rmtree(place, ignore_errors=True)
+            remove_tree(place)
             self._report("hub_failed", {"epoch": epoch, "error": reason(error)})
             return
         self._upload = _Upload(self.repo_id, self.private, place, epoch)
@@ -203,7 +202,7 @@ class _Upload(threading.Thread):
             self.error = reason(error)
         finally:
             self.until = time.monotonic()
-            shutil.rmtree(self.place, ignore_errors=True)
+            remove_tree(self.place)
 
 
 def _copy_run(folder: Path, place: Path) -> None:
@@ -275,7 +274,7 @@ def fetch_run(
             raise InUseError(f"--resume {source}: another process is downloading this run to {output}") from error
         except OSError as error:
             raise CommandError(f"--resume {source}: {reason(error)}") from error
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove_tree(fresh)
         try:
             weights = [f"{name}/{file}" for name in _WEIGHTS for file in _WEIGHT_FILES]
             patterns = [*_RECORDS, f"checkpoints/{NAMES}", *weights]
@@ -299,7 +298,7 @@ def fetch_run(
         except OSError as error:
             raise CommandError(f"--resume {source}: {reason(error)}") from error
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            remove_tree(fresh)
 
 
 def _read_name(folder: Path) -> str | None:

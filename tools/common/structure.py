@@ -43,12 +43,23 @@ def find_mismatch(value: Any, like: Any, name: str = "") -> str | None:
     elif like is None:
         if value is not None and not isinstance(value, int | float | str):
             return f"{name} is {_kind(value)}, expected None, a number or a text"
+        if _is_too_large(value):
+            return f"{name} is too large a number"
     elif isinstance(like, float):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"{name} is {_kind(value)}, expected a number"
+        if _is_too_large(value):
+            return f"{name} is too large a number"
     elif type(value) is not type(like):
         return f"{name} is {_kind(value)}, expected {type(like).__name__}"
+    elif _is_too_large(value):
+        return f"{name} is too large a number"
     return None
+
+
+def _is_too_large(value: Any) -> bool:
+    """Returns whether a whole number does not fit into 64 bits, so that tensors and floats cannot hold it."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 # Optimizer state that has the shape of its parameter, or is one number for the parameter.
@@ -89,6 +100,8 @@ def find_optimizer_mismatch(state: Any, optimizer: torch.optim.Optimizer) -> str
             shape = by_number[number].shape
             if isinstance(value, str):
                 return f"{name}[{key!r}] is a text"
+            if value is None and key != "momentum_buffer":  # SGD without momentum has none
+                return f"{name}[{key!r}] is None"
             if isinstance(value, torch.Tensor) and key in _LIKE_PARAMETER and value.ndim and value.shape != shape:
                 return f"{name}[{key!r}] has shape {_shape(value)}, its parameter {_shape(by_number[number])}"
     return None
