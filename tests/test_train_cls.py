@@ -384,7 +384,7 @@ def test_flag_wins_over_recipe(tmp_path: Path) -> None:
         ("epochs: true", "epochs must be a number, got True"),
         ("epochs: 0", "--epochs: expected a whole number of at least 1"),
         ("lr: fast", "--lr: expected a number of at least 0, got 'fast'"),
-        ("seed: 99999999999999999999999999", "--seed: expected a whole number of at most 2147483647"),
+        ("seed: 99999999999999999999999999", "--seed/-s: expected a whole number of at most 2147483647"),
         ("smoothing: 1", "--smoothing: expected a number of at least 0 and below 1, got '1'"),
         ("mixup: .nan", "--mixup: expected a number of at least 0, got 'nan'"),
         ("mean: [.inf, 0, 0]", "--mean: expected a number, got 'inf'"),
