@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -624,10 +626,14 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{last}", pretrained=True).num_classes == 10
 
 
-def test_disk_that_is_full(digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every write to /dev/full fails, as on a full disk."""
-    (tmp_path / "runs/it").mkdir(parents=True)
-    (tmp_path / "runs/it/config.yaml.tmp").symlink_to("/dev/full")
-    assert train_cls.main([*SHORT, f"--data-dir={digits_folder}", "--experiment=it"]) == 1
-    err = capfd.readouterr().err
-    assert "No space left on device" in err and "Traceback" not in err
+def test_disk_that_is_full(digits_folder: Path, tmp_path: Path) -> None:
+    """A limit on file sizes makes the first write of a run fail, as a full disk does."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100))  # bytes
+    flags = [f"--data-dir={digits_folder}", "--experiment=it"]
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "File too large" in last and "results are kept" in last, last
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "runs/it").glob("config.yaml*"))
