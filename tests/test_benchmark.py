@@ -268,19 +268,19 @@ def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["model", *flags, *ways, "--models=yolo26n.yaml", "--ways=published"]) == 1
     assert "none of --models supports --ways published" in capsys.readouterr().err
     case = models.Case("yolo26n-stvit_pico.yaml", "published", 2, 64, "float32", "cpu", is_training=True)
-    kinds = [type(module) for module in models._module(case, "cpu").modules()]
+    kinds = [type(module) for module in models.make_module(case, "cpu").modules()]
     assert kinds.count(PublishedAttention) == 7 and stvit.SuperTokenAttention not in kinds
 
 
 def test_a_training_step_trains() -> None:
     case = models.Case("test_stvit", "eager", 2, 32, "float32", "cpu", is_training=True)
     net: list[nn.Module] = []
-    made = models._module
+    made = models.make_module
     try:
-        models._module = lambda *args: net.append(made(*args)) or net[-1]
+        models.make_module = lambda *args: net.append(made(*args)) or net[-1]
         step = models.prepare(case)
     finally:
-        models._module = made
+        models.make_module = made
     before = {name: value.clone() for name, value in net[0].named_parameters()}
     step()
     assert all(not torch.equal(value, before[name]) for name, value in net[0].named_parameters())

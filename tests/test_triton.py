@@ -592,7 +592,7 @@ def test_whole_model() -> None:
 def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, the timer and the CUDA graphs are replaced."""
     if not HAS_GPU:
-        monkeypatch.setattr(benchmark_of_kernels, "_capture", lambda step, both: lambda: step(both))
+        monkeypatch.setattr(benchmark_of_kernels, "capture", lambda step: step)
         monkeypatch.setattr(benchmark_of_kernels, "_time", lambda step: 1e-6 * len(step()))
     config = benchmark_of_kernels.KernelConfig(dtype="float32", ways=["reference", "triton"], repeats=2)
     rows = benchmark_of_kernels._measure({"stage": 1}, (2, 64, 12, 9), 4, config, torch.device(DEVICE), bandwidth=1e12)

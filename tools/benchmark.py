@@ -9,6 +9,7 @@
     python tools/benchmark.py data --data-dir /data/imagenet --workers 1 2 4
     python tools/benchmark.py yolo --img-size 640
     python tools/benchmark.py kernels --dtype bfloat16 --csv kernels.csv
+    python tools/benchmark.py gpu --output gpu --minutes 5
 
 `python -m stvit.tools.benchmark` is the same program. All candidates of a table run in turns, so that other load on the
 machine affects them equally: compare only numbers of the same run. Each number is the median of the repeats, with the
@@ -31,6 +32,11 @@ kernels: super token sampling and upsampling on a GPU, with Triton kernels, the 
 They are measured without attention (functions) and with it (operator), forward only and with backward (both). The
 floor is the time to copy the minimum number of bytes, at the bandwidth of a large copy in the same run. Without a GPU
 only the bytes are counted.
+
+gpu: everything about a GPU in one run of limited time, most important first: inference and training of stvit_small and
+its peers, peak memory, latency, block sizes of the kernels, the operator, a detector and profiles. Each table is a CSV
+file in --output. Tables that do not fit in the time are skipped. It needs only torch, timm and this package. Without a
+GPU everything runs at tiny sizes.
 """
 
 import signal
@@ -96,6 +102,7 @@ SUBJECTS = {
     "data": Subject("images/s of the training loader", config.LoaderConfig, "data.benchmark"),
     "kernels": Subject("time of the operator's GPU kernels", config.KernelConfig, "kernels.benchmark"),
     "yolo": Subject("latency of YOLO26 detectors", config.DetectorConfig, "yolo.benchmark"),
+    "gpu": Subject("everything about a GPU in limited time", config.GpuConfig, "gpu.benchmark"),
 }
 
 
@@ -140,7 +147,7 @@ def benchmark(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for table in measure(settings):  # each table is saved before the next one may fail
         print_table(table)
-        if settings.csv:
+        if getattr(settings, "csv", None):
             append(Path(settings.csv), [{**circumstances(torch.device(device)), **row} for row in table])
             print(f"appended to {settings.csv}", flush=True)
         rows += table

@@ -8,6 +8,10 @@ from ..common.flags import flag
 DTYPES = ("float32", "bfloat16", "float16")
 # Ways to run a model, in the order of the tables. The first one is the baseline.
 MODEL_WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
+# Ways of `stvit benchmark gpu`. graphs are CUDA graphs: of the optimized copy, or of a compiled training step.
+GPU_WAYS = ("published", "eager", "optimized", "graphs", "compiled", "compiled_graphs")
+# Parts of `stvit benchmark gpu`, most important first.
+GPU_PARTS = ("models", "training", "latency", "kernels", "operator", "yolo", "profile")
 # Implementations of the kernels. compiled is the reference under torch.compile.
 KERNEL_WAYS = ("reference", "compiled", "triton")
 # Image size and batch size of the kernels. The number of pixels is nearly the same.
@@ -94,3 +98,16 @@ class DetectorConfig(BenchmarkConfig):
     models: list[str] = flag(DETECTORS, "model files, ours or Ultralytics'", nargs="+", metavar="NAME")
     img_size: int = flag(640, "image height and width in pixels", type=positive, metavar="N")
     repeats: int = flag(5, "measurements of each model", type=positive, metavar="N")
+
+
+@dataclass
+class GpuConfig:
+    """Flags of the subject gpu."""
+
+    output: str = flag("", "new folder for the tables, profiles and summary.md", required=True, metavar="DIR")
+    minutes: float = flag(5.0, "time limit; tables that do not fit are skipped", type=above_zero, metavar="M")
+    parts: list[str] = flag(list(GPU_PARTS), "parts to measure", nargs="+", choices=GPU_PARTS)
+    compile: bool = flag(True, "measure torch.compile, which takes a minute or more", action=Switch)
+    device: str = flag(
+        "", "cuda, or cpu to try everything at tiny sizes (default: cuda if available, else cpu)", metavar="NAME"
+    )

@@ -6,6 +6,7 @@ It is compared with the time to copy the minimum number of bytes.
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ import stvit
 
 from ..common.cli import CommandError, progress_bar
 from .config import KERNEL_SIZES, KernelConfig
-from .measure import DTYPES, require_device, significant
+from .measure import DTYPES, capture, require_device, significant
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "measure_bandwidth"]
 
 # Stages of stvit_small: number, channels, cell size, stride of the feature map.
 STAGES = ((1, 64, 8, 4), (2, 128, 4, 8))
@@ -158,7 +159,7 @@ def _measure(
         steps = {way: make_step(way, shape, cell, dtype, device, part) for way in config.ways}
         errors = {way: _error(step(True), exact) for way, step in steps.items()}
         del exact
-        replays = {(way, both): _capture(step, both) for way, step in steps.items() for both in (False, True)}
+        replays = {(way, both): capture(partial(step, both)) for way, step in steps.items() for both in (False, True)}
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in replays}
         with progress_bar(config.repeats * len(replays), "turn", True) as bar:
             for _ in range(config.repeats):
@@ -187,20 +188,6 @@ def _error(actual: tuple[torch.Tensor, torch.Tensor | None], exact: tuple[torch.
     """Returns the larger relative error of output and gradient, in norm."""
     pairs = [(a.float(), e) for a, e in zip(actual, exact, strict=True) if a is not None and e is not None]
     return max(((a - e).norm() / e.norm()).item() for a, e in pairs)
-
-
-def _capture(step: Callable[[bool], Any], is_backward: bool) -> Callable[[], Any]:
-    """Captures a step in a CUDA graph, so that Python does not slow its launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and allocates the workspaces of libraries
-            step(is_backward)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(is_backward)
-    return graph.replay
 
 
 def _time(step: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -25,6 +25,7 @@ from . import config
 __all__ = [
     "DTYPES",
     "append",
+    "capture",
     "circumstances",
     "default_device",
     "matrix_peak",
@@ -35,10 +36,13 @@ __all__ = [
     "significant",
     "synchronize",
     "take_turns",
+    "time_turn",
+    "write_table",
 ]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 MIB = 2**20
+T = TypeVar("T")
 
 
 def default_device() -> str:
@@ -81,19 +85,46 @@ def take_turns(
     with progress_bar((repeats + 1) * len(steps), "turn", True) as bar:
         for repeat in range(repeats + 1):
             for name, step in steps.items():
-                turn = time.perf_counter()
-                while True:
-                    synchronize(device)
-                    start = time.perf_counter()
-                    step()
-                    synchronize(device)
-                    end = time.perf_counter()
-                    if repeat > 0:
-                        times[name].append(end - start)
-                    if repeat == 0 or end - turn >= min_seconds:
-                        break
+                measured = time_turn(step, device, min_seconds if repeat > 0 else 0.0)
+                times[name] += measured if repeat > 0 else []
                 bar.update()
     return times
+
+
+def time_turn(step: Callable[[], Any], device: torch.device, min_seconds: float = 0.0) -> list[float]:
+    """Runs a step at least once, until `min_seconds` have passed, and returns the seconds of each run."""
+    times: list[float] = []
+    turn = time.perf_counter()
+    while not times or time.perf_counter() - turn < min_seconds:
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def capture(step: Callable[[], T]) -> Callable[[], T]:
+    """Captures a step in a CUDA graph, so that Python does not slow its launches.
+
+    Returns:
+        Function that replays the graph and returns the step's output, which each replay overwrites.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and allocates the workspaces of libraries
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> T:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def synchronize(device: torch.device) -> None:
@@ -266,3 +297,11 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerows(rows)
     except OSError as error:
         raise CommandError(f"cannot write --csv {path}: {reason(error)}") from error
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as a CSV file, in place of an earlier one."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -34,10 +34,17 @@ from .published import published
 from .yolo import check_detector_size, create_detector, detection_loss
 
 __all__ = [
+    "Case",
     "benchmark_model",
     "benchmark_op",
     "benchmark_resolution",
     "benchmark_train",
+    "input_shape",
+    "is_detector",
+    "is_ours",
+    "make_module",
+    "optimized",
+    "training_step",
 ]
 
 # Top-1 on ImageNet-1k at 224 pixels in percent, trained only on ImageNet-1k, as published by the authors.
@@ -64,7 +71,7 @@ class Case:
 
     Attributes:
         model: Name of the model, or a detector's model file.
-        way: One of `MODEL_WAYS`.
+        way: One of `MODEL_WAYS`, or of `GPU_WAYS` for `stvit benchmark gpu`.
         batch_size: Images per step.
         img_size: Image height and width in pixels.
         dtype: Precision; in training that of autocast.
@@ -142,9 +149,8 @@ def _cases(config: SpeedConfig, img_size: int, ways: Iterable[str], is_training:
     """
     cases = []
     for model in config.models:
-        is_ours = _is_ours(model)
         for way in ways:
-            if way in config.ways and (is_ours or way != "published"):
+            if way in config.ways and (way != "published" or is_ours(model)):
                 cases.append(Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training))
     if not cases:
         raise CommandError(f"nothing to measure: none of --models supports --ways {' '.join(config.ways)}")
@@ -182,7 +188,7 @@ def _measure(cases: list[Case], config: SpeedConfig) -> list[dict[str, Any]]:
             "dtype": case.dtype,
             "batch_size": case.batch_size,
             "img_size": case.img_size,
-            "params_m": round(sum(p.numel() for p in _module(case, "meta").parameters()) / 1e6, 2),
+            "params_m": round(sum(p.numel() for p in make_module(case, "meta").parameters()) / 1e6, 2),
             "gmac": significant(gmac),
             "images_per_second": significant(case.batch_size / median),
             "slowest": significant(case.batch_size / max(seconds)),
@@ -215,24 +221,24 @@ def prepare(case: Case) -> Callable[[], Any]:
     """
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
-    if _is_detector(case.model):
+    if is_detector(case.model):
         check_detector_size(case.img_size)
     elif case.stage is None:
-        check_img_size(_create(case.model, "meta", case.img_size), {"input_size": _input_shape(case)[1:]})
+        check_img_size(_create(case.model, "meta", case.img_size), {"input_size": input_shape(case)[1:]})
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is only for inference, because training needs a loss scaler; pass bfloat16")
-    module = _module(case, case.device).train(case.is_training)
-    image = torch.randn(_input_shape(case), device=device)
+    module = make_module(case, case.device).train(case.is_training)
+    image = torch.randn(input_shape(case), device=device)
     if case.stage is not None and case.way != "published":
         image = image.to(memory_format=torch.channels_last)  # as in the model
     if case.is_training:
-        return _training_step(module, image, case, dtype)
+        return training_step(module, image, case, dtype)
     image = image.to(dtype)
     if case.way == "onnxruntime":
         return _onnxruntime_step(module, image, case)
     module = module.to(dtype).requires_grad_(False)
     if case.way in ("optimized", "compiled") and case.stage is None:
-        module = _optimized(module, case)
+        module = optimized(module, case)
         image = image.to(memory_format=torch.channels_last)
     if case.way == "compiled":
         module = torch.compile(module, dynamic=False, options={"freezing": True})  # type: ignore[assignment]
@@ -244,8 +250,19 @@ def prepare(case: Case) -> Callable[[], Any]:
     return step
 
 
-def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
-    run = torch.compile(module, dynamic=False) if case.way == "compiled" else module
+def training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
+    """Returns a step of a module in training mode: forward, backward and AdamW.
+
+    Args:
+        module: Module of the case.
+        image: Images (B, 3, H, W) in float32.
+        case: The case.
+        dtype: Dtype of autocast; float32 for none.
+    """
+    run = module
+    if case.way.startswith("compiled"):
+        mode = "reduce-overhead" if case.way == "compiled_graphs" else None
+        run = torch.compile(module, dynamic=False, mode=mode)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     target = torch.zeros(case.batch_size, dtype=torch.long, device=image.device)
     if case.stage is not None:
@@ -259,7 +276,7 @@ def _training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: to
             module.zero_grad()
             image.grad = None
             return
-        if _is_detector(case.model):
+        if is_detector(case.model):
             loss = detection_loss(module, output, image)
         else:
             loss = F.cross_entropy(output.float(), target)
@@ -280,7 +297,7 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor, case: Case) -> Cal
         path = Path(folder) / "model.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(_optimized(module, case), (image,), path, dynamo=True, verbose=False)
+            torch.onnx.export(optimized(module, case), (image,), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -288,8 +305,9 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor, case: Case) -> Cal
     return lambda: session.run(None, inputs)
 
 
-def _optimized(module: Any, case: Case) -> nn.Module:
-    if _is_detector(case.model):
+def optimized(module: Any, case: Case) -> nn.Module:
+    """Returns the module after `optimize_for_inference`; a detector after its `fuse()`."""
+    if is_detector(case.model):
         return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:
         return stvit.optimize_for_inference(module)
@@ -297,19 +315,21 @@ def _optimized(module: Any, case: Case) -> nn.Module:
         return module.to(memory_format=torch.channels_last)
 
 
-def _module(case: Case, device: str) -> nn.Module:
+def make_module(case: Case, device: str) -> nn.Module:
+    """Returns the module of a case in evaluation mode, with random weights."""
     model: Any = _create(case.model, device, case.img_size)
     module: nn.Module = model if case.stage is None else model.stages[case.stage].blocks[0].attn
     return published(module) if case.way == "published" else module.eval()
 
 
-def _input_shape(case: Case) -> tuple[int, int, int, int]:
+def input_shape(case: Case) -> tuple[int, int, int, int]:
+    """Returns the shape (B, C, H, W) of the input of a case."""
     if case.stage is None:
         return (case.batch_size, 3, case.img_size, case.img_size)
     size = case.img_size
     for _ in range(case.stage + 2):  # the stem halves the size twice, each further stage once
         size = (size + 1) // 2
-    module: Any = _module(case, "meta")
+    module: Any = make_module(case, "meta")
     return (case.batch_size, module.qkv.in_channels, size, size)
 
 
@@ -319,27 +339,28 @@ def _gmac(case: Case) -> float:
     Only convolutions and matrix products count.
     """
     one = Case(case.model, "eager", 1, case.img_size, "float32", "cpu", stage=case.stage)
-    device = "cpu" if _is_detector(case.model) else "meta"  # a detector's head reads values
-    module, image = _module(one, device), torch.zeros(_input_shape(one), device=device)
+    device = "cpu" if is_detector(case.model) else "meta"  # a detector's head reads values
+    module, image = make_module(one, device), torch.zeros(input_shape(one), device=device)
     # The counter does not know all fused attention kernels.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     return counter.get_total_flops() / 2e9
 
 
-def _is_detector(spec: str) -> bool:
+def is_detector(spec: str) -> bool:
+    """Returns whether a model is a model file of a detector."""
     return spec.endswith((".yaml", ".yml"))
 
 
-def _is_ours(spec: str) -> bool:
+def is_ours(spec: str) -> bool:
     """Returns whether a model has a published formulation."""
-    if _is_detector(spec):
+    if is_detector(spec):
         return "-stvit" in spec or "-stokenattention" in spec
     return _parse(spec)[0].startswith(("stvit_", "test_stvit"))
 
 
 def _create(spec: str, device: str, img_size: int) -> nn.Module:
-    if _is_detector(spec):
+    if is_detector(spec):
         return create_detector(spec).to(device)
     name, kwargs = _parse(spec)
     return create_model(name, img_size=img_size, model_kwargs=kwargs).to(device)

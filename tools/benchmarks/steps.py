@@ -1,0 +1,226 @@
+"""Steps of models that `stvit benchmark gpu` measures, each in a process of its own."""
+
+import gc
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import stvit
+
+from .measure import DTYPES, capture, significant, synchronize, time_turn
+from .models import Case, input_shape, is_detector, is_ours, make_module, optimized, training_step
+from .published import published
+
+__all__ = ["PreparedStep", "prepare_inference", "relative_gradient_error", "relative_output_error"]
+
+GIB = 2**30
+COMPILE_THREADS = 4  # of each process; several compile at the same time
+ERROR_IMAGES = 16  # images at a time in float32, which needs more memory
+
+
+class PreparedStep:
+    """A step of a case, ready to be measured."""
+
+    def __init__(self, case: Case) -> None:
+        """Takes a case and prepares nothing yet."""
+        self.case = case
+        self.device = torch.device(case.device)
+        self._step: Callable[[], Any] | None = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Creates the model, compiles and runs it. A second call after an error tries again.
+
+        Returns:
+            `prepare_seconds`, `step_seconds`, `relative_error` to float32 ("" if unknown), and on a GPU the peak memory
+            of a step: `memory_gib` in tensors and `reserved_gib` with the unused rest of PyTorch's blocks.
+        """
+        self._step = None
+        self._empty_cache()
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        torch._inductor.config.compile_threads = COMPILE_THREADS
+        module = make_module(self.case, "cpu")
+        image = torch.randn(input_shape(self.case))
+        prepare = _prepare_training if self.case.is_training else prepare_inference
+        self._step, error = prepare(self.case, module, image)
+        for _ in range(3):  # compiles, fills caches, captures graphs
+            self._step()
+        synchronize(self.device)
+        gc.collect()  # the float32 reference may be in a cycle
+        self._empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        prepared = time.perf_counter()
+        self._step()
+        synchronize(self.device)
+        info: dict[str, Any] = {
+            "relative_error": error,
+            "memory_gib": "",
+            "reserved_gib": "",
+            "prepare_seconds": round(prepared - start, 1),
+            "step_seconds": time.perf_counter() - prepared,
+        }
+        if self.device.type == "cuda":
+            info["memory_gib"] = significant(torch.cuda.max_memory_allocated() / GIB)
+            info["reserved_gib"] = significant(torch.cuda.max_memory_reserved() / GIB)
+        self._empty_cache()
+        return info
+
+    def turn(self, seconds: float) -> list[float]:
+        """Returns the seconds of each step in a turn."""
+        assert self._step is not None
+        self._step()  # allocates again what the end of the last turn returned
+        times = time_turn(self._step, self.device, seconds)
+        self._empty_cache()  # the memory is another process's next
+        return times
+
+    def profile(self, steps: int = 3, rows: int = 25) -> str:
+        """Returns a table of the slowest kernels of a step; on a CPU, of the slowest operators."""
+        assert self._step is not None
+        is_gpu = self.device.type == "cuda"
+        self._step()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        synchronize(self.device)
+        wall = (time.perf_counter() - start) / steps
+        with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as recorded:
+            for _ in range(steps):
+                self._step()
+            synchronize(self.device)
+        timed = []
+        for event in recorded.key_averages():
+            is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+            is_label = getattr(event, "is_user_annotation", False) or event.key.startswith(("## ", "Torch-Compiled"))
+            if is_kernel != is_gpu or is_label:
+                continue
+            microseconds = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+            timed.append((microseconds / steps / 1e3, event.count / steps, event.key))
+        self._empty_cache()
+        total, launches = sum(ms for ms, _, _ in timed), sum(count for _, count, _ in timed)
+        kind = "kernels" if is_gpu else "operators"
+        lines = [
+            f"{total:.2f} ms in {launches:.0f} launches of {len(timed)} {kind}; a step takes {1e3 * wall:.2f} ms",
+            "",
+            f"{'ms':>9}  {'share':>6}  {'count':>6}  name",
+        ]
+        for ms, count, name in sorted(timed, reverse=True)[:rows]:
+            lines.append(f"{ms:9.3f}  {ms / max(total, 1e-9):6.1%}  {count:6g}  {name[:160]}")
+        return "\n".join(lines)
+
+    def _empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def prepare_inference(
+    case: Case, module: nn.Module, image: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], float | str]:
+    """Returns the step of a case and its relative error to float32.
+
+    All ways but the published formulation get weights and images in channels_last.
+
+    Args:
+        case: The case.
+        module: Module of the case in float32, on the CPU.
+        image: Images (B, 3, H, W) in float32, on the CPU.
+    """
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    module, image = module.to(device), image.to(device, dtype)
+    exact = None if is_detector(case.model) else _run_in_float32(case, module, image)
+    module = module.to(dtype).requires_grad_(False)
+    if case.way != "published":
+        module, image = module.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+    has_graph = False
+    if case.way == "graphs" and is_ours(case.model) and not is_detector(case.model):
+        module, has_graph = _optimized_with_graphs(module)
+    elif case.way in ("optimized", "compiled") or (case.way == "graphs" and is_detector(case.model)):
+        module = optimized(module, case)
+    if case.way == "compiled":
+        module = torch.compile(module, dynamic=False, options={"freezing": True})  # type: ignore[assignment]
+
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            return module(image)
+
+    run = capture(step) if case.way == "graphs" and not has_graph else step
+    return run, "" if exact is None else relative_output_error(run(), exact)
+
+
+def _prepare_training(case: Case, module: nn.Module, image: torch.Tensor) -> tuple[Callable[[], Any], float | str]:
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    module, image = module.train().to(device), image.to(device)
+    error: float | str = ""
+    if not case.way.startswith("compiled") and not is_detector(case.model):  # another batch size would compile again
+        error = relative_gradient_error(case, module, image[:ERROR_IMAGES])
+    if case.way != "published":
+        module, image = module.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+    return training_step(module, image, case, dtype), error
+
+
+def _optimized_with_graphs(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Returns an optimized copy, and whether it uses CUDA graphs."""
+    if "cuda_graphs" in inspect.signature(stvit.optimize_for_inference).parameters:
+        optimize: Callable[..., nn.Module] = stvit.optimize_for_inference
+        return optimize(module, cuda_graphs=True), True
+    return stvit.optimize_for_inference(module), False
+
+
+def relative_output_error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """Returns the norm of the difference over the norm of `exact`."""
+    return significant(((output.float() - exact).norm() / exact.norm()).item())
+
+
+def relative_gradient_error(case: Case, module: nn.Module, image: torch.Tensor) -> float:
+    """Returns the relative error of the gradient of all weights under autocast.
+
+    The reference is the published formulation in float32, or the model itself if there is none.
+
+    Args:
+        case: A training case.
+        module: Module of the case in training mode, in float32.
+        image: Images (B, 3, H, W) in float32.
+    """
+    exact = _gradient(_reference(case, module), image, torch.float32)
+    gradient = _gradient(module, image, DTYPES[case.dtype])
+    return relative_output_error(gradient, exact)
+
+
+def _gradient(module: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    target = torch.arange(len(image), device=image.device)
+    with _precise():
+        with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+            output = module(image)
+        gradients = torch.autograd.grad(F.cross_entropy(output.float(), target), list(module.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _run_in_float32(case: Case, module: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    reference = _reference(case, module)
+    with _precise(), torch.no_grad():
+        return torch.cat([reference(part.float()) for part in image.split(ERROR_IMAGES)])
+
+
+def _reference(case: Case, module: nn.Module) -> nn.Module:
+    """Returns the module to compare with: the published formulation, which no kernel of ours runs."""
+    return published(module) if is_ours(case.model) and case.way != "published" else module
+
+
+@contextmanager
+def _precise() -> Iterator[None]:
+    """Context manager: convolutions in float32 do not use TF32."""
+    is_allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = is_allowed
