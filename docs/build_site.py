@@ -42,7 +42,7 @@ REFERENCE = {
     "inference": (
         "Inference",
         "Copies of a model that compute the same outputs faster.",
-        ["stvit.inference", "stvit.fold"],
+        ["stvit.inference", "stvit.cuda_graphs"],
     ),
     "hub": ("Hub", "Model folders, their cards, and uploads to the Hugging Face Hub.", ["stvit.hub"]),
     "visualize": (

@@ -19,6 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from stvit.cuda_graphs import use_cuda_graphs
 from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
 
 __all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_batch_norms", "fold_constants", "optimize_for_inference"]
@@ -30,7 +31,7 @@ TILE_BYTES = 8 * 2**20
 MIN_TILE_ROWS = 8
 
 
-def optimize_for_inference(model: nn.Module) -> nn.Module:
+def optimize_for_inference(model: nn.Module, cuda_graphs: bool = False) -> nn.Module:
     """Returns a copy that is faster and smaller in inference but cannot be trained.
 
     - Batch normalizations are folded into the convolution before them, or into a 1x1 convolution after them.
@@ -52,6 +53,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     Args:
         model: `STViT` in evaluation mode, or a module that contains one (`features_only=True`, a detector). Batch
             normalizations of other models are also folded if torch.fx can trace the model.
+        cuda_graphs: Whether the copy replays CUDA graphs, which removes the launch overhead of small batches on a GPU.
+            The first call with each input shape takes seconds. `stvit.cuda_graphs` describes the conditions.
 
     Raises:
         ValueError: If the model is in training mode or torch.fx cannot trace it.
@@ -70,7 +73,9 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
         )
     model = copy.deepcopy(model, _computed_tensors(model)).requires_grad_(False)
     fold_constants(model)
-    return model.eval().to(memory_format=torch.channels_last)
+    model = model.eval().to(memory_format=torch.channels_last)
+    use_cuda_graphs(model, cuda_graphs)
+    return model
 
 
 @torch.no_grad()
