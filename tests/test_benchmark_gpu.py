@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from stvit.tools import benchmark
-from stvit.tools.benchmarks import gpu, steps
+from stvit.tools.benchmarks import candidate_times, gpu, steps
 from stvit.tools.benchmarks.config import GpuConfig
 from stvit.tools.benchmarks.models import Case, input_shape, make_module
 from stvit.tools.benchmarks.remote import Failure, Iteration, Remote
@@ -240,6 +241,9 @@ def test_candidates_after_a_failed_one_are_measured(tmp_path: Path, monkeypatch:
     assert [row["to_default"] for row in rows] == [1.0, "", "", 4.0]
     assert "exit code 3" in rows[1]["failure"] and rows[2]["failure"] == "ValueError: too many registers"
     assert all(list(row) == list(rows[0]) for row in rows)
+    assert gpu._defaults_and_fastest(rows) == rows
+    rows = [{**rows[0], "blocks": str(time), "default": "", "microseconds": time} for time in (3.0, 2.0, 5.0)]
+    assert [row["blocks"] for row in gpu._defaults_and_fastest(rows)] == ["2.0"]
 
 
 # Steps
@@ -261,6 +265,39 @@ def test_errors_are_those_beside_float32(model: str, dtype: str, low: float, hig
         module, image = prepared(case)
         if way != "optimized":
             assert low <= steps.relative_gradient_error(case, module.train(), image) < high, way
+
+
+def test_graphs_that_are_not_used_are_an_error() -> None:
+    case = Case("test_stvit", "graphs", 2, 64, "float32", "cpu")
+    with pytest.raises(ValueError, match="no CUDA graph is used: argument 0 is on cpu, expected cuda"):
+        steps.prepare_inference(case, *prepared(case))
+
+
+def test_swin_trains_without_drop_path() -> None:
+    case = Case("swin_tiny_patch4_window7_224", "eager", 1, 224, "float32", "cpu", is_training=True)
+    _, error = steps.prepare_training(case, *prepared(case))
+    assert float(error) < 1e-5
+
+
+def test_time_of_a_candidate_is_that_without_the_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated GPU, on which each flush takes 90 us and each run of the candidate 7 us."""
+    clock = [0.0]
+
+    def take(seconds: float) -> None:
+        clock[0] += seconds
+
+    def timed(replay: Callable[[], Any]) -> float:
+        start = clock[0]
+        replay()
+        return clock[0] - start
+
+    monkeypatch.setattr(candidate_times, "capture", lambda step: step)
+    monkeypatch.setattr(candidate_times, "_time_graph", timed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timer = candidate_times.CandidateTimer()
+    timer._flush = lambda: take(90e-6)
+    assert timer._time_on_gpu(lambda: take(7e-6)) == pytest.approx([7e-6] * candidate_times.REPEATS)
+    assert timer._time_on_gpu(lambda: take(0.2)) == pytest.approx([0.2] * candidate_times.REPEATS)
 
 
 def test_a_wrong_output_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from ..common.flags import flag
 DTYPES = ("float32", "bfloat16", "float16")
 # Ways to run a model, in the order of the tables. The first one is the baseline.
 MODEL_WAYS = ("published", "eager", "optimized", "compiled", "onnxruntime")
-# Ways of `stvit benchmark gpu`. graphs are CUDA graphs: of the optimized copy, or of a compiled training step.
+# Ways of `stvit benchmark gpu`. graphs are CUDA graphs of the optimized copy.
+# compiled_graphs are those of a compiled training step.
 GPU_WAYS = ("published", "eager", "optimized", "graphs", "compiled", "compiled_graphs")
 # Parts of `stvit benchmark gpu`, most important first.
 GPU_PARTS = ("models", "training", "latency", "kernels", "operator", "yolo", "profile")

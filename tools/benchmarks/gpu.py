@@ -25,7 +25,7 @@ from .candidate_times import CandidateCompiler, CandidateTimer
 from .config import GPU_PARTS, GpuConfig, KernelConfig
 from .measure import circumstances, percentile, require_device, significant, write_table
 from .models import TOP1, Case, is_detector
-from .remote import Failure, Iteration, Remote
+from .remote import END_SECONDS, Failure, Iteration, Remote
 from .steps import PreparedStep
 
 __all__ = ["benchmark"]
@@ -129,10 +129,10 @@ class Job:
         """The case of a `PreparedStep`."""
         return self.args[0]
 
-    def close(self) -> None:
-        """Kills the process, if there is one."""
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """Ends the process, if there is one."""
         if self.remote is not None:
-            self.remote.close()
+            self.remote.close(seconds)
             self.remote = None
 
     def fail(self, message: str) -> None:
@@ -265,28 +265,37 @@ class Run:
         self.profiles[name] = text.partition("\n")[0]
         print(f"{path.name}: {self.profiles[name]}", flush=True)
 
-    def finish(self, name: str, rows: list[Row], jobs: Sequence[Job] = ()) -> Iterator[list[Row]]:
-        """Ends the processes of a table, writes it, and yields the columns to print."""
+    def finish(
+        self, name: str, rows: list[Row], jobs: Sequence[Job] = (), shown: list[Row] | None = None
+    ) -> Iterator[list[Row]]:
+        """Writes a table and yields the columns to print.
+
+        Args:
+            name: Name of the table.
+            rows: All rows. Nothing happens if there is none.
+            jobs: Jobs of the table, whose processes end.
+            shown: Rows to print and for the summary; all by default.
+        """
         _close(jobs)
         self.jobs = [job for job in self.jobs if job not in jobs]
         if not rows:
             return
-        self.tables[name] = rows
-        self.write(name)
-        columns, constants = _to_print(rows)
-        print(f"\n{name}: {constants}", flush=True)
+        write_table(self.folder / f"{name}.csv", [{**self.origin, **row} for row in rows])
+        self.tables[name] = shown or rows
+        self.write_summary()
+        columns, constants = _to_print(self.tables[name])
+        print(f"\n{name}: {constants} ({self.seconds():.0f} s)", flush=True)
         yield columns
 
-    def write(self, name: str) -> None:
-        """Writes a table and the summary."""
-        write_table(self.folder / f"{name}.csv", [{**self.origin, **row} for row in self.tables[name]])
-        self.write_summary()
+    def seconds(self) -> float:
+        """Returns the seconds since the start."""
+        return time.monotonic() - self._start
 
     def write_summary(self) -> None:
         """Writes summary.md, which contains all tables, skipped ones and the first lines of the profiles."""
         lines = [f"# {self.origin['device']}", ""]
         lines += [f"- {key}: {value}" for key, value in self.origin.items() if key != "device"]
-        lines += [f"- seconds: {time.monotonic() - self._start:.0f}"]
+        lines += [f"- seconds: {self.seconds():.0f}"]
         for name, rows in self.tables.items():
             columns, constants = _to_print(rows)
             lines += ["", f"## {name}", "", constants, ""]
@@ -307,11 +316,12 @@ class Run:
 
 def _close(jobs: Sequence[Job]) -> None:
     """Ends processes, all at the same time."""
+    end = time.monotonic() + END_SECONDS
     for job in jobs:
         if job.remote is not None:
             job.remote.hang_up()
     for job in jobs:
-        job.close()
+        job.close(end - time.monotonic())
 
 
 def _prepare_again(job: Job, seconds: float) -> None:
@@ -411,7 +421,8 @@ def _compiled_and_kernels(run: Run) -> Iterator[list[Row]]:
             if table:
                 yield from _compare(run, name, [job.case for job in table], table)
     if run.wants("kernels") and run.fits("kernels"):
-        yield from run.finish("kernels", _time_candidates(run))
+        rows = _time_candidates(run)
+        yield from run.finish("kernels", rows, shown=_defaults_and_fastest(rows))
 
 
 def _detectors(run: Run) -> Iterator[list[Row]]:
@@ -563,6 +574,16 @@ def _time_candidates(run: Run) -> list[Row]:
         is_known = default and default[0] and row["microseconds"]
         row["to_default"] = round(default[0] / row["microseconds"], 3) if is_known else ""
     return rows
+
+
+def _defaults_and_fastest(rows: list[Row]) -> list[Row]:
+    """Returns the default and the fastest candidate of each kernel and shape, and all that failed."""
+    shown = []
+    for row in rows:
+        times = [other["microseconds"] for other in rows if _same_shape(row, other) and other["microseconds"] != ""]
+        if row["default"] or row["failure"] or row["microseconds"] == min(times):
+            shown.append(row)
+    return shown
 
 
 MEASURED = ("microseconds", "min", "max", "floor", "floors", "floor_mb")

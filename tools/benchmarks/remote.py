@@ -13,7 +13,7 @@ from ..common.cli import reason
 
 __all__ = ["Failure", "Iteration", "Remote"]
 
-END_SECONDS = 3.0  # an idle process gets this long to end by itself
+END_SECONDS = 3.0  # time for an idle process to end by itself
 
 
 class Failure(Exception):
@@ -87,11 +87,11 @@ class Remote:
         """Lets the process end by itself, without waiting for it."""
         self.connection.close()
 
-    def close(self) -> None:
-        """Ends the process. A process that is busy is killed."""
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """Ends the process. It is killed if it is busy, or if it does not end by itself within `seconds`."""
         self.connection.close()
         if not self._is_busy:
-            self._process.join(END_SECONDS)
+            self._process.join(max(0.0, seconds))
         self._process.kill()
         self._process.join()
 

@@ -1,7 +1,6 @@
 """Steps of models that `stvit benchmark gpu` measures, each in a process of its own."""
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +9,23 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import stvit
+from stvit.cuda_graphs import use_cuda_graphs, why_not_cuda_graph
 
-from .measure import DTYPES, capture, significant, synchronize, time_turn
+from .measure import DTYPES, significant, synchronize, time_turn
 from .models import Case, input_shape, is_detector, is_ours, make_module, optimized, training_step
 from .published import published
 
-__all__ = ["PreparedStep", "prepare_inference", "relative_gradient_error", "relative_output_error"]
+__all__ = [
+    "PreparedStep",
+    "prepare_inference",
+    "prepare_training",
+    "relative_gradient_error",
+    "relative_output_error",
+]
 
 GIB = 2**30
 COMPILE_THREADS = 4  # of each process; several compile at the same time
@@ -49,7 +55,7 @@ class PreparedStep:
         torch._inductor.config.compile_threads = COMPILE_THREADS
         module = make_module(self.case, "cpu")
         image = torch.randn(input_shape(self.case))
-        prepare = _prepare_training if self.case.is_training else prepare_inference
+        prepare = prepare_training if self.case.is_training else prepare_inference
         self._step, error = prepare(self.case, module, image)
         for _ in range(3):  # compiles, fills caches, captures graphs
             self._step()
@@ -127,12 +133,16 @@ def prepare_inference(
 ) -> tuple[Callable[[], torch.Tensor], float | str]:
     """Returns the step of a case and its relative error to float32.
 
-    All ways but the published formulation get weights and images in channels_last.
+    All ways but the published formulation get weights and images in channels_last. CUDA graphs are those of
+    `optimize_for_inference(cuda_graphs=True)`, for models of timm and detectors too.
 
     Args:
         case: The case.
         module: Module of the case in float32, on the CPU.
         image: Images (B, 3, H, W) in float32, on the CPU.
+
+    Raises:
+        ValueError: If the model cannot use a CUDA graph.
     """
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     module, image = module.to(device), image.to(device, dtype)
@@ -140,11 +150,10 @@ def prepare_inference(
     module = module.to(dtype).requires_grad_(False)
     if case.way != "published":
         module, image = module.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
-    has_graph = False
-    if case.way == "graphs" and is_ours(case.model) and not is_detector(case.model):
-        module, has_graph = _optimized_with_graphs(module)
-    elif case.way in ("optimized", "compiled") or (case.way == "graphs" and is_detector(case.model)):
+    if case.way in ("optimized", "compiled", "graphs"):
         module = optimized(module, case)
+    if case.way == "graphs":
+        use_cuda_graphs(module)
     if case.way == "compiled":
         module = torch.compile(module, dynamic=False, options={"freezing": True})  # type: ignore[assignment]
 
@@ -152,27 +161,37 @@ def prepare_inference(
         with torch.no_grad():
             return module(image)
 
-    run = capture(step) if case.way == "graphs" and not has_graph else step
-    return run, "" if exact is None else relative_output_error(run(), exact)
+    error = "" if exact is None else relative_output_error(step(), exact)
+    if case.way == "graphs":
+        with torch.no_grad():
+            step()
+            reason = why_not_cuda_graph(module, image)
+        if reason:
+            raise ValueError(f"no CUDA graph is used: {reason}")
+    return step, error
 
 
-def _prepare_training(case: Case, module: nn.Module, image: torch.Tensor) -> tuple[Callable[[], Any], float | str]:
+def prepare_training(case: Case, module: nn.Module, image: torch.Tensor) -> tuple[Callable[[], Any], float | str]:
+    """Returns the training step of a case and the relative error of its gradient to float32.
+
+    The error of compiled steps and of detectors is not measured; it is "".
+
+    Args:
+        case: The case.
+        module: Module of the case in float32, on the CPU.
+        image: Images (B, 3, H, W) in float32, on the CPU.
+    """
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     module, image = module.train().to(device), image.to(device)
+    for child in module.modules():
+        if isinstance(child, DropPath):  # Swin has it by default; skipped branches would make the ways differ
+            child.drop_prob = 0.0
     error: float | str = ""
     if not case.way.startswith("compiled") and not is_detector(case.model):  # another batch size would compile again
         error = relative_gradient_error(case, module, image[:ERROR_IMAGES])
     if case.way != "published":
         module, image = module.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     return training_step(module, image, case, dtype), error
-
-
-def _optimized_with_graphs(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Returns an optimized copy, and whether it uses CUDA graphs."""
-    if "cuda_graphs" in inspect.signature(stvit.optimize_for_inference).parameters:
-        optimize: Callable[..., nn.Module] = stvit.optimize_for_inference
-        return optimize(module, cuda_graphs=True), True
-    return stvit.optimize_for_inference(module), False
 
 
 def relative_output_error(output: torch.Tensor, exact: torch.Tensor) -> float:
