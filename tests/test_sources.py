@@ -227,7 +227,9 @@ def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsy
     # A pipe instead of an archive, a shard, and a description of shards.
     (tmp_path / "tar").mkdir()
     os.mkfifo(tmp_path / "tar/train.tar")
-    assert "has no folder for --train-split" in fails(capsys, f"--data-dir={tmp_path / 'tar'}")
+    assert "tar/train.tar is not a regular file" in fails(capsys, f"--data-dir={tmp_path / 'tar'}")
+    (tmp_path / "tar/train.tar").rename(tmp_path / "tar/train")
+    assert "tar/train is not a folder" in fails(capsys, f"--data-dir={tmp_path / 'tar'}")
     (tmp_path / "wds").mkdir()
     flags = as_shards(own_digits_folder, tmp_path / "wds")
     for name in ("train-000001.tar", "_info.json"):

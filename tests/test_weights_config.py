@@ -1,6 +1,7 @@
 """A config.json of somebody's, and arguments of a model: each has a checked type and range before anything is built."""
 
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ CFG = [
     ({"label_names": 3}, "label_names must be a list of names"),
     ({"pool_size": [-1, 7]}, "pool_size must be a list of integers"),
     ({"fixed_input_size": "no"}, "fixed_input_size must be true or false"),
+    ({"architecture": ["test_stvit"]}, "architecture must be the name of a model, got ['test_stvit']"),
+    ({"unknown": 3}, "unexpected keyword argument 'unknown'"),
 ]
 ARGS = [
     ({"features_only": "x"}, "features_only must be true or false, got 'x'"),
@@ -66,6 +69,8 @@ ARGS = [
     ({"in_chans": 0}, "in_chans must be an integer from 1"),
     ({"num_classes": -5}, "num_classes must be an integer from 0"),
     ({"img_size": 200_000}, "img_size must be an integer or a pair of integers"),
+    ({"device": 3}, "device is not allowed in model_args because it is chosen when the model is created"),
+    ({"dtype": "x"}, "dtype is not allowed in model_args"),
 ]
 OURS = [
     ({"depths": [100_000, 1, 1, 1]}, "depths must be integers from 0 to 512, got 100000"),
@@ -87,6 +92,7 @@ OURS = [
     ({"norm_layer": 3}, "norm_layer must be a layer"),
     ({"global_pool": "evil"}, "global_pool must be one of"),
     ({"output_stride": "8"}, "output_stride must be 8, 16 or 32"),
+    ({"unknown": 3}, "unexpected keyword argument 'unknown'"),
 ]
 THEIRS = [
     ({"depth": 100_000}, MORE),
@@ -156,6 +162,13 @@ def test_files_that_are_no_configuration(folders: dict[str, Path]) -> None:
             stvit.create_model(f"local-dir:{folder}")
         with pytest.raises(hub.HubError, match=said):
             read_config(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")  # reading it would wait forever
+    with pytest.raises(stvit.PretrainedError, match=r"config.json cannot be used \(not a regular file\)"):
+        stvit.create_model(f"local-dir:{folder}")
+    with pytest.raises(hub.HubError, match="not a regular file"):
+        read_config(folder)
+    (folder / "config.json").unlink()
 
 
 def test_a_command_says_it_in_one_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,12 +181,27 @@ def test_a_command_says_it_in_one_line(folders: dict[str, Path], capsys: pytest.
 
 @pytest.mark.parametrize(("args", "said"), [case for case in [*ARGS, *OURS] if case[1] != MORE])
 def test_arguments_of_the_model_are_checked(args: dict[str, Any], said: str) -> None:
-    if "img_size" in args or "checkpoint_path" in args:  # not arguments of this model
+    if args.keys() & {"img_size", "checkpoint_path", "device", "dtype", "unknown"}:  # not arguments of this model
         return
     said = {"mlp_ratio must be made of finite numbers": "mlp_ratio must be a number"}.get(said, said)
     with pytest.raises(ValueError) as caught:
         timm.create_model("test_stvit", **args)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"pretrained_cfg": {"architecture": ["x"]}}, "architecture must be the name of a model, got ['x']"),
+        ({"pretrained_cfg_overlay": {"architecture": 3}}, "architecture must be the name of a model, got 3"),
+        ({"pretrained_cfg": ["in1k"]}, "pretrained_cfg must be a tag or a dict, got ['in1k']"),
+    ],
+)
+def test_configurations_of_a_wrong_type(given: dict[str, Any], said: str) -> None:
+    for create in (timm.create_model, stvit.create_model):
+        with pytest.raises(ValueError) as caught:
+            create("test_stvit", **given)
+        assert str(caught.value) == said
 
 
 def test_what_timm_allows_stays() -> None:

@@ -6,6 +6,7 @@ are checked. The parameters of a model are counted while it is built, and the ta
 
 import json
 import math
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,10 +79,13 @@ def read_content(path: Path, max_bytes: int = MAX_CONFIG) -> dict[str, Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is too large or not a JSON object.
+        ValueError: If it is not a regular file (reading a pipe could wait forever), too large or not a JSON object.
     """
     path = path / "config.json" if path.is_dir() else path
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
     if size > max_bytes:
         raise ValueError(f"{size:,} bytes, more than the limit of {max_bytes:,}")
     try:
@@ -147,7 +151,7 @@ def check_model_args(args: Any) -> None:
         raise ValueError(f"model_args must be a mapping of names to values, got {clipped(args)}")
     for key, value in args.items():
         if key in _NO_ARGUMENTS:
-            raise ValueError(f"{key} is not allowed in model_args because it names a file; remove it")
+            raise ValueError(f"{key} is not allowed in model_args because it {_NO_ARGUMENTS[key]}; remove it")
         if value is None:
             continue
         is_valid, wanted = _ARGUMENTS.get(key, (_is_modest, _MODEST))
@@ -293,6 +297,7 @@ _LAYER = (_is_layer, "the name of a layer or a list of names")
 _MODEST = f"made of finite numbers up to {MAX_NUMBER:g} and lists of at most {MAX_LENGTH:,} items"
 _CLASSES = (lambda value: _is_integer(value, 0, MAX_CLASSES), f"an integer from 0 to {MAX_CLASSES:,}")
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architecture": (_is_text, "the name of a model"),
     "input_size": _IMAGE,
     "test_input_size": _IMAGE,
     "min_input_size": _IMAGE,
@@ -321,7 +326,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hf_hub_filename": _TEXT,
     "license": _TEXT,
 }
-_NO_ARGUMENTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+_NO_ARGUMENTS = dict.fromkeys(
+    ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), "names a file"
+) | dict.fromkeys(("device", "dtype"), "is chosen when the model is created")
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": _CLASSES,
     "in_chans": (lambda value: _is_integer(value, 1, MAX_SIDE), f"an integer from 1 to {MAX_SIDE:,}"),

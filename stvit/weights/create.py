@@ -14,10 +14,10 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub import errors, hf_hub_download
-from timm.models import build_model_with_cfg, get_pretrained_cfg, load_state_dict, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, load_state_dict, resolve_pretrained_cfg
 from torch import nn
 
-from stvit.safe_text import one_line
+from stvit.safe_text import clipped, one_line
 from stvit.weights.check import WeightsFileError, check_file, count_elements
 from stvit.weights.config import (
     SPARE_PARAMETERS,
@@ -115,11 +115,14 @@ def build_model(model_cls: type[_Model], variant: str, pretrained: bool, **kwarg
         PretrainedError: If the weights cannot be loaded, or config.json is refused.
         ValueError: If an argument has a wrong type or range.
     """
+    given = kwargs.get("pretrained_cfg")
+    if not isinstance(given, str | dict | PretrainedCfg | None):
+        raise ValueError(f"pretrained_cfg must be a tag or a dict, got {clipped(given)}")
     overlay = {
-        **_locate_in_namespace(variant, kwargs.get("pretrained_cfg")),
+        **_locate_in_namespace(variant, given),
         **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
     }
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay).to_dict()
+    cfg = resolve_pretrained_cfg(variant, given, overlay).to_dict()
     cache_dir = kwargs.get("cache_dir")
     saved_args = kwargs.get("pretrained_model_args")  # from config.json
     limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
@@ -228,7 +231,8 @@ def check_source(
         PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
             could fill the memory. A failed download is a `PretrainedDownloadError`.
     """
-    if cfg.get("source") or is_own_model(cfg.get("architecture")):
+    architecture = cfg.get("architecture")
+    if cfg.get("source") or not isinstance(architecture, str | None) or is_own_model(architecture):
         with explain_config_errors(model, cfg, cache_dir):
             check_pretrained_cfg(cfg)
             check_model_args(args or {})

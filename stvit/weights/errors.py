@@ -75,8 +75,9 @@ def explain_errors(model: str, cfg: Mapping[str, Any], cache_dir: str | Path | N
             for frame, _ in traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__", "").startswith("timm.models.")
         }
-        # With a source, an unknown architecture is an error in config.json; without one, a mistake of the caller.
-        loaders = _LOADERS | ({"_resolve_model_source"} if cfg.get("source") else set())
+        # With a source, an unknown architecture or field is an error in config.json. Without a source, it is a mistake
+        # of the caller.
+        loaders = _LOADERS | ({"_resolve_model_source", "resolve_pretrained_cfg"} if cfg.get("source") else set())
         if not frames & loaders:
             raise
         kind, message = explain(error, cfg, cache_dir, is_of_config="load_pretrained" not in frames)
@@ -94,12 +95,16 @@ def explain_config_errors(
         cfg: As for `explain_errors`.
         cache_dir: As for `explain_errors`.
         names: Arguments that come from config.json; None for all. Errors about other arguments pass unchanged. The
-            message of an error begins with the name of the argument.
+            message of an error begins with the name of the argument, or is Python's about an unexpected argument.
     """
     try:
         yield
-    except (KeyError, ValueError) as error:
-        is_of_file = names is None or isinstance(error, ModelTooLargeError) or str(error).split(" ", 1)[0] in names
+    except (KeyError, TypeError, ValueError) as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if isinstance(error, TypeError) and not unexpected:
+            raise
+        name = unexpected[1] if unexpected else str(error).split(" ", 1)[0]
+        is_of_file = names is None or isinstance(error, ModelTooLargeError) or name in names
         if not cfg.get("source") or not is_of_file:
             raise
         kind, message = explain(error, cfg, cache_dir, is_of_config=True)

@@ -316,6 +316,11 @@ def _open_split(config: DataConfig, mode: str, seed: int, flag: str, split: str,
 
 
 def _open_folder(root: str, flag: str, split: str) -> ImageFolder | ImageTar:
+    """Opens a split as an archive or a folder.
+
+    Raises:
+        CommandError: If the split does not exist, is a pipe or another special file, or cannot be read.
+    """
     tar = _find_split(root, split, ".tar")
     if tar is not None:
         return ImageTar(tar)
@@ -329,6 +334,12 @@ def _open_folder(root: str, flag: str, split: str) -> ImageFolder | ImageTar:
                 f"{packed} is compressed, so its images cannot be read in random order; unpack it into a folder beside "
                 f"it, or make it an uncompressed {packed.name.removesuffix(suffix)}.tar"
             )
+    for path in _split_paths(root, split, ".tar"):
+        if path.exists() and not path.is_dir():  # a pipe or a device
+            raise CommandError(f"{path} is not a regular file; it must be an uncompressed tar file of {split} images")
+    for path in _split_paths(root, split):
+        if path.exists():
+            raise CommandError(f"{path} is not a folder; it must contain <class>/*")
     raise CommandError(
         f"--data-dir {root} has no folder for {flag} {split}; it must contain train/<class>/* and val/<class>/*"
     )
@@ -336,9 +347,14 @@ def _open_folder(root: str, flag: str, split: str) -> ImageFolder | ImageTar:
 
 def _find_split(root: str, split: str, suffix: str = "") -> Path | None:
     """Returns the folder or archive of a split; None if it does not exist."""
-    others = next((names for names in _SPLITS if split in names), ())
-    paths = [Path(root) / f"{name}{suffix}" for name in dict.fromkeys([split, *others])]
+    paths = _split_paths(root, split, suffix)
     return next((path for path in paths if (path.is_file() if suffix else path.is_dir())), None)
+
+
+def _split_paths(root: str, split: str, suffix: str = "") -> list[Path]:
+    """Returns the possible paths of a split."""
+    others = next((names for names in _SPLITS if split in names), ())
+    return [Path(root) / f"{name}{suffix}" for name in dict.fromkeys([split, *others])]
 
 
 def digits(seed: int) -> list[list[tuple[Image.Image, int]]]:
