@@ -148,6 +148,14 @@ def test_an_output_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
         output.finish()
     found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
     assert found == {"README.md", "model", "model/new.txt"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+    # A second command with the same place is refused at its beginning.
+    with (
+        open_output(str(tmp_path / "new"), names),
+        pytest.raises(CommandError, match="new: another command is writing it; choose another folder"),
+        open_output(str(tmp_path / "new"), names),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # Without a place the folder is temporary.
     with open_output(None) as output:
         folder = output.finish()

@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Windows does not replace a file that another program has open, such as a virus scanner: seconds between attempts.
 _WAITS_S = (0.02, 0.1, 0.3, 0.6)
@@ -19,18 +26,19 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file atomically.
 
     Readers see the old contents or the new ones, never a partial file. No link is followed: whatever stands at the name
-    of the temporary file is removed first.
+    of the temporary file is removed first, except the temporary file of a process that is still writing.
 
     Args:
         path: File to write.
         write: Writes the contents to the path that it receives, an empty file.
 
     Raises:
-        OSError: If the file cannot be written, or there is a folder with the name of the temporary file.
+        OSError: If the file cannot be written, another process is writing it, or there is a folder with the name of
+            the temporary file.
     """
     fresh = path.with_name(path.name + ".tmp")
+    lock = _create_locked(fresh)
     try:
-        _create_empty(fresh)
         write(fresh)
         _sync(fresh)
         _replace(fresh, path)
@@ -38,6 +46,9 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         with suppress(PermissionError):  # on Windows the program that has it open may have caused the failure
             fresh.unlink(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     _sync_folder(path.parent)
 
 
@@ -101,10 +112,57 @@ def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def _create_empty(path: Path) -> None:
-    """Creates an empty file in place of whatever has its name, except a folder."""
-    path.unlink(missing_ok=True)
-    open(path, "xb", opener=_open_itself).close()
+def _create_locked(path: Path) -> int | None:
+    """Creates an empty file in place of whatever has its name, except a folder or a locked file.
+
+    Returns:
+        Descriptor that holds the lock; None on Windows, which does not remove a file that another process has open.
+
+    Raises:
+        OSError: If the file cannot be created, or another process holds the lock.
+    """
+    if fcntl is None:
+        path.unlink(missing_ok=True)
+        open(path, "xb", opener=_open_itself).close()
+        return None
+    try:
+        earlier = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _NO_FOLLOW)
+    except OSError:  # nothing has the name, or a link has it
+        path.unlink(missing_ok=True)
+    else:
+        try:
+            _lock(earlier, path)
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(earlier)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | _NO_FOLLOW, 0o666)
+    try:
+        _lock(descriptor, path)
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):  # removed before it was locked
+            raise _busy(path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Locks an open file without waiting, if the file system has locks.
+
+    Raises:
+        OSError: If another process holds the lock.
+    """
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(path) from error
+    except OSError:  # some network drives have no locks
+        pass
+
+
+def _busy(path: Path) -> OSError:
+    return OSError(errno.EBUSY, "another process is writing this file", str(path))
 
 
 def _open_itself(path: str, flags: int) -> int:

@@ -27,6 +27,7 @@ from .config import INTERPOLATIONS, ImageConfig
 from .data import resolve_data_config
 from .files import atomic_replace_dir
 from .flags import add_flags, flag, from_flags
+from .locks import InUseError, PathLock
 from .model import RECIPE_KEYS, create_model, strip_weights
 
 # Top-1 accuracy on ImageNet-1k in percent that the paper reports for the published weights (tables 2 and 3).
@@ -360,23 +361,28 @@ def open_output(path: str | None, names: Set[str] = MODEL_FILES, replace: bool =
         replace: Whether the final place may already contain these files from an earlier command.
 
     Raises:
-        CommandError: If the final place contains anything else, or cannot be written.
+        CommandError: If the final place contains anything else, cannot be written, or is the output of another command
+            that is still running.
     """
     folder = None if path is None else Path(path).expanduser()
-    if folder is not None:
-        _check_output(folder, names, replace)
-    try:
-        if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the final place, because files cannot be moved to another disk in one step.
-        prefix = "stvit-" if folder is None else f".{folder.name}-"
-        temporary = TemporaryDirectory(dir=None if folder is None else folder.parent, prefix=prefix)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {reason(error)}") from error
-    with temporary as place:
-        fresh = Path(place, "fresh")
-        fresh.mkdir()
-        yield Output(fresh, folder, names)
+    with PathLock() as lock:
+        try:
+            if folder is not None:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                place = folder.resolve()
+                lock.acquire(place.parent / f".{place.name}.lock")
+                _check_output(folder, names, replace)
+            # Beside the final place, because files cannot be moved to another disk in one step.
+            prefix = "stvit-" if folder is None else f".{folder.name}-"
+            temporary = TemporaryDirectory(dir=None if folder is None else folder.parent, prefix=prefix)
+        except InUseError as error:
+            raise InUseError(f"--output {path}: another command is writing it; choose another folder") from error
+        except OSError as error:
+            raise CommandError(f"cannot write {path}: {reason(error)}") from error
+        with temporary as temporary_folder:
+            fresh = Path(temporary_folder, "fresh")
+            fresh.mkdir()
+            yield Output(fresh, folder, names)
 
 
 def _check_output(folder: Path, names: Set[str], replace: bool) -> None:
