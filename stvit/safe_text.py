@@ -98,7 +98,7 @@ def code_span(text: object) -> str:
 
     HTML and Markdown in the text have no effect, in tables either.
     """
-    line = one_line(text)
+    line = one_line(text) or " "  # two backticks would open a code span that ends in a later text
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
     space = " " if longest else ""
@@ -107,7 +107,8 @@ def code_span(text: object) -> str:
 
 def escape_markdown(text: object) -> str:
     """Returns text in one line, with HTML and Markdown escaped."""
-    return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(one_line(text), quote=False))
+    # An underscore between letters or digits does not emphasize.
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def _is_control(char: str) -> bool:

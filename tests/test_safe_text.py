@@ -81,6 +81,9 @@ def test_control_characters_are_escaped() -> None:
 
 def test_markdown_shows_text_as_it_is() -> None:
     assert code_span("<b>|`x``") == r"``` <b>\|`x`` ```" and code_span("digit_0") == "`digit_0`"
+    # Two backticks would begin a code span that ends in the next text.
+    assert code_span("") == code_span("\n") == "` `"
+    assert escape_markdown("_a_ b_c __d__") == r"\_a\_ b_c \_\_d\_\_"
     assert escape_markdown("<img src=x> [a](b) *c* `d` | e\n# f") == (
         r"&lt;img src=x&gt; \[a\](b) \*c\* \`d\` \| e\\n# f"
     )
@@ -157,7 +160,7 @@ def test_card_of_a_folder_from_elsewhere(tmp_path: Path) -> None:
     details = hub_module.Details(weights=f"<b>x</b>\n# y {TOKEN}", source="https://u:p@host/x | y")
     hub_module.save(model, tmp_path / "net", details=details)
     card = model_card(tmp_path / "net", "hf-hub:org/x")
-    assert r"- weights: &lt;b&gt;x&lt;/b&gt;\\n# y hf_\*\*\*" in card
+    assert r"- weights: &lt;b&gt;x&lt;/b&gt;\\n# y hf\_\*\*\*" in card
     assert r"- converted from: https://\*\*\*@host/x \| y" in card and TOKEN not in card
 
 
