@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -233,6 +234,11 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 10**11) + b"{}")
     with pytest.raises(WeightsFileError, match="is not an intact safetensors file"):
         check_file(tmp_path / "w.safetensors")
+    odd = tmp_path / "caf\udce9"  # a byte that is not UTF-8
+    odd.mkdir()
+    shutil.copy(tmp_path / "w.safetensors", odd)
+    with pytest.raises(WeightsFileError, match="has a path that is not valid UTF-8; rename the file or its folder"):
+        check_file(odd / "w.safetensors")
 
 
 def test_many_tensors_are_counted(tmp_path: Path) -> None:

@@ -113,6 +113,10 @@ def _count_safetensors(path: Path) -> int:
     if not stat.S_ISREG(path.stat().st_mode):
         raise WeightsFileError("is not a file", path)
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise WeightsFileError("has a path that is not valid UTF-8; rename the file or its folder", path) from None
+    try:
         with safe_open(path, framework="pt") as tensors:
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
     except SafetensorError as error:
