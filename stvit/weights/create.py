@@ -122,7 +122,7 @@ def build_model(model_cls: type[_Model], variant: str, pretrained: bool, **kwarg
         **_locate_in_namespace(variant, given),
         **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
     }
-    cfg = resolve_pretrained_cfg(variant, given, overlay).to_dict()
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay).to_dict()
     cache_dir = kwargs.get("cache_dir")
     saved_args = kwargs.get("pretrained_model_args")  # from config.json
     limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
