@@ -77,7 +77,7 @@ def test_everything_runs_on_a_cpu_without_installation(tmp_path: Path) -> None:
     assert float(first["to_published"]) == 1.0
     ratio = float(first["images_per_second"]) / float(tables["models"][-1]["images_per_second"])
     assert float(first["to_peer"]) == pytest.approx(ratio, rel=0.01)
-    (kernel,) = (row for row in tables["kernels"] if row["kernel"] == "mean" and row["blocks"] == "default")
+    (kernel,) = (row for row in tables["kernels"] if row["kernel"] == "mean" and row["default"])
     assert float(kernel["microseconds"]) > 0 and kernel["to_default"] == "1.0"
     assert tables["operator"][0]["forward_mb"] == "104.4"
     for name in ("inference_optimized", "training_eager"):
@@ -244,6 +244,16 @@ def test_candidates_after_a_failed_one_are_measured(tmp_path: Path, monkeypatch:
     assert gpu._defaults_and_fastest(rows) == rows
     rows = [{**rows[0], "blocks": str(time), "default": "", "microseconds": time} for time in (3.0, 2.0, 5.0)]
     assert [row["blocks"] for row in gpu._defaults_and_fastest(rows)] == ["2.0"]
+
+
+def test_candidates_leave_time_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CandidateTimer", Timer)
+    run = start(tmp_path)
+    left = iter(range(120, 0, -10))
+    monkeypatch.setattr(run, "left", lambda: float(next(left)))
+    rows = gpu._time_candidates(run)
+    assert 1 <= len(rows) < 4 and next(left) > 20
+    assert run.notes == [f"kernels: stopped after {len(rows)} candidates to leave time for the rest"]
 
 
 # Steps

@@ -35,6 +35,7 @@ PREPARE_SECONDS = 90.0  # limit for steps that are not compiled
 PREPARE_SHARE = 0.65  # limit for all steps, relative to the remaining time
 COMPILE_SECONDS = 30.0  # least time for compiled steps on a GPU
 CANDIDATE_SECONDS = 30.0  # limit for one candidate, with its compilation
+CANDIDATES_SHARE = 0.6  # limit for all candidates, relative to the remaining time
 TABLE_SECONDS = 90.0  # limit for one table of the operator
 MIN_SECONDS = 5.0  # no table takes less
 PROFILES = ("inference_optimized", "training_eager", "training_compiled", "inference_compiled")
@@ -408,7 +409,7 @@ def _compiled_and_kernels(run: Run) -> Iterator[list[Row]]:
         steps += [(peers[0], "eager"), *((peer, "compiled") for peer in peers)]
         training = [Job(PreparedStep, (_case(run, *step, is_training=True),)) for step in steps]
     if run.wants("kernels") and run.is_gpu:
-        parts = max(1, run.at_once // 4)
+        parts = max(1, run.at_once // 3)
         compilers = [Job(CandidateCompiler, (part, parts)) for part in range(parts)]
     # Ours first, then the kernels, and the peers last: with few cores or little time, the last ones do not get ready.
     jobs = [*models[:3], *training[:4], *compilers, *models[3:], *training[4:]]
@@ -537,13 +538,14 @@ def _row(run: Run, job: Job) -> Row:
 def _time_candidates(run: Run) -> list[Row]:
     """Returns a row for each candidate. After a crash a new process goes on with the next candidate."""
     rows: list[Row] = []
+    left_after = (1 - CANDIDATES_SHARE) * run.left()
     crashes = 0
     remote: Remote | None = None
     numbers: Row = {}
     try:
         while True:
-            if run.left() < MIN_SECONDS:
-                run.note(f"kernels: the time is over after {len(rows)} candidates")
+            if run.left() < max(MIN_SECONDS, left_after):
+                run.note(f"kernels: stopped after {len(rows)} candidates to leave time for the rest")
                 break
             named: Row | None = None
             try:
