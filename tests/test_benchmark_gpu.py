@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stvit.tools import benchmark
-from stvit.tools.benchmarks import candidate_times, gpu, steps
+from stvit.tools.benchmarks import candidate_times, gpu, gpu_run, steps
 from stvit.tools.benchmarks.config import GpuConfig
 from stvit.tools.benchmarks.models import Case, input_shape, make_module
 from stvit.tools.benchmarks.remote import Failure, Iteration, Remote
@@ -69,7 +69,7 @@ def test_everything_runs_on_a_cpu_without_installation(tmp_path: Path) -> None:
     for row in steps_of_models:
         assert row["sizes"] == "tiny, for a test without a GPU"
         assert 0 < float(row["slowest"]) <= float(row["images_per_second"]) <= float(row["fastest"])
-        assert int(row["steps"]) >= gpu.ROUNDS
+        assert int(row["steps"]) >= gpu_run.ROUNDS
         if not row["model"].endswith(".yaml"):
             assert 1e-4 < float(row["relative_error"]) < 0.1
     assert {row["batch_size"] for row in tables["latency"]} == {"1"}
@@ -211,24 +211,24 @@ def test_remote_objects(tmp_path: Path) -> None:
     assert "Traceback" in log.read_text()
 
 
-def start(tmp_path: Path) -> gpu.Run:
-    return gpu.Run(GpuConfig(output=str(tmp_path / "output"), device="cpu", minutes=2))
+def start(tmp_path: Path) -> gpu_run.Run:
+    return gpu_run.Run(GpuConfig(output=str(tmp_path / "output"), device="cpu", minutes=2))
 
 
 def test_a_failed_step_does_not_end_the_run(tmp_path: Path) -> None:
     run = start(tmp_path)
-    jobs = [gpu.Job(kind, ()) for kind in (Unstable, Broken, Crashing)]
+    jobs = [gpu_run.Job(kind, ()) for kind in (Unstable, Broken, Crashing)]
     run.prepare(jobs, 60)
     assert [job.failure for job in jobs] == ["", "ValueError: no such kernel", ""]  # out of memory is tried again
     run.measure(jobs)
     run.close()
-    assert [len(job.times) for job in jobs] == [gpu.ROUNDS, 0, 0]
+    assert [len(job.times) for job in jobs] == [gpu_run.ROUNDS, 0, 0]
     assert jobs[2].failure.startswith("the process ended with exit code 3")
 
 
 def test_steps_that_are_not_ready_in_time(tmp_path: Path) -> None:
     run = start(tmp_path)
-    job = gpu.Job(Unstable, ())
+    job = gpu_run.Job(Unstable, ())
     run.prepare([job], 0)
     run.measure([job])
     assert job.failure == "not ready after 0 s" and job.remote is None
