@@ -213,6 +213,8 @@ class CudaGraphs:
             return self._graphs[kind]
         except _Refused as refused:
             reason, needs_memory = str(refused), refused.needs_memory
+        except torch.OutOfMemoryError as error:
+            reason, needs_memory = f"the GPU has too little memory for a graph ({_first_line(error)})", True
         # Here the exception no longer refers to tensors of the forward pass.
         if len(self._refused) >= 100 * MAX_GRAPHS:
             self._refused.clear()
@@ -480,6 +482,7 @@ class _Graph:
 
         Raises:
             _Refused: If the model cannot be captured.
+            torch.OutOfMemoryError: If the GPU has too little memory.
         """
         self._pool = pool
         dtype, enabled = torch.get_autocast_dtype(_DEVICE), torch.is_autocast_enabled(_DEVICE)
@@ -523,13 +526,10 @@ class _Graph:
         Raises:
             _Refused: If it does something that cannot be captured.
         """
-        try:
-            for _ in range(WARM_UPS - 1):
-                self._forward(graphs)
-            with _Watch():
-                outputs = tree_flatten(self._forward(graphs))
-        except torch.OutOfMemoryError as error:
-            raise _Refused(f"the GPU has too little memory for a graph ({_first_line(error)})", True) from error
+        for _ in range(WARM_UPS - 1):
+            self._forward(graphs)
+        with _Watch():
+            outputs = tree_flatten(self._forward(graphs))
         for leaf in outputs[0]:
             if not isinstance(leaf, (torch.Tensor, *_CONSTANTS)):
                 raise _Refused(f"the model returns a {type(leaf).__name__}, which cannot be copied")
@@ -542,6 +542,7 @@ class _Graph:
 
         Raises:
             _Refused: If it cannot be captured.
+            torch.OutOfMemoryError: If the GPU has too little memory.
         """
         self._graph = torch.cuda.CUDAGraph()
         try:
@@ -551,9 +552,9 @@ class _Graph:
                 return tree_flatten(self._forward(graphs))
         except Exception as error:
             _leave_pool(self._pool)
-            needs_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-            why = "the GPU has too little memory for a graph" if needs_memory else "the capture failed"
-            raise _Refused(f"{why} ({_first_line(error)})", needs_memory) from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _Refused(f"the capture failed ({_first_line(error)})", "out of memory" in str(error)) from error
 
     def replay(self, inputs: Sequence[torch.Tensor]) -> Any:
         """Returns the outputs for inputs of the same kind, on the current stream."""

@@ -19,6 +19,7 @@ from stvit.tools.common.engine import Engine, check_config, open_session, prepar
 from stvit.tools.common.flags import section
 from stvit.tools.common.job import Job, SavedWeights, StepResult
 from stvit.tools.common.loaders import TrainLoader, create_val_loader
+from stvit.tools.common.optimization import backward, zero_gradients
 
 DATA_CONFIG = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "interpolation": "nearest", "crop_pct": 1.0}
 
@@ -133,6 +134,33 @@ def test_a_job_without_classes(train: Train, tmp_path: Path, capsys: pytest.Capt
     assert best["value"] == max(float(row[f"{kind}_close"]) for row in table for kind in ("eval", "ema"))
     last = torch.load(tmp_path / "whole/last/weights.pth", weights_only=True)
     assert all(torch.equal(last[name], value) for name, value in job.model.state_dict().items())
+
+
+def test_gradients_of_several_steps_in_memory_of_their_own() -> None:
+    """A CUDA graph writes the gradients of each step to the same memory."""
+    memory = torch.zeros(3)
+
+    class Graph(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, p: torch.Tensor, factor: float) -> torch.Tensor:
+            ctx.factor = factor
+            return p.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return memory.fill_(ctx.factor), None
+
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    config = OptimConfig(clip_grad=None)
+    zero_gradients(optimizer, keep_memory=True)
+    for update in (1, 2):
+        backward(Graph.apply(p, 1.0), optimizer, config, [], None, is_last=False, keep_gradients=True)
+        backward(Graph.apply(p, 2.0), optimizer, config, [], None, is_last=True, keep_gradients=True)
+        assert torch.equal(p, torch.full((3,), 1.0 - 3 * update))
+        assert torch.equal(p.grad, torch.zeros(3))
+    zero_gradients(optimizer)
+    assert p.grad is None
 
 
 def test_a_stopped_job_resumes_exactly(train: Train, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class DeviceConfig:
 class TrainDeviceConfig(DeviceConfig):
     """Device, precision and speed of a training."""
 
-    compile: bool = flag(False, "compile the model with torch.compile")
+    compile: bool = flag(False, "compile the model with torch.compile, on a GPU with CUDA graphs")
 
 
 @dataclass

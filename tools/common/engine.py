@@ -35,7 +35,7 @@ from .flags import to_recipe
 from .job import Job, SavedWeights
 from .locks import PathLock
 from .logs import RunLog, has_matplotlib, require_loggers
-from .optimization import backward, create_optimizer, current_lr, learning_rate
+from .optimization import backward, create_optimizer, current_lr, learning_rate, zero_gradients
 from .runs import check_hub, check_remote_run, find_run, write_recipe
 from .signals import StopNow, StopRequest
 from .snapshots import Snapshots
@@ -176,9 +176,12 @@ class Engine:
         scaler = NativeScaler(device.type) if config.device.amp and config.device.amp_dtype == "float16" else None
         if optim.model_ema:
             job.task.setup_ema(optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+        # The compiled model replays its forward and its backward pass as CUDA graphs. The evaluation is not compiled.
+        self.has_graphs = config.device.compile and device.type == "cuda"
+        self.keep_gradients = self.has_graphs and optim.grad_accum_steps > 1
         if config.device.compile:
             check_compiler(device)
-            job.task.compile()
+            job.task.compile(mode="reduce-overhead" if self.has_graphs else None)
         if distributed.size > 1:
             job.task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
         data = distributed.on_primary(partial(fingerprint, job.images))
@@ -244,6 +247,7 @@ class Engine:
         if self.config.optim.bn_eval:
             freeze_batch_norm(self.job.model)
         self.job.begin_epoch(progress.epoch)
+        zero_gradients(self.state.optimizer, self.keep_gradients)
         sums = EpochSums(progress, self.distributed.device)
         speed = _Speed(progress.images, self.distributed.size)
         batches = self.job.train_loader.epoch(progress.epoch, progress.step * self.config.optim.grad_accum_steps)
@@ -277,13 +281,14 @@ class Engine:
             # Within an update the state is incomplete, so only its first step can be stopped.
             batch = self._read(batches, can_stop=micro_step == 1)
             if batch is None:  # a stream may be shorter than its description says
-                state.optimizer.zero_grad()  # gradients of an incomplete update must not enter the next epoch
-                return False
+                return False  # the next epoch begins with gradients of zero
+            if self.has_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # no result of the previous step is used any more
             with nullcontext() if is_last else job.task.no_sync():
                 result = job.step(batch, is_first=state.progress.step == 0)
                 loss = result.loss / optim.grad_accum_steps
                 clipped = job.task.get_clip_parameters(exclude_head=optim.clip_mode == "agc")
-                backward(loss, state.optimizer, optim, clipped, state.scaler, is_last)
+                backward(loss, state.optimizer, optim, clipped, state.scaler, is_last, self.keep_gradients)
             sums.add(result)
         state.progress.step += 1
         job.task.update_ema(step=state.update)

@@ -57,6 +57,7 @@ def backward(
     clip_parameters: Iterable[nn.Parameter],
     scaler: NativeScaler | None,
     is_last: bool,
+    keep_gradients: bool = False,
 ) -> None:
     """Computes gradients, and updates the weights in the last step of an update.
 
@@ -67,6 +68,7 @@ def backward(
         clip_parameters: Parameters whose gradients are clipped.
         scaler: Loss scaler for float16; None without it.
         is_last: Whether this is the last step of the update.
+        keep_gradients: Whether gradients keep their memory, see `zero_gradients`.
     """
     parameters = None if config.clip_grad is None else list(clip_parameters)
     if scaler is not None:
@@ -78,7 +80,24 @@ def backward(
                 dispatch_clip_grad(parameters, config.clip_grad, config.clip_mode)
             optimizer.step()
     if is_last:
-        optimizer.zero_grad()
+        zero_gradients(optimizer, keep_gradients)
+
+
+def zero_gradients(optimizer: torch.optim.Optimizer, keep_memory: bool = False) -> None:
+    """Sets all gradients to zero.
+
+    Args:
+        optimizer: Optimizer of the parameters.
+        keep_memory: Whether gradients remain tensors with their own memory. By default they become None, and the
+            backward pass provides their memory. If it is a CUDA graph, the next step overwrites that memory. Gradients
+            of several steps can then be added only in memory of their own.
+    """
+    optimizer.zero_grad(set_to_none=not keep_memory)
+    if keep_memory:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any] | None:
