@@ -108,6 +108,8 @@ class CudaGraphs:
         self._refused: dict[Hashable, str] = {}
         self._state: _State | None = None
         self._pool: _Pool | None = None
+        # Captures of one model use one stream, because each stream has a workspace of its own for matrix products.
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def _original(self) -> Any:
@@ -206,8 +208,10 @@ class CudaGraphs:
         while len(self._graphs) >= MAX_GRAPHS:
             self._graphs[next(iter(self._graphs))].wait()
             self._graphs.popitem(last=False)
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
         if self._pool is None or not self._graphs:
-            self._pool = _Pool(device)
+            self._pool = _Pool(device, self._stream)
         try:
             self._graphs[kind] = _Graph(self, self._state, self._pool, args, kwargs)
             return self._graphs[kind]
@@ -440,10 +444,10 @@ class _Pool:
     Graphs may share memory because their replays never overlap and their outputs are copied at once.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self.device = device
         self.handle = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # freed memory is only used again on the same stream
+        self.stream = stream  # freed memory is only used again on the same stream
         self._done = torch.cuda.Event()
         self._last: torch.cuda.Stream | None = None
 
@@ -551,7 +555,7 @@ class _Graph:
             ):
                 return tree_flatten(self._forward(graphs))
         except Exception as error:
-            _leave_pool(self._pool)
+            _recover(self._pool)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _Refused(f"the capture failed ({_first_line(error)})", "out of memory" in str(error)) from error
@@ -585,18 +589,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _leave_pool(pool: _Pool) -> None:
-    """Ends the use of a pool by a capture that an invalid operation ended.
+def _recover(pool: _Pool) -> None:
+    """Makes the process usable after an invalid operation has ended a capture.
 
-    PyTorch does so only if it can end the capture itself. Then the first call raises an exception, which means that
-    nothing is left to do.
+    PyTorch then leaves its allocator and its random generator in the state of a capture. If it could end the capture
+    itself, the first call raises an exception, and nothing is left to do.
     """
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # torch 2.8 or newer
-    end = end or getattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", None)
-    if end is not None:
-        with suppress(RuntimeError):
-            end(pool.device.index, pool.handle)
-            torch._C._cuda_releasePool(pool.device.index, pool.handle)
+    end = end or torch._C._cuda_endAllocateCurrentStreamToPool
+    with suppress(RuntimeError):
+        end(pool.device.index, pool.handle)
+        torch._C._cuda_releasePool(pool.device.index, pool.handle)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=pool.stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=pool.device)  # the end of a capture resets the generator
 
 
 class _Watch(TorchDispatchMode):

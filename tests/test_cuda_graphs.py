@@ -54,8 +54,8 @@ class RecordedGraph(TorchDispatchMode):
 class Stream:
     """Stands for a CUDA stream and an event."""
 
-    def __init__(self, *args: Any) -> None:
-        pass
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
 
     def wait_stream(self, stream: "Stream") -> None:
         pass
@@ -81,7 +81,7 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     stream = Stream()
     monkeypatch.setattr(cuda_graphs, "_DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graphs, "_leave_pool", lambda pool: None)
+    monkeypatch.setattr(cuda_graphs, "_recover", lambda pool: None)
     for name, value in {
         "CUDAGraph": RecordedGraph,
         "graph": record,
@@ -172,13 +172,14 @@ class Nested(nn.Module):
 def test_nested_outputs_and_other_arguments(captures: list[Any]) -> None:
     model = Nested().eval().to(DEVICE)
     use_cuda_graphs(model)
-    calls = [((images(),), {}), ((images(), 2.0), {}), ((images(), 2), {"other": torch.ones(1, device=DEVICE)})]
+    calls = [((images(),), {}), ((images(), 1), {}), ((images(), True), {}), ((images(), 2.0), {})]
+    calls.append(((images(), 2), {"other": torch.ones(1, device=DEVICE)}))
     with torch.no_grad():
         for args, kwargs in [*calls, *calls]:
             outputs, expected = model(*args, **kwargs), type(model).forward(model, *args, **kwargs)
             assert type(outputs["max"]) is type(expected["max"]) and outputs["count"] == 3
             assert_same(tree_leaves(outputs), tree_leaves(expected))
-    assert len(captures) == 3
+    assert len(captures) == 5
 
 
 @also_on_gpu
@@ -234,7 +235,7 @@ def test_tensors_that_modules_keep_for_one_shape(captures: list[Any]) -> None:
             del filler
         # The module keeps no memory of a graph, whose values change.
         kept = model.last.clone()
-        model(small + 1)
+        model(large + 1)
         assert torch.equal(model.last, kept)
         assert_same(model.forward.plain(small), small + 2.0 * torch.arange(8, device=DEVICE))
     assert len(captures) == 2
