@@ -595,8 +595,8 @@ def _recover(pool: _Pool) -> None:
     PyTorch then leaves its allocator and its random generator in the state of a capture. If it could end the capture
     itself, the first call raises an exception, and nothing is left to do.
     """
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # torch 2.8 or newer
-    end = end or torch._C._cuda_endAllocateCurrentStreamToPool
+    end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name in torch 2.6 was another one
+    end = end or vars(torch._C)["_cuda_endAllocateCurrentStreamToPool"]
     with suppress(RuntimeError):
         end(pool.device.index, pool.handle)
         torch._C._cuda_releasePool(pool.device.index, pool.handle)

@@ -172,7 +172,7 @@ class Nested(nn.Module):
 def test_nested_outputs_and_other_arguments(captures: list[Any]) -> None:
     model = Nested().eval().to(DEVICE)
     use_cuda_graphs(model)
-    calls = [((images(),), {}), ((images(), 1), {}), ((images(), True), {}), ((images(), 2.0), {})]
+    calls: list[Any] = [((images(),), {}), ((images(), 1), {}), ((images(), True), {}), ((images(), 2.0), {})]
     calls.append(((images(), 2), {"other": torch.ones(1, device=DEVICE)}))
     with torch.no_grad():
         for args, kwargs in [*calls, *calls]:
