@@ -10,7 +10,8 @@ are not tensors are equal. Later calls copy the inputs, replay the graph, and re
 - The model must have the same values in the same order on every call: it must not read tensors on the CPU, and its
   outputs must depend on tensors only. Models with such reads run as usual.
 - Replaced weights, buffers and modules are noticed, and graphs are captured again. Other settings are not noticed:
-  attributes of modules, and settings of PyTorch such as TF32. Call `model.forward.clear()` after changing them.
+  attributes of modules, and settings of PyTorch such as TF32. Call `model.forward.clear()` after changing them. It also
+  releases the memory of the graphs and of replaced weights, which the next call would do.
 - Replays of one model never overlap. A replay follows the work of the stream that is current when the model is called,
   and the previous replay, on whichever stream that was. Any number of threads can call the model. While one of them
   captures, the others must not synchronize the device.
@@ -107,6 +108,7 @@ class CudaGraphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._refused: dict[Hashable, str] = {}
         self._state: _State | None = None
+        self._is_paused = False  # whether the last call could not use a graph, for example because of a hook
         self._pool: _Pool | None = None
         # Captures of one model use one stream, because each stream has a workspace of its own for matrix products.
         self._stream: torch.cuda.Stream | None = None
@@ -180,7 +182,7 @@ class CudaGraphs:
     def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Returns the outputs in a tuple; None if no graph can be used."""
         kind, tensors = _kind(args, kwargs), _tensors(args, kwargs)
-        graph = self._graphs.get(kind)
+        graph = None if self._is_paused else self._graphs.get(kind)
         outputs = None if graph is None else (graph.replay(tensors),)
         # The comparison takes a tenth of a millisecond. It runs while the GPU computes. A graph keeps the memory that
         # it reads, so its result can be thrown away.
@@ -190,10 +192,11 @@ class CudaGraphs:
             self._remember()
             return None
         state = self._state or self._remember()
-        if state.why_not(tensors) or kind in self._refused:
+        self._is_paused = bool(state.why_not(tensors))
+        if self._is_paused or kind in self._refused:
             return None
-        if graph is None:
-            graph = self._capture(kind, args, kwargs)
+        if outputs is None:
+            graph = self._graphs.get(kind) or self._capture(kind, args, kwargs)
             outputs = None if graph is None else (graph.replay(tensors),)
         if graph is not None:
             self._graphs.move_to_end(kind)

@@ -347,7 +347,8 @@ def test_casts(captures: list[Any]) -> None:
             for _ in range(3):
                 y = model(x.to(dtype))
                 assert y.dtype == dtype
-            assert_same(y, model.forward.plain(x.to(dtype)))
+            expected = model.forward.plain(x.to(dtype))
+            torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-4 if dtype == torch.float32 else 1e-2)
     assert len(captures) == 3
 
 
@@ -372,6 +373,9 @@ def test_hooks_and_training_mode(captures: list[Any]) -> None:
         handle = fc.register_forward_hook(lambda module, args, output: 2 * output)
         assert why_not_cuda_graph(model, x) == "a forward hook of a module must run"
         assert_same(model(x), 2 * before)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(captures[0]), "replay", lambda self: pytest.fail("a replay for nothing"))
+            assert_same(model(x), 2 * before)
         handle.remove()
         assert_same(model(x), before)
         handle = model.register_forward_hook(lambda module, args, output: 3 * output)  # runs outside the graph
