@@ -4,12 +4,21 @@ import os
 import sys
 from functools import cache
 from importlib import import_module
-from types import FrameType
+from types import FrameType, ModuleType
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "can_run_triton", "check_backend", "choose_backend", "why_no_kernels", "why_not_triton"]
+__all__ = [
+    "BACKENDS",
+    "can_run_triton",
+    "check_backend",
+    "choose_backend",
+    "compute_dtype",
+    "import_kernels",
+    "why_no_kernels",
+    "why_not_triton",
+]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -73,6 +82,24 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
     if reason and name == "triton":
         raise ValueError(f"{source}={name} cannot run: {reason}; use 'auto' or 'reference'")
     return "reference" if reason else "triton"
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of matrix products with x, which depends on autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def import_kernels(x: torch.Tensor, module: str) -> ModuleType:
+    """Imports and returns a module of kernels that will run on x.
+
+    Raises:
+        ValueError: If the kernels cannot run on x. A program that was exported on another machine can cause this.
+    """
+    reason = why_no_kernels(x.device.type, x.device.index, x.dtype)
+    if reason:
+        raise ValueError(f"the Triton operators cannot run: {reason}")
+    return import_module(module)
 
 
 def _why_not_operators(x: torch.Tensor) -> str:

@@ -13,14 +13,14 @@ Shapes: as in stvit/ops/reference.py, and
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from stvit.ops.launch import block_of_channels, on_its_device
 
 __all__ = [
     "IS_INTERPRETED",
@@ -324,6 +324,9 @@ def upsample_kernel(
     tokens_ptr,  # (B, Hs, Ws, C), contiguous
     association_ptr,  # (B, 9, H, W), any strides
     weights_ptr,  # (B, Hs, Ws) float32, contiguous; read if READS_WEIGHTS
+    residual_ptr,  # (B, H, W, C), contiguous; read if HAS_RESIDUAL
+    scale_ptr,  # (B,), read if HAS_SCALE
+    shift_ptr,  # (C,), read if HAS_SHIFT
     pixels_ptr,  # (B, H, W, C), contiguous, output
     H,
     W,
@@ -341,19 +344,25 @@ def upsample_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     READS_WEIGHTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Computes the weighted sum of the nine neighbor tokens for each pixel.
 
-    READS_WEIGHTS divides each token by its weight.
+    READS_WEIGHTS divides each token by its weight. The sum is multiplied by the scale of the image. The residual and
+    the shift are added.
     """
     b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE)
     token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     association_ptr += b * association_stride_b
     pixels_ptr += b * H * W * C
+    if HAS_RESIDUAL:
+        residual_ptr += b * H * W * C
     near = tl.load(
         tokens_ptr + (token * C)[:, None] + c[None, :], mask=is_token[:, None] & (c < C)[None, :], other=0.0
     ).to(COMPUTE)
@@ -372,11 +381,15 @@ def upsample_kernel(
         block = _dot(mix.to(COMPUTE), near, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION)
         if READS_WEIGHTS:
             block = block * (1.0 / (h * w))
-        tl.store(
-            pixels_ptr + (((y.to(INDEX) * W + x) * C)[:, None] + c[None, :]),
-            block,
-            mask=is_inside[:, None] & (c < C)[None, :],
-        )
+        at = ((y.to(INDEX) * W + x) * C)[:, None] + c[None, :]
+        mask = is_inside[:, None] & (c < C)[None, :]
+        if HAS_SCALE:
+            block = block * tl.load(scale_ptr + b).to(tl.float32)
+        if HAS_RESIDUAL:
+            block += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            block += tl.load(shift_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        tl.store(pixels_ptr + at, block, mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +416,7 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
         numbers, widest = 8192, 128
     else:
         numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
-    block_c = _block_of_channels(C, widest)
+    block_c = block_of_channels(C, widest)
     slots = triton.next_power_of_2((cells + 2) ** 2)
     pixels = min(triton.next_power_of_2(cells * h * cells * w), numbers // block_c, numbers // slots)
     return {
@@ -415,10 +428,6 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
         "BLOCK_C": block_c,
         "num_warps": 4 if is_narrow else 8,  # four would spill registers, as one float32 product is three in TF32
     }
-
-
-def _block_of_channels(C: int, widest: int) -> int:
-    return min(max(16, triton.next_power_of_2(C)), widest)
 
 
 def _index(*tensors: torch.Tensor | None) -> tl.dtype:
@@ -445,31 +454,40 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: launches on the device of the first argument.
+@on_its_device
+def mean(x: torch.Tensor, h: int, w: int, blocks: Mapping[str, int] | None = None) -> torch.Tensor:
+    """Returns the mean of each cell.
 
-    Triton itself launches on the current device.
+    Args:
+        x: Pixels (B, C, H, W).
+        h: Height of a cell.
+        w: Width of a cell.
+        blocks: `block_p`, `block_c` and `num_warps`, each optional, for measurements.
+
+    Returns:
+        Means (B, Hs, Ws, C).
     """
-
-    @wraps(launch)
-    def launch_there(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return launch(x, *args, **kwargs)
-
-    return launch_there
-
-
-@_on_its_device
-def mean(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Returns the mean of each cell, (B, C, H, W) to (B, Hs, Ws, C)."""
     B, C, H, W = x.shape
     Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
     tokens = x.new_empty(B, Hs, Ws, C)
-    block_c = _block_of_channels(C, 128)
-    block_p = max(1, min(triton.next_power_of_2(h * w), 8192 // block_c))
-    grid = (B * Hs * Ws, triton.cdiv(C, block_c))
-    mean_kernel[grid](
-        x, tokens, H, W, Hs, Ws, C, *x.stride(), h=h, w=w, BLOCK_P=block_p, BLOCK_C=block_c, INDEX=_index(x)
+    blocks = blocks or {}
+    block_c = blocks.get("block_c", block_of_channels(C, 64))
+    block_p = blocks.get("block_p", min(triton.next_power_of_2(h * w), 512 // block_c))
+    mean_kernel[(B * Hs * Ws, triton.cdiv(C, block_c))](
+        x,
+        tokens,
+        H,
+        W,
+        Hs,
+        Ws,
+        C,
+        *x.stride(),
+        h=h,
+        w=w,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        INDEX=_index(x),
+        num_warps=blocks.get("num_warps", 1),
     )
     return tokens
 
@@ -534,7 +552,7 @@ def aggregate(
     return _launch(pixels, None, association, h, w, pixels.dtype, weights=weights, dtype=dtype)[0]
 
 
-@_on_its_device
+@on_its_device
 def _launch(
     pixels: torch.Tensor,
     tokens: torch.Tensor | None,
@@ -621,11 +639,19 @@ def _launch(
     return sums, weights
 
 
-@_on_its_device
+@on_its_device
 def upsample(
-    tokens: torch.Tensor, association: torch.Tensor, weights: torch.Tensor | None, pixels: torch.Tensor, h: int, w: int
+    tokens: torch.Tensor,
+    association: torch.Tensor,
+    weights: torch.Tensor | None,
+    pixels: torch.Tensor,
+    h: int,
+    w: int,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> None:
-    """Computes the weighted sum of the nine neighbor tokens for each pixel.
+    """Computes residual + scale * (weighted sum of the nine neighbor tokens) + shift for each pixel.
 
     Args:
         tokens: Super tokens (B, Hs, Ws, C).
@@ -634,6 +660,9 @@ def upsample(
         pixels: Output (B, C, H, W), channels_last.
         h: Height of a cell.
         w: Width of a cell.
+        residual: Map (B, H, W, C), contiguous; None for zero.
+        scale: Factor of each image, (B,); None for one.
+        shift: Vector (C,); None for zero.
     """
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[1:3]
@@ -643,6 +672,9 @@ def upsample(
         tokens,
         association,
         tokens if weights is None else weights,
+        tokens if residual is None else residual,
+        tokens if scale is None else scale,
+        tokens if shift is None else shift,
         pixels,
         H,
         W,
@@ -652,6 +684,9 @@ def upsample(
         *association.stride(),
         **tile,
         READS_WEIGHTS=weights is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_SCALE=scale is not None,
+        HAS_SHIFT=shift is not None,
         INDEX=_index(pixels, association),
         COMPUTE=DTYPES[tokens.dtype],
         PRECISION=_precision(tokens.dtype),

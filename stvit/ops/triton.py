@@ -22,26 +22,16 @@ from typing import Any
 
 import torch
 
-from stvit.ops.backends import why_no_kernels
+from stvit.ops.backends import compute_dtype, import_kernels
 
-__all__ = ["sample_super_tokens", "upsample_super_tokens"]
+__all__ = ["add_super_tokens", "sample_super_tokens", "upsample_super_tokens"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators, which torch.compile, export and autocast see as a whole
 
 
 def _kernels(x: torch.Tensor) -> ModuleType:
-    """Imports and returns the module of the kernels.
-
-    Raises:
-        ValueError: If the kernels cannot run on x. A program that was exported on another machine can cause this.
-    """
-    reason = why_no_kernels(x.device.type, x.device.index, x.dtype)
-    if reason:
-        raise ValueError(f"the Triton operators cannot run: {reason}")
-    from stvit.ops import kernels
-
-    return kernels
+    return import_kernels(x, "stvit.ops.kernels")
 
 
 def _grid_size(H: int, W: int, h: int, w: int) -> tuple[int, int]:
@@ -123,6 +113,43 @@ def upsample(
         return pixels
     _kernels(tokens).upsample(_cells_last(tokens), association, weights, pixels, h, w)
     return pixels
+
+
+@torch.library.custom_op("stvit::upsample_add", mutates_args=())
+def upsample_add(
+    tokens: torch.Tensor,
+    association: torch.Tensor,
+    residual: torch.Tensor,
+    scale: torch.Tensor | None,
+    h: int,
+    w: int,
+) -> torch.Tensor:
+    """Returns residual + scale * (association-weighted sum of tokens) for each pixel, (B, C, H, W).
+
+    Args:
+        tokens: Super tokens (B, C, Hs, Ws). Their dtype is that of the products.
+        association: Association (B, 9, H, W).
+        residual: Map (B, C, H, W), whose dtype is that of the result.
+        scale: Factor of each image, (B,); None for one.
+        h: Height of a cell.
+        w: Width of a cell.
+    """
+    pixels = _upsample_add_fake(tokens, association, residual, scale, h, w)
+    rows = residual.permute(0, 2, 3, 1).contiguous()
+    _kernels(tokens).upsample(_cells_last(tokens), association, None, pixels, h, w, rows, scale)
+    return pixels
+
+
+@upsample_add.register_fake
+def _upsample_add_fake(
+    tokens: torch.Tensor,
+    association: torch.Tensor,
+    residual: torch.Tensor,
+    scale: torch.Tensor | None,
+    h: int,
+    w: int,
+) -> torch.Tensor:
+    return _new_map(residual, *residual.shape, residual.dtype)
 
 
 @upsample.register_fake
@@ -231,6 +258,25 @@ def _upsample_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | Non
     return grad_tokens, grad_association, None, None, None, None
 
 
+def _save_scaled_sum(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    tokens, association, _, scale, ctx.h, ctx.w = inputs
+    ctx.save_for_backward(tokens, association, scale)
+
+
+def _upsample_add_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    tokens, association, scale = ctx.saved_tensors
+    factor = 1.0 if scale is None else scale[:, None, None, None]
+    products = grad.to(tokens.dtype)
+    grad_tokens = grad_association = None
+    if ctx.needs_input_grad[0]:
+        grad_tokens = aggregate(products, association, None, ctx.h, ctx.w, tokens.dtype)
+        grad_tokens = grad_tokens if scale is None else (grad_tokens * factor).to(tokens.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_association = associate(products, tokens, ctx.h, ctx.w, association.dtype)
+        grad_association = grad_association if scale is None else (grad_association * factor).to(association.dtype)
+    return grad_tokens, grad_association, grad, None, None, None
+
+
 def _aggregate_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     pixels, association, weights = ctx.saved_tensors
     grad_pixels = grad_association = None
@@ -257,6 +303,7 @@ def _associate_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 associate_and_aggregate.register_autograd(_associate_and_aggregate_backward, setup_context=_save_association)
+upsample_add.register_autograd(_upsample_add_backward, setup_context=_save_scaled_sum)
 upsample.register_autograd(_upsample_backward, setup_context=_save_weighted_sum)
 aggregate.register_autograd(_aggregate_backward, setup_context=_save_weighted_sum)
 associate.register_autograd(_associate_backward, setup_context=_save_products)
@@ -273,7 +320,7 @@ def sample_super_tokens(
 
     Under autocast, products and association have the dtype of autocast.
     """
-    tokens, association, _ = associate_and_aggregate(x, *stoken_size, n_iter, _compute_dtype(x))
+    tokens, association, _ = associate_and_aggregate(x, *stoken_size, n_iter, compute_dtype(x))
     return tokens, association.detach()
 
 
@@ -281,11 +328,24 @@ def upsample_super_tokens(
     tokens: torch.Tensor, association: torch.Tensor, stoken_size: tuple[int, int]
 ) -> torch.Tensor:
     """Implements `stvit.ops.upsample_super_tokens`, which checks the arguments."""
-    tokens = tokens.to(_compute_dtype(tokens))
+    tokens = tokens.to(compute_dtype(tokens))
     return upsample(tokens, association, None, *stoken_size, tokens.dtype)
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of products with x, which depends on autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def add_super_tokens(
+    residual: torch.Tensor,
+    tokens: torch.Tensor,
+    association: torch.Tensor,
+    stoken_size: tuple[int, int],
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns residual + scale * `upsample_super_tokens`, without a pass over the upsampled map.
+
+    Args:
+        residual: Map (B, C, H, W).
+        tokens: Super tokens (B, C, Hs, Ws).
+        association: Association (B, 9, H, W), which is a constant.
+        stoken_size: Height and width of a cell.
+        scale: Factor of each image, (B,); None for one.
+    """
+    return upsample_add(tokens.to(compute_dtype(tokens)), association, residual, scale, *stoken_size)
