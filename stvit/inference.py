@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, LayerScale2d
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -20,7 +21,17 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from stvit.cuda_graphs import use_cuda_graphs
-from stvit.stvit import ConvMlp, ResidualDepthwiseConv, STViTBlock
+from stvit.ops import SuperTokenAttention, layers, sample_super_tokens
+from stvit.ops.backends import import_kernels
+from stvit.stvit import (
+    ConvMlp,
+    ResidualDepthwiseConv,
+    Stem,
+    STViTBlock,
+    fused_mlp,
+    why_not_activate,
+    why_not_fused_mlp,
+)
 
 __all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_batch_norms", "fold_constants", "optimize_for_inference"]
 
@@ -93,6 +104,8 @@ def fold_constants(model: nn.Module) -> int:
     for module in model.modules():
         _set_computed_weights(module)
     folded = fold_batch_norms(model)
+    for stem in [module for module in model.modules() if type(module) is Stem]:
+        OptimizedStem.convert(stem)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, STViTBlock)]
     for block in blocks:
         block.ls1 = _fold_layer_scale(block.attn.proj, block.ls1)
@@ -102,6 +115,8 @@ def fold_constants(model: nn.Module) -> int:
                 block.mlp = TiledConvMlp(block.mlp)
         if isinstance(block.cpe, ResidualDepthwiseConv) and _is_plain(block.cpe.conv):
             block.cpe = FoldedResidualConv(block.cpe)
+        if type(block) is STViTBlock:
+            OptimizedBlock.convert(block)
         block.attn.attn_drop.p = 0.0  # fused attention reads the rate
         for module in (block, block.attn):  # other models' modules may read the rate of their dropout
             for name, child in module.named_children():
@@ -287,11 +302,12 @@ def _is_plain(conv: nn.Module) -> bool:
     return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
 
 
-class FoldedResidualConv(nn.Module):
+class FoldedResidualConv(ResidualDepthwiseConv):
     """Computes x + depthwise(x) with one convolution, (B, C, H, W) to (B, C, H, W).
 
     The residual is a 1 that is added to the center of the kernel. In bfloat16 the sum would cost the center three of
-    its eight bits. In reduced precision and under autocast, the addition therefore stays separate.
+    its eight bits. In reduced precision and under autocast, the addition therefore stays separate. On a GPU, a kernel
+    adds in float32 (`why_not_fused`).
     """
 
     def __init__(self, module: ResidualDepthwiseConv) -> None:
@@ -300,7 +316,8 @@ class FoldedResidualConv(nn.Module):
         Args:
             module: Module to replace. Its convolution is shared, not copied.
         """
-        super().__init__()
+        nn.Module.__init__(self)
+        self.backend = module.backend
         self.conv = module.conv
         self.folded = copy.deepcopy(module.conv)
         self._fold()
@@ -316,9 +333,11 @@ class FoldedResidualConv(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # PyTorch crashes when TorchScript asks whether autocast is on.
-        if not torch.jit.is_scripting() and _is_precise(x):
-            return self.folded(x)
+        if not torch.jit.is_scripting():  # PyTorch crashes when TorchScript asks whether autocast is on
+            if not self.why_not_fused(x):
+                return layers.depthwise(x, self.conv.weight, self.conv.bias)
+            if _is_precise(x):
+                return self.folded(x)
         return x + self.conv(x)
 
 
@@ -337,8 +356,8 @@ class TiledConvMlp(nn.Module):
     """Computes the MLP of `ConvMlp` in tiles, (B, C, H, W) to (B, C, H, W).
 
     The hidden map is four times as large as the input. The whole map would pass through memory three times, while a
-    tile stays in the cache. There are no tiles on a GPU or with gradients, where they gain nothing, or during
-    compilation, export and tracing, where they would fix the sizes.
+    tile stays in the cache. There are no tiles on a GPU, where kernels are fused instead, with gradients, where tiles
+    gain nothing, or during compilation, export and tracing, where they would fix the sizes.
     """
 
     def __init__(self, mlp: ConvMlp) -> None:
@@ -354,9 +373,19 @@ class TiledConvMlp(nn.Module):
         self.fc2 = mlp.fc2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _may_tile(x):
-            return self._in_tiles(x)
+        if not torch.jit.is_scripting():
+            if not self.why_not_fused(x):
+                return fused_mlp(x, self.fc1, self.conv, self.fc2)
+            if _may_tile(x):
+                return self._in_tiles(x)
         return self._whole(x)
+
+    @torch.jit.unused
+    def why_not_fused(self, x: torch.Tensor) -> str:
+        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if they are fused."""
+        if not layers.is_plain(self.conv, FoldedResidualConv):
+            return "the convolution is not a plain FoldedResidualConv"
+        return why_not_fused_mlp(x, self.fc1, self.act, self.conv, self.fc2)
 
     def _whole(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.conv(self.act(self.fc1(x))))
@@ -388,6 +417,125 @@ def _may_tile(x: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
     )
+
+
+class OptimizedBlock(STViTBlock):
+    """Block whose residual additions and biases take no pass of their own on a GPU.
+
+    Matrix products add to the residual in place. A product that adds to a matrix has no room for a bias. The biases of
+    `attn.proj` (stages without super tokens) and `mlp.fc2` are therefore added to the residual by the kernel of `cpe`,
+    as `shift`, and the bias of `mlp.fc1` compensates (`fc1_bias`).
+
+    With gradients, under autocast, during compilation, and if a layer is not plain, the layers are called one by one.
+    """
+
+    _position_types = (FoldedResidualConv,)
+    shift: torch.Tensor
+    fc1_bias: torch.Tensor
+
+    @classmethod
+    def convert(cls, block: nn.Module) -> None:
+        """Changes the class of a folded `STViTBlock` in place."""
+        mlp: Any = block.mlp
+        if not isinstance(mlp, TiledConvMlp) or not layers.is_plain(block.norm2, nn.Identity):
+            return
+        if mlp.fc1.bias is None or mlp.fc2.bias is None or block.attn.proj.bias is None:  # type: ignore[union-attr]
+            return
+        block.__class__ = cls
+        shift = mlp.fc2.bias.double()
+        weight = mlp.fc1.weight.flatten(1).double()
+        # `shift` reaches fc1 before its time. The attention branch does not see it.
+        block.register_buffer("fc1_bias", (mlp.fc1.bias.double() - weight @ shift).to(mlp.fc1.bias))
+        if block.attn.stoken_size == (1, 1):  # type: ignore[union-attr]
+            shift = shift + block.attn.proj.bias.double()  # type: ignore[union-attr, operator]
+        block.register_buffer("shift", shift.to(mlp.fc2.bias))
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.why_not_in_place(x):
+            return super()._forward(x)
+        return self._in_place(x)
+
+    @torch.jit.unused
+    def why_not_in_place(self, x: torch.Tensor) -> str:
+        """Returns why the block does not add in place for an input (B, C, H, W), or "" if it does."""
+        if torch.compiler.is_compiling():
+            return "the model is being compiled or exported"
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return "gradients are needed"
+        if not isinstance(x, torch.fx.Proxy) and torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        for module in (self.ls1, self.drop_path1, self.norm2, self.ls2, self.drop_path2, self.attn.proj_drop):
+            if not layers.is_plain(module, nn.Identity):
+                return "a layer after a branch is not plain"
+        if not layers.is_plain(self.mlp, TiledConvMlp) or not layers.is_plain(self.attn, SuperTokenAttention):
+            return "the attention or the MLP is not plain"
+        if not layers.is_pointwise(self.attn.proj) or not layers.is_pointwise(self.attn.qkv):
+            return "a projection of the attention is not plain"
+        return self.why_not_fused(x) or self.mlp.why_not_fused(x)
+
+    @torch.no_grad()
+    def _in_place(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = import_kernels(x, "stvit.ops.layer_kernels")
+        cpe, norm, attn, mlp = self.cpe.conv, self.norm1, self.attn, self.mlp
+        y, normalized = kernels.depthwise(
+            x.permute(0, 2, 3, 1).contiguous(),
+            cpe.weight,
+            cpe.bias,
+            norm=(norm.weight, norm.bias, norm.eps),
+            shift=self.shift,
+        )  # (B, H, W, C) each
+        normalized = normalized.permute(0, 3, 1, 2)
+        rows = y.flatten(0, 2)  # (B * H * W, C), shares its memory with y
+        if attn.stoken_size == (1, 1):
+            mixed = attn.mix(normalized).permute(0, 2, 3, 1).flatten(0, 2)
+            rows.addmm_(mixed, attn.proj.weight.flatten(1).t())
+        else:
+            h, w = attn.stoken_size
+            tokens, association = sample_super_tokens(normalized, (h, w), attn.n_iter, attn.backend)
+            tokens = attn.attend(tokens).permute(0, 2, 3, 1).contiguous()
+            pixels = y.permute(0, 3, 1, 2)
+            import_kernels(x, "stvit.ops.kernels").upsample(tokens, association, None, pixels, h, w, residual=y)
+        hidden = F.linear(rows, mlp.fc1.weight.flatten(1), self.fc1_bias).unflatten(0, y.shape[:3])
+        hidden, _ = kernels.depthwise(hidden, mlp.conv.conv.weight, mlp.conv.conv.bias, has_gelu=True)
+        rows.addmm_(hidden.flatten(0, 2), mlp.fc2.weight.flatten(1).t())
+        return y.permute(0, 3, 1, 2)
+
+
+class OptimizedStem(Stem):
+    """Stem in which one kernel adds the bias, activates and normalizes, on a GPU and without gradients."""
+
+    @classmethod
+    def convert(cls, stem: nn.Module) -> None:
+        """Changes the class of a stem in place."""
+        stem.__class__ = cls
+        for i, norm in enumerate(stem.children()):
+            if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+                scale, shift = _scale_and_shift(norm)
+                stem.register_buffer(f"scale{i}", scale.to(norm.running_var))
+                stem.register_buffer(f"shift{i}", shift.to(norm.running_var))
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        ):
+            return super()._forward(x)
+        modules: list[Any] = list(self)
+        i = 0
+        while i < len(modules):
+            act, norm = [*modules[i + 1 : i + 3], None, None][:2]
+            scale = getattr(self, f"scale{i + 2}", None)
+            if scale is None or not layers.is_plain(norm, nn.BatchNorm2d) or why_not_activate(x, modules[i], act):
+                x = modules[i](x)
+                i += 1
+                continue
+            conv = modules[i]
+            x = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1).contiguous()
+            kernels = import_kernels(x, "stvit.ops.layer_kernels")
+            x = kernels.activate(x, conv.bias, scale, getattr(self, f"shift{i + 2}")).permute(0, 3, 1, 2)
+            i += 3
+        return x
 
 
 def _parts(length: int, limit: int) -> Iterator[range]:

@@ -43,7 +43,7 @@ from timm.models import (
 )
 from torch import nn
 
-from stvit.ops import SuperTokenAttention
+from stvit.ops import SuperTokenAttention, layers
 from stvit.ops.portable import is_exporting
 from stvit.weights.create import build_model
 from stvit.weights.official import checkpoint_filter_fn, is_official
@@ -81,26 +81,81 @@ class PixelAct(nn.Module):
         return self.act(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
+class Stem(nn.Sequential):
+    """Convolutions, each followed by an activation and a normalization.
+
+    On a GPU, one kernel adds the bias and activates.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            return self._forward(x)
+        for module in self:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules = list(self)
+        while modules:
+            if not why_not_activate(x, *modules[:2]):
+                conv: Any = modules[0]
+                x = layers.activate(conv._conv_forward(x, conv.weight, None), conv.bias)
+                modules = modules[2:]
+            else:
+                x = modules.pop(0)(x)
+        return x
+
+
+def why_not_activate(x: torch.Tensor, conv: nn.Module, act: nn.Module | None = None) -> str:
+    """Returns why a convolution and the activation after it are called one by one, or ""."""
+    if not layers.is_plain(conv, nn.Conv2d) or conv.bias is None:
+        return "the convolution is not plain or has no bias"
+    if act is None or not layers.is_plain(act, PixelAct) or not layers.is_gelu(act.act):  # type: ignore[arg-type]
+        return "the activation is not a plain, exact GELU"
+    return layers.why_not_fused(x, "auto", (conv.weight, conv.bias))  # type: ignore[arg-type]
+
+
 class ResidualDepthwiseConv(nn.Module):
     """Adds a depthwise 3x3 convolution to its input (B, C, H, W).
 
-    This encodes the position (section 3.1).
+    This encodes the position (section 3.1). One kernel computes it on a GPU (`why_not_fused`).
     """
 
-    def __init__(self, dim: int, dilation: int = 1, device: Device = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dilation: int = 1,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.conv = nn.Conv2d(
             dim, dim, kernel_size=3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if not self.why_not_fused(x):
+                return layers.depthwise(x, self.conv.weight, self.conv.bias)
         return x + self.conv(x)
+
+    @torch.jit.unused
+    def why_not_fused(self, x: torch.Tensor) -> str:
+        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if one kernel runs."""
+        if not layers.is_depthwise(self.conv):
+            return "the convolution is not a plain depthwise 3x3 convolution"
+        reason = layers.why_not_fused(x, self.backend, (self.conv.weight, self.conv.bias))
+        return reason or layers.why_not_residual(x)
 
 
 class ConvMlp(nn.Module):
     """MLP with a residual depthwise 3x3 convolution in the middle (section 3.1).
 
-    Input and output have the shape (B, C, H, W).
+    Input and output have the shape (B, C, H, W). On a GPU, activation, convolution and addition are one kernel, and
+    training saves one hidden map (`why_not_fused`).
     """
 
     def __init__(
@@ -110,20 +165,66 @@ class ConvMlp(nn.Module):
         dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop: float = 0.0,
+        backend: str = "auto",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, **dd)
         self.act = PixelAct(act_layer())
         self.drop1 = nn.Dropout(drop)
-        self.conv = ResidualDepthwiseConv(hidden_dim, dilation=dilation, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1, device=device, dtype=dtype)
+        self.conv = ResidualDepthwiseConv(hidden_dim, dilation=dilation, backend=backend, **dd)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1, **dd)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if not self.why_not_fused(x):
+                return self.drop2(self._fused(x))
         x = self.drop1(self.act(self.fc1(x)))
         return self.drop2(self.fc2(self.conv(x)))
+
+    @torch.jit.unused
+    def why_not_fused(self, x: torch.Tensor) -> str:
+        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if they are fused."""
+        if not layers.is_plain(self.drop1, nn.Dropout) or (self.training and self.drop1.p > 0):
+            return "there is dropout after the activation"
+        if not layers.is_plain(self.conv, ResidualDepthwiseConv):
+            return "the convolution is not a plain ResidualDepthwiseConv"
+        return why_not_fused_mlp(x, self.fc1, self.act, self.conv, self.fc2)
+
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        return fused_mlp(x, self.fc1, self.conv, self.fc2)
+
+
+def why_not_fused_mlp(
+    x: torch.Tensor, fc1: nn.Module, act: nn.Module, conv: ResidualDepthwiseConv, fc2: nn.Module
+) -> str:
+    """Returns why the layers of an MLP are called one by one for an input (B, C, H, W), or "" if they are fused."""
+    if not layers.is_pointwise(fc1) or not layers.is_pointwise(fc2):
+        return "fc1 or fc2 is not a plain 1x1 convolution"
+    if not layers.is_plain(act, PixelAct) or not layers.is_gelu(act.act):  # type: ignore[arg-type]
+        return "the activation is not a plain, exact GELU"
+    if not layers.is_depthwise(conv.conv):
+        return "the convolution is not a plain depthwise 3x3 convolution"
+    parameters = [parameter for module in (fc1, conv.conv, fc2) for parameter in module.parameters()]
+    return layers.why_not_fused(x, conv.backend, parameters)
+
+
+def fused_mlp(x: torch.Tensor, fc1: nn.Conv2d, conv: ResidualDepthwiseConv, fc2: nn.Conv2d) -> torch.Tensor:
+    """Runs the layers of an MLP on x (B, C, H, W), see `stvit.ops.layers.mlp`."""
+    assert conv.conv.bias is not None
+    return layers.mlp(
+        x,
+        fc1.weight.flatten(1),
+        fc1.bias,
+        conv.conv.weight,
+        conv.conv.bias,
+        fc2.weight.flatten(1),
+        fc2.bias,
+    )
 
 
 class STViTBlock(nn.Module):
@@ -131,6 +232,8 @@ class STViTBlock(nn.Module):
 
     Input and output have the shape (B, C, H, W).
     """
+
+    _position_types: tuple[type[nn.Module], ...] = (ResidualDepthwiseConv,)  # types of `cpe` that may be fused
 
     def __init__(
         self,
@@ -153,7 +256,7 @@ class STViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.cpe = ResidualDepthwiseConv(dim, dilation=dilation, **dd)
+        self.cpe = ResidualDepthwiseConv(dim, dilation=dilation, backend=backend, **dd)
 
         self.norm1 = attn_norm_layer(dim, **dd)
         self.attn = SuperTokenAttention(
@@ -171,15 +274,64 @@ class STViTBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), dilation=dilation, act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = ConvMlp(
+            dim, int(dim * mlp_ratio), dilation=dilation, act_layer=act_layer, drop=proj_drop, backend=backend, **dd
+        )
         self.ls2 = LayerScale2d(dim, ls_init_value, **dd) if ls_init_value is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            return self._forward(x)
         x = self.cpe(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, normalized = self._encode_position(x)
+        x = self._add_attention(x, normalized)
+        return _add_branch(x, self.ls2(self.mlp(self.norm2(x))), self.drop_path2)
+
+    def _encode_position(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the position encoding of x and its normalization, in one kernel if possible."""
+        if not self.why_not_fused(x):
+            conv, norm = self.cpe.conv, self.norm1
+            return layers.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)  # type: ignore
+        x = self.cpe(x)
+        return x, self.norm1(x)
+
+    @torch.jit.unused
+    def why_not_fused(self, x: torch.Tensor) -> str:
+        """Returns why `cpe` and `norm1` are called one by one for an input (B, C, H, W), or "" if one kernel runs."""
+        if not layers.is_plain(self.norm1, LayerNorm2d) or self.norm1.weight is None or self.norm1.bias is None:
+            return "the normalization is not a plain LayerNorm2d with weight and bias"
+        if not layers.is_plain(self.cpe, *self._position_types):
+            return "the position encoding is not a plain ResidualDepthwiseConv"
+        reason = layers.why_not_fused(x, self.cpe.backend, (self.norm1.weight, self.norm1.bias))
+        return reason or self.cpe.why_not_fused(x)
+
+    def _add_attention(self, x: torch.Tensor, normalized: torch.Tensor) -> torch.Tensor:
+        """Adds the attention branch to x. The kernel that upsamples super tokens adds to x if possible."""
+        if (
+            layers.is_plain(self.attn, SuperTokenAttention)
+            and layers.is_plain(self.ls1, nn.Identity)
+            and layers.is_plain(self.drop_path1, nn.Identity, DropPath)
+            and self.attn.can_add(x, normalized)
+        ):
+            scale = None
+            if self.training and isinstance(self.drop_path1, DropPath):
+                scale = self.drop_path1(x.new_ones(x.shape[0], 1, 1, 1)).flatten()
+            return self.attn.add_to(x, normalized, scale)
+        return _add_branch(x, self.ls1(self.attn(normalized)), self.drop_path1)
+
+
+def _add_branch(x: torch.Tensor, branch: torch.Tensor, drop_path: nn.Module) -> torch.Tensor:
+    """Returns x + drop_path(branch), on a GPU without a pass over the branch."""
+    if drop_path.training and layers.is_plain(drop_path, DropPath) and not isinstance(x, torch.fx.Proxy) and x.is_cuda:
+        return torch.addcmul(x, branch, drop_path(branch.new_ones(branch.shape[0], 1, 1, 1)))
+    return x + drop_path(branch)
 
 
 class STViTStage(nn.Module):
@@ -360,7 +512,7 @@ class STViT(nn.Module):
             stride = 2 if i % 2 == 0 else 1
             stem += [nn.Conv2d(prev_chs, chs, 3, stride=stride, padding=1, **dd), PixelAct(act()), norm(chs, **dd)]
             prev_chs = chs
-        self.stem = nn.Sequential(*stem)
+        self.stem = Stem(*stem)
 
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(per_stage["depths"]), stagewise=True)
         stages = []
@@ -559,7 +711,11 @@ class STViT(nn.Module):
         return take_indices
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        return self.final_act(self.final_norm(self.final_conv(x)))
+        if torch.jit.is_scripting():
+            x = self.final_conv(x)
+        else:
+            x = layers.pointwise(self.final_conv, x)
+        return self.final_act(self.final_norm(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Computes features before pooling from images (B, in_chans, H, W).

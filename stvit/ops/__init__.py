@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import nn
 
-from stvit.ops import portable, reference, triton
-from stvit.ops.backends import can_run_triton, check_backend, choose_backend, why_not_triton
+from stvit.ops import layers, portable, reference, triton
+from stvit.ops.backends import can_run_triton, check_backend, choose_backend, compute_dtype, why_not_triton
 
 __all__ = [
     "SuperTokenAttention",
@@ -190,12 +190,47 @@ class SuperTokenAttention(nn.Module):
         tokens, association = sample_super_tokens(x, self.stoken_size, self.n_iter, self.backend)
         return upsample_super_tokens(self.attend(tokens), association, self.stoken_size, self.backend)
 
+    @torch.jit.unused
+    def can_add(self, residual: torch.Tensor, x: torch.Tensor) -> bool:
+        """Returns whether `add_to` accepts these tensors: there are super tokens, and the Triton kernels can run."""
+        return (
+            self.stoken_size != (1, 1)
+            and not isinstance(x, torch.fx.Proxy)
+            and x.dim() == 4
+            and x.numel() > 0
+            and residual.shape == x.shape
+            and residual.dtype == compute_dtype(x)
+            and choose_backend(self.backend, x) == "triton"
+        )
+
+    @torch.jit.unused
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns residual + scale * self(x). The kernel that upsamples adds the residual.
+
+        Args:
+            residual: Map (B, dim, H, W), see `can_add`.
+            x: Pixel features (B, dim, H, W).
+            scale: Factor of each image, (B,); None for one.
+        """
+        _check_module_input(x, self.dim)
+        tokens, association = sample_super_tokens(x, self.stoken_size, self.n_iter, self.backend)
+        return triton.add_super_tokens(residual, self.attend(tokens), association, self.stoken_size, scale)
+
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
         """Applies multi-head self-attention among all tokens (equation 6).
 
         Fused attention never allocates an attention matrix. Attention without fusion has forward-mode derivatives and
         derivatives of any order.
         """
+        tokens = self.mix(tokens)
+        if torch.jit.is_scripting():
+            tokens = self.proj(tokens)
+        else:
+            tokens = layers.pointwise(self.proj, tokens)
+        return self.proj_drop(tokens)
+
+    def mix(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the attention-weighted sums of the values, before the projection, (B, dim, Hs, Ws)."""
         B, C, Hs, Ws = tokens.shape
         q, k, v = self.project(tokens)  # (B, heads, Hs * Ws, dim / heads)
         if self.fused_attn:
@@ -203,8 +238,7 @@ class SuperTokenAttention(nn.Module):
         else:
             attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Hs * Ws, Hs * Ws)
             tokens = self.attn_drop(attn.softmax(dim=-1)) @ v
-        tokens = tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
-        return self.proj_drop(self.proj(tokens))
+        return tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
 
     def project(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Projects tokens to queries, keys and values.
@@ -217,7 +251,11 @@ class SuperTokenAttention(nn.Module):
         """
         # Copies only maps that are not channels_last. Without the copy, PyTorch would allocate their attention matrix
         # on a CPU.
-        qkv = self.qkv(tokens).flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
+        if torch.jit.is_scripting():
+            qkv = self.qkv(tokens)
+        else:
+            qkv = layers.pointwise(self.qkv, tokens)
+        qkv = qkv.flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
         qkv = qkv.unflatten(2, (self.num_heads, 3 * self.dim // self.num_heads)).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=3)
         return q, k, v

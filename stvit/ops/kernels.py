@@ -326,7 +326,6 @@ def upsample_kernel(
     weights_ptr,  # (B, Hs, Ws) float32, contiguous; read if READS_WEIGHTS
     residual_ptr,  # (B, H, W, C), contiguous; read if HAS_RESIDUAL
     scale_ptr,  # (B,), read if HAS_SCALE
-    shift_ptr,  # (C,), read if HAS_SHIFT
     pixels_ptr,  # (B, H, W, C), contiguous, output
     H,
     W,
@@ -346,15 +345,14 @@ def upsample_kernel(
     READS_WEIGHTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Computes the weighted sum of the nine neighbor tokens for each pixel.
 
-    READS_WEIGHTS divides each token by its weight. The sum is multiplied by the scale of the image. The residual and
-    the shift are added.
+    READS_WEIGHTS divides each token by its weight. The sum is multiplied by the scale of the image. The residual is
+    added. It may be the output tensor.
     """
     b, tile_y, tile_x = _find_tile(tl.program_id(0), Hs, Ws, TILE)
     token, is_token = _find_slots(b, tile_y, tile_x, Hs, Ws, TILE, SLOTS)
@@ -387,8 +385,6 @@ def upsample_kernel(
             block = block * tl.load(scale_ptr + b).to(tl.float32)
         if HAS_RESIDUAL:
             block += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_SHIFT:
-            block += tl.load(shift_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         tl.store(pixels_ptr + at, block, mask=mask)
 
 
@@ -649,9 +645,8 @@ def upsample(
     w: int,
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
 ) -> None:
-    """Computes residual + scale * (weighted sum of the nine neighbor tokens) + shift for each pixel.
+    """Computes residual + scale * (weighted sum of the nine neighbor tokens) for each pixel.
 
     Args:
         tokens: Super tokens (B, Hs, Ws, C).
@@ -660,9 +655,8 @@ def upsample(
         pixels: Output (B, C, H, W), channels_last.
         h: Height of a cell.
         w: Width of a cell.
-        residual: Map (B, H, W, C), contiguous; None for zero.
+        residual: Map (B, H, W, C), contiguous, which may share its memory with `pixels`; None for zero.
         scale: Factor of each image, (B,); None for one.
-        shift: Vector (C,); None for zero.
     """
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[1:3]
@@ -674,7 +668,6 @@ def upsample(
         tokens if weights is None else weights,
         tokens if residual is None else residual,
         tokens if scale is None else scale,
-        tokens if shift is None else shift,
         pixels,
         H,
         W,
@@ -686,7 +679,6 @@ def upsample(
         READS_WEIGHTS=weights is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None,
         INDEX=_index(pixels, association),
         COMPUTE=DTYPES[tokens.dtype],
         PRECISION=_precision(tokens.dtype),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,10 +28,14 @@ __all__ = [
     "activate",
     "depthwise",
     "depthwise_norm",
+    "is_depthwise",
+    "is_gelu",
     "is_plain",
+    "is_pointwise",
     "mlp",
     "pointwise",
     "why_not_fused",
+    "why_not_residual",
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ def is_depthwise(conv: nn.Module) -> bool:
 
 def is_gelu(act: nn.Module) -> bool:
     """Returns whether a module is a plain, exact GELU."""
-    return is_plain(act, nn.GELU) and act.approximate == "none"
+    return is_plain(act, nn.GELU, timm.layers.GELU) and getattr(act, "approximate", "none") == "none"
 
 
 def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tensor | None]) -> str:
@@ -126,6 +131,11 @@ def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tens
     if compute_dtype(x) not in (torch.float32, torch.bfloat16, torch.float16):
         return f"autocast computes in {compute_dtype(x)}"
     return ""
+
+
+def why_not_residual(x: torch.Tensor) -> str:
+    """Returns why a residual kernel must not process x, or "". It would round the residual to the dtype of autocast."""
+    return f"autocast computes in {compute_dtype(x)}, the input is {x.dtype}" if compute_dtype(x) != x.dtype else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
