@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "reference", "triton")
+_HIDES_EXPORT = torch.__version__ < "2.8"  # a comparison of versions takes longer than a launch
 
 
 def can_run_triton(x: torch.Tensor | None = None) -> bool:
@@ -135,7 +136,7 @@ def _is_in_hidden_onnx_export() -> bool:
 
     torch < 2.8 shows this only in the call stack.
     """
-    frame: FrameType | None = sys._getframe() if torch.__version__ < "2.8" else None
+    frame: FrameType | None = sys._getframe() if _HIDES_EXPORT else None
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx._internal.exporter"):
         frame = frame.f_back
     return frame is not None

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import block_of_channels, on_its_device
+from stvit.ops.launch import block_of_channels, cdiv, next_power_of_2, on_its_device
 
 __all__ = [
     "IS_INTERPRETED",
@@ -413,8 +413,8 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
     else:
         numbers, widest = (4096, 128) if cells == 2 else (2048, 64)
     block_c = block_of_channels(C, widest)
-    slots = triton.next_power_of_2((cells + 2) ** 2)
-    pixels = min(triton.next_power_of_2(cells * h * cells * w), numbers // block_c, numbers // slots)
+    slots = next_power_of_2((cells + 2) ** 2)
+    pixels = min(next_power_of_2(cells * h * cells * w), numbers // block_c, numbers // slots)
     return {
         "h": h,
         "w": w,
@@ -464,12 +464,12 @@ def mean(x: torch.Tensor, h: int, w: int, blocks: Mapping[str, int] | None = Non
         Means (B, Hs, Ws, C).
     """
     B, C, H, W = x.shape
-    Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
+    Hs, Ws = cdiv(H, h), cdiv(W, w)
     tokens = x.new_empty(B, Hs, Ws, C)
     blocks = blocks or {}
     block_c = blocks.get("block_c", block_of_channels(C, 64))
-    block_p = blocks.get("block_p", min(triton.next_power_of_2(h * w), 512 // block_c))
-    mean_kernel[(B * Hs * Ws, triton.cdiv(C, block_c))](
+    block_p = blocks.get("block_p", min(next_power_of_2(h * w), 512 // block_c))
+    mean_kernel[(B * Hs * Ws, cdiv(C, block_c))](
         x,
         tokens,
         H,
@@ -579,14 +579,14 @@ def _launch(
         Sums or means (B, Hs, Ws, C) and weights (B, Hs, Ws). Both are empty without `aggregates`.
     """
     B, C, H, W = pixels.shape
-    Hs, Ws = triton.cdiv(H, h), triton.cdiv(W, w)
+    Hs, Ws = cdiv(H, h), cdiv(W, w)
     tile = _tile(h, w, C, pixels.dtype, compute)
     cells, block_c = tile["TILE"], tile["BLOCK_C"]
-    tiles = B * triton.cdiv(Hs, cells) * triton.cdiv(Ws, cells)
+    tiles = B * cdiv(Hs, cells) * cdiv(Ws, cells)
     slots = (cells + 2) ** 2
     tile_sums = pixels.new_empty(tiles if aggregates else 0, slots, C, dtype=torch.float32)
     tile_weights = pixels.new_empty(tiles if is_softmax else 0, slots, dtype=torch.float32)
-    blocks = triton.cdiv(C, block_c)
+    blocks = cdiv(C, block_c)
     associate_and_aggregate_kernel[(tiles, blocks if aggregates else 1)](
         pixels,
         pixels if tokens is None else tokens,
@@ -617,7 +617,7 @@ def _launch(
         weights = pixels.new_empty((B, Hs, Ws) if is_softmax else 0, dtype=torch.float32)
     if aggregates:
         block_t = max(1, 2048 // block_c)
-        sum_tiles_kernel[(triton.cdiv(B * Hs * Ws, block_t), blocks)](
+        sum_tiles_kernel[(cdiv(B * Hs * Ws, block_t), blocks)](
             tile_sums,
             tile_weights,
             weights,
@@ -661,7 +661,7 @@ def upsample(
     B, C, H, W = pixels.shape
     Hs, Ws = tokens.shape[1:3]
     tile = _tile(h, w, C, tokens.dtype, pixels.dtype)
-    grid = (B * triton.cdiv(Hs, tile["TILE"]) * triton.cdiv(Ws, tile["TILE"]), triton.cdiv(C, tile["BLOCK_C"]))
+    grid = (B * cdiv(Hs, tile["TILE"]) * cdiv(Ws, tile["TILE"]), cdiv(C, tile["BLOCK_C"]))
     upsample_kernel[grid](
         tokens,
         association,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import block_of_channels, on_its_device
+from stvit.ops.launch import block_of_channels, cdiv, next_power_of_2, on_its_device
 
 __all__ = ["activate", "activate_backward", "depthwise", "depthwise_backward", "norm_backward", "sum_rows"]
 
@@ -475,13 +475,13 @@ PROGRAMS = 1024  # enough to fill a large GPU; strips become shorter to reach it
 def _strips(x: torch.Tensor, width: int, blocks: Mapping[str, int], block_s: int, block_c: int) -> tuple[int, int]:
     """Returns the number of strips in a batch and their height in rows."""
     B, H, W, C = x.shape
-    columns = B * triton.cdiv(W, width)
+    columns = B * cdiv(W, width)
     rows = blocks.get("rows", 0)
     if not rows:
-        groups = max(1, triton.cdiv(columns, block_s) * triton.cdiv(C, block_c))
-        chunks = max(triton.cdiv(H, 64), min(triton.cdiv(H, 4), PROGRAMS // groups), 1)
-        rows = triton.cdiv(H, chunks)
-    return columns * triton.cdiv(H, rows), rows
+        groups = max(1, cdiv(columns, block_s) * cdiv(C, block_c))
+        chunks = max(cdiv(H, 64), min(cdiv(H, 4), PROGRAMS // groups), 1)
+        rows = cdiv(H, chunks)
+    return columns * cdiv(H, rows), rows
 
 
 @on_its_device
@@ -512,13 +512,13 @@ def depthwise(
     """
     C = x.shape[3]
     blocks = blocks or {}
-    block_c = triton.next_power_of_2(max(16, C)) if norm else blocks.get("block_c", block_of_channels(C, 128))
+    block_c = next_power_of_2(max(16, C)) if norm else blocks.get("block_c", block_of_channels(C, 128))
     block_s = blocks.get("block_s", max(1, (512 if norm else 256) // block_c))
     strips, rows = _strips(x, FORWARD_WIDTH, blocks, block_s, block_c)
     y = torch.empty_like(x)
     normalized = torch.empty_like(x) if norm else y
     norm_weight, norm_bias, eps = norm or (bias, bias, 0.0)
-    depthwise_kernel[(triton.cdiv(strips, block_s), triton.cdiv(C, block_c))](
+    depthwise_kernel[(cdiv(strips, block_s), cdiv(C, block_c))](
         x,
         weight,
         bias,
@@ -570,10 +570,10 @@ def depthwise_backward(
     block_c = blocks.get("block_c", block_of_channels(C, 64))
     block_s = blocks.get("block_s", max(1, 256 // block_c))
     strips, rows = _strips(x, BACKWARD_WIDTH, blocks, block_s, block_c)
-    programs = triton.cdiv(strips, block_s)
+    programs = cdiv(strips, block_s)
     grad_x = torch.empty_like(x)
     sums = x.new_empty(11, programs, C, dtype=torch.float32)
-    depthwise_backward_kernel[(programs, triton.cdiv(C, block_c))](
+    depthwise_backward_kernel[(programs, cdiv(C, block_c))](
         grad,
         x,
         weight,
@@ -618,7 +618,7 @@ def norm_backward(
     """
     C = y.shape[3]
     blocks = blocks or {}
-    block_c = triton.next_power_of_2(max(16, C))
+    block_c = next_power_of_2(max(16, C))
     block_r, programs, steps = _rows(y, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
     grad_x = torch.empty_like(y)
     sums = y.new_empty(3, programs, C, dtype=torch.float32)
@@ -643,9 +643,9 @@ def norm_backward(
 
 def _rows(x: torch.Tensor, block_r: int, max_programs: int) -> tuple[int, int, int]:
     """Returns the rows of a block, the number of programs, and the blocks of each program."""
-    blocks = triton.cdiv(x.numel() // x.shape[-1], block_r)
-    steps = triton.cdiv(blocks, max_programs)
-    return block_r, triton.cdiv(blocks, steps), steps
+    blocks = cdiv(x.numel() // x.shape[-1], block_r)
+    steps = cdiv(blocks, max_programs)
+    return block_r, cdiv(blocks, steps), steps
 
 
 @on_its_device
@@ -671,7 +671,7 @@ def activate(
     block_r = blocks.get("block_r", max(1, 2048 // block_c))
     P = x.numel() // C
     y = torch.empty_like(x)
-    activate_kernel[(triton.cdiv(P, block_r), triton.cdiv(C, block_c))](
+    activate_kernel[(cdiv(P, block_r), cdiv(C, block_c))](
         x,
         x if bias is None else bias,
         x if scale is None else scale,
@@ -710,7 +710,7 @@ def activate_backward(
     block_r, programs, steps = _rows(x, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
     grad_x = torch.empty_like(x)
     sums = x.new_empty(programs, C, dtype=torch.float32)
-    activate_backward_kernel[(programs, triton.cdiv(C, block_c))](
+    activate_backward_kernel[(programs, cdiv(C, block_c))](
         grad,
         x,
         x if bias is None else bias,
@@ -741,7 +741,7 @@ def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.
     block_c = blocks.get("block_c", block_of_channels(C, 128))
     block_r, programs, steps = _rows(x, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
     sums = x.new_empty(programs, C, dtype=torch.float32)
-    sum_rows_kernel[(programs, triton.cdiv(C, block_c))](
+    sum_rows_kernel[(programs, cdiv(C, block_c))](
         x, sums, P, C, steps, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=blocks.get("num_warps", 4)
     )
     return sums.sum(0)
