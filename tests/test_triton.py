@@ -713,8 +713,17 @@ def test_the_interpreter_must_be_selected_before_python_starts() -> None:
 # Compilation for GPUs that are not present
 
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # shared memory per program, by compute capability
+LAYER_KERNELS = {
+    "activate_kernel",
+    "activate_backward_kernel",
+    "depthwise_kernel",
+    "depthwise_backward_kernel",
+    "norm_backward_kernel",
+    "sum_rows_kernel",
+}
 COMPILE = """
-import json, sys, torch, triton
+import json, re, subprocess, sys, tempfile, torch, triton
+from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -729,11 +738,20 @@ made, run = [], triton.JITFunction.run
 def compile(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     made.append({"name": self.__name__, "ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared})
+    made[-1]["spilled"] = count_spilled_bytes(kernel.asm["cubin"])
     return kernel
 
+def count_spilled_bytes(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\\d+)", run.stdout + run.stderr)[1])
+
 triton.JITFunction.run = compile
-from stvit.ops import kernels, triton as backend
-backend.why_no_kernels = lambda *args: ""
+from stvit.ops import backends, kernels, layer_kernels, triton as backend
+backends.why_no_kernels = lambda *args: ""
 shapes = {
     "bfloat16": [(64, 56, 8, 8), (320, 14, 2, 2)],
     "float16": [(96, 50, 20, 7), (1, 5, 1, 1), (16, 13, 3, 5)],
@@ -752,6 +770,18 @@ for name, cases in shapes.items():
     backend.associate_and_aggregate(x.contiguous(), h, w, 2, torch.bfloat16)
     backend.upsample(tokens, association, None, h, w, torch.float32)
     backend.aggregate(x, association, None, h, w, dtype)
+sizes = [("bfloat16", 64, 56), ("float16", 128, 28), ("bfloat16", 320, 14), ("float32", 96, 20), ("float16", 5, 3)]
+for name, dim, size in sizes[:1] if "--few" in sys.argv else sizes:
+    x = torch.randn(2, size, size, dim).to(getattr(torch, name))
+    weight, vector = torch.randn(dim, 1, 3, 3), torch.randn(dim)
+    y, _ = layer_kernels.depthwise(x, weight, vector, norm=(vector, vector, 1e-6), shift=vector)
+    layer_kernels.norm_backward(x, x, y, vector, 1e-6)
+    for has_gelu in (False, True):
+        layer_kernels.depthwise(x, weight, vector, has_gelu)
+        layer_kernels.depthwise_backward(x, x, weight, has_gelu)
+    layer_kernels.activate(x, vector, vector, vector)
+    layer_kernels.activate_backward(x, x, vector)
+    layer_kernels.sum_rows(x.flatten(0, 2))
 kernels._index = lambda *tensors: triton.language.int64
 backend.associate_and_aggregate(x, h, w, 1, dtype)
 print(json.dumps(made))
@@ -771,10 +801,13 @@ def test_compiled_for(capability: int, flags: list[str], tmp_path: Path) -> None
         "associate_and_aggregate_kernel",
         "sum_tiles_kernel",
         "upsample_kernel",
+        *LAYER_KERNELS,
     }
     for kernel in compiled:
         assert not re.search(r"(?<![\w.])(atom|red)\.\S*global", kernel["ptx"]), kernel["name"]
         assert kernel["shared"] <= SHARED_KIB[capability] * 1024
+        if kernel["name"] in LAYER_KERNELS:
+            assert kernel["spilled"] == 0, kernel["name"]
     mean, associate, *_ = (kernel["ptx"] for kernel in compiled)
     assert "ld.global.v4.b32" in mean  # 16 bytes at once
     assert "cp.async.cg.shared.global" in associate and "mma" in associate

@@ -514,6 +514,7 @@ def depthwise(
     blocks = blocks or {}
     block_c = next_power_of_2(max(16, C)) if norm else blocks.get("block_c", block_of_channels(C, 128))
     block_s = blocks.get("block_s", max(1, (512 if norm else 256) // block_c))
+    per_warp = 256 if norm and C > 128 and x.itemsize == 2 else 128  # 256 spills registers with few channels
     strips, rows = _strips(x, FORWARD_WIDTH, blocks, block_s, block_c)
     y = torch.empty_like(x)
     normalized = torch.empty_like(x) if norm else y
@@ -539,7 +540,7 @@ def depthwise(
         IS_EXACT=x.dtype == torch.float32,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", max(1, block_s * block_c // (256 if norm else 128))),
+        num_warps=blocks.get("num_warps", max(1, block_s * block_c // per_warp)),
     )
     return y, normalized
 
