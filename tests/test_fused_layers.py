@@ -39,6 +39,17 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 SHAPES = [(2, 24, 7, 9), (1, 3, 1, 1), (2, 33, 1, 6), (1, 150, 5, 3), (1, 20, 70, 2)]
 
 
+def cases() -> Iterator[Any]:
+    """Yields each shape with each dtype. `make test` interprets each shape with one of them."""
+    for i, shape in enumerate(SHAPES):
+        for j, dtype in enumerate(TOLERANCES):
+            marks = [] if HAS_GPU or i % 3 == j else [pytest.mark.long]
+            yield pytest.param(shape, dtype, marks=marks, id=f"{shape}-{dtype}")
+
+
+each_case = pytest.mark.parametrize(("shape", "dtype"), cases())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -85,9 +96,8 @@ def compare(
         assert error(actual, exact) <= tolerance, (i, error(actual, exact))  # fails for NaN
 
 
-@each_dtype
+@each_case
 @pytest.mark.parametrize("has_gelu", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poison")
 def test_depthwise(shape: tuple[int, ...], has_gelu: bool, dtype: torch.dtype) -> None:
     C = shape[1]
@@ -100,13 +110,11 @@ def test_depthwise(shape: tuple[int, ...], has_gelu: bool, dtype: torch.dtype) -
     )
 
 
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_case
 @pytest.mark.usefixtures("poison")
 def test_depthwise_and_normalization(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if shape[1] < 16:
-        pytest.skip("the normalization of three numbers amplifies rounding errors")
-    C = shape[1]
+    C = max(shape[1], 16)  # the normalization of three numbers would amplify rounding errors
+    shape = (shape[0], C, *shape[2:])
     inputs = [draw(*shape, dtype=dtype), draw(C, 1, 3, 3), draw(C), draw(C), draw(C)]
 
     def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, nw: torch.Tensor, nb: torch.Tensor) -> Any:
@@ -116,14 +124,11 @@ def test_depthwise_and_normalization(shape: tuple[int, ...], dtype: torch.dtype)
     compare(lambda *given: layers.depthwise_norm(*given, 1e-6), reference, inputs, TOLERANCES[dtype])
 
 
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_case
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.usefixtures("poison")
 def test_mlp(shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype) -> None:
-    if not has_bias and shape != SHAPES[0]:
-        pytest.skip("one shape is enough")
-    C, D = shape[1], 4 * shape[1]
+    C, D = shape[1], 2 * shape[1]
     w1, w2 = draw(D, C, dtype=dtype, scale=C**-0.5), draw(C, D, dtype=dtype, scale=D**-0.5)
     x, w, b = draw(*shape, dtype=dtype), draw(D, 1, 3, 3, scale=0.3), draw(D)
     if has_bias:
@@ -137,8 +142,7 @@ def test_mlp(shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype) -> None
         )
 
 
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_case
 @pytest.mark.usefixtures("poison")
 def test_activate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = [draw(*shape, dtype=dtype), draw(shape[1])]
@@ -254,18 +258,22 @@ def count(module: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
 @pytest.mark.timeout(300)
 def test_training_step() -> None:
     """Outputs and gradients agree with the reference, with the same random stochastic depth."""
-    model, exact = make_model(drop_path_rate=0.4)
-    x = draw(2, 3, 40, 24)
+    model, _ = make_model(drop_path_rate=0.4)
+    plain = copy.deepcopy(model)  # in float32, because random numbers depend on the dtype
+    for module in plain.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"
+    x = draw(2, 3, 32, 16)
     results = []
-    for net, images in ((model, x), (exact, x.double())):
+    for net in (model, plain):
         torch.manual_seed(1)
-        y = net.train()(images)
+        y = net.train()(x)
         y.square().sum().backward()
         results.append((y, {name: p.grad for name, p in net.named_parameters()}))
     assert error(results[0][0], results[1][0]) < 1e-5
     for name, gradient in results[0][1].items():
         difference = (gradient - results[1][1][name]).norm()
-        assert difference < 1e-4 * (results[1][1][name].norm() + 0.1), name  # some biases have almost no gradient
+        assert difference < 3e-4 * (results[1][1][name].norm() + 0.1), name  # some biases have almost no gradient
     counts = count(model, lambda: model(x).sum().backward())
     assert counts == {
         "activate": 4,
@@ -290,7 +298,7 @@ def test_training_step() -> None:
 )
 def test_autocast(dtype: torch.dtype) -> None:
     model, exact = make_model()
-    x = draw(2, 3, 40, 24)
+    x = draw(2, 3, 32, 16)
     expected = exact.eval()(x.double())
     model.eval()
     with torch.autocast(DEVICE, dtype):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stvit.ops.backends import choose_backend, compute_dtype, import_kernels, why_not_triton
+from stvit.ops.operators import operator
 
 __all__ = [
     "activate",
@@ -269,19 +270,19 @@ def _empty_like(x: torch.Tensor, C: int | None = None) -> torch.Tensor:
     return x.new_empty(B, H, W, C or channels).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("stvit::depthwise", mutates_args=())
+@operator("stvit::depthwise")
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, has_gelu: bool) -> torch.Tensor:
     """Implements `depthwise_reference`."""
     y, _ = _kernels(x).depthwise(_rows(x), weight.contiguous(), bias, has_gelu)
     return y.permute(0, 3, 1, 2)
 
 
-@_depthwise.register_fake
+@torch.library.register_fake("stvit::depthwise")
 def _depthwise_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, has_gelu: bool) -> torch.Tensor:
     return _empty_like(x)
 
 
-@torch.library.custom_op("stvit::depthwise_backward", mutates_args=())
+@operator("stvit::depthwise_backward")
 def _depthwise_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, has_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,7 +296,7 @@ def _depthwise_backward(
     return grad_x.permute(0, 3, 1, 2), sums
 
 
-@_depthwise_backward.register_fake
+@torch.library.register_fake("stvit::depthwise_backward")
 def _depthwise_backward_fake(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, has_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,10 +321,10 @@ def _depthwise_grads(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return grad_x, *_split_sums(sums, weight, bias), None
 
 
-_depthwise.register_autograd(_depthwise_grads, setup_context=_save_depthwise)
+torch.library.register_autograd("stvit::depthwise", _depthwise_grads, setup_context=_save_depthwise)
 
 
-@torch.library.custom_op("stvit::depthwise_norm", mutates_args=())
+@operator("stvit::depthwise_norm")
 def _depthwise_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -337,7 +338,7 @@ def _depthwise_norm(
     return y.permute(0, 3, 1, 2), normalized.permute(0, 3, 1, 2)
 
 
-@_depthwise_norm.register_fake
+@torch.library.register_fake("stvit::depthwise_norm")
 def _depthwise_norm_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -349,7 +350,7 @@ def _depthwise_norm_fake(
     return _empty_like(x), _empty_like(x)
 
 
-@torch.library.custom_op("stvit::norm_backward", mutates_args=())
+@operator("stvit::norm_backward")
 def _norm_backward(
     grad: torch.Tensor, grad_y: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,7 +371,7 @@ def _norm_backward(
     return grad_x.permute(0, 3, 1, 2), sums
 
 
-@_norm_backward.register_fake
+@torch.library.register_fake("stvit::norm_backward")
 def _norm_backward_fake(
     grad: torch.Tensor, grad_y: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -405,10 +406,10 @@ def _depthwise_norm_grads(ctx: Any, grad_y: torch.Tensor, grad: torch.Tensor) ->
     return grad_x, *_split_sums(sums, weight, bias), grad_norm_weight, grad_norm_bias, None
 
 
-_depthwise_norm.register_autograd(_depthwise_norm_grads, setup_context=_save_depthwise_norm)
+torch.library.register_autograd("stvit::depthwise_norm", _depthwise_norm_grads, setup_context=_save_depthwise_norm)
 
 
-@torch.library.custom_op("stvit::mlp", mutates_args=())
+@operator("stvit::mlp")
 def _mlp(
     x: torch.Tensor,
     weight1: torch.Tensor,
@@ -428,7 +429,7 @@ def _mlp(
     return _product(y.permute(0, 3, 1, 2), weight2, bias2), hidden
 
 
-@_mlp.register_fake
+@torch.library.register_fake("stvit::mlp")
 def _mlp_fake(
     x: torch.Tensor,
     weight1: torch.Tensor,
@@ -441,7 +442,7 @@ def _mlp_fake(
     return _empty_like(x, weight2.shape[0]), _empty_like(x, weight1.shape[0])
 
 
-@torch.library.custom_op("stvit::mlp_backward", mutates_args=())
+@operator("stvit::mlp_backward")
 def _mlp_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -477,7 +478,7 @@ def _mlp_backward(
     )
 
 
-@_mlp_backward.register_fake
+@torch.library.register_fake("stvit::mlp_backward")
 def _mlp_backward_fake(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -519,28 +520,28 @@ def _mlp_grads(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     )
 
 
-_mlp.register_autograd(_mlp_grads, setup_context=_save_mlp)
+torch.library.register_autograd("stvit::mlp", _mlp_grads, setup_context=_save_mlp)
 
 
-@torch.library.custom_op("stvit::activate", mutates_args=())
+@operator("stvit::activate")
 def _activate(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Returns gelu(x + bias) for a map x (B, C, H, W) and a bias (C,)."""
     return _kernels(x).activate(_rows(x), bias).permute(0, 3, 1, 2)
 
 
-@_activate.register_fake
+@torch.library.register_fake("stvit::activate")
 def _activate_fake(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return _empty_like(x)
 
 
-@torch.library.custom_op("stvit::activate_backward", mutates_args=())
+@operator("stvit::activate_backward")
 def _activate_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the gradients of x and bias of `_activate`."""
     grad_x, total = _kernels(x).activate_backward(_rows(grad), _rows(x), bias)
     return grad_x.permute(0, 3, 1, 2), total.to(bias.dtype)
 
 
-@_activate_backward.register_fake
+@torch.library.register_fake("stvit::activate_backward")
 def _activate_backward_fake(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -561,7 +562,7 @@ def _activate_grads(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return _activate_backward(grad, *ctx.saved_tensors)
 
 
-_activate.register_autograd(_activate_grads, setup_context=_save_activate)
+torch.library.register_autograd("stvit::activate", _activate_grads, setup_context=_save_activate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

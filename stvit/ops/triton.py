@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from stvit.ops.backends import compute_dtype, import_kernels
+from stvit.ops.operators import operator
 
 __all__ = ["add_super_tokens", "sample_super_tokens", "upsample_super_tokens"]
 
@@ -51,7 +52,7 @@ def _new_map(like: torch.Tensor, B: int, C: int, H: int, W: int, dtype: torch.dt
     return like.new_empty(B, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("stvit::associate_and_aggregate", mutates_args=())
+@operator("stvit::associate_and_aggregate")
 def associate_and_aggregate(
     x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,7 +80,7 @@ def associate_and_aggregate(
     return cells.permute(0, 3, 1, 2), association, weights
 
 
-@associate_and_aggregate.register_fake
+@torch.library.register_fake("stvit::associate_and_aggregate")
 def _associate_and_aggregate_fake(
     x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +90,7 @@ def _associate_and_aggregate_fake(
     return _new_map(x, B, C, Hs, Ws, x.dtype), association, x.new_empty(B, Hs, Ws, dtype=torch.float32)
 
 
-@torch.library.custom_op("stvit::upsample", mutates_args=())
+@operator("stvit::upsample")
 def upsample(
     tokens: torch.Tensor,
     association: torch.Tensor,
@@ -115,7 +116,7 @@ def upsample(
     return pixels
 
 
-@torch.library.custom_op("stvit::upsample_add", mutates_args=())
+@operator("stvit::upsample_add")
 def upsample_add(
     tokens: torch.Tensor,
     association: torch.Tensor,
@@ -140,7 +141,7 @@ def upsample_add(
     return pixels
 
 
-@upsample_add.register_fake
+@torch.library.register_fake("stvit::upsample_add")
 def _upsample_add_fake(
     tokens: torch.Tensor,
     association: torch.Tensor,
@@ -152,7 +153,7 @@ def _upsample_add_fake(
     return _new_map(residual, *residual.shape, residual.dtype)
 
 
-@upsample.register_fake
+@torch.library.register_fake("stvit::upsample")
 def _upsample_fake(
     tokens: torch.Tensor,
     association: torch.Tensor,
@@ -164,7 +165,7 @@ def _upsample_fake(
     return _new_map(tokens, tokens.shape[0], tokens.shape[1], association.shape[2], association.shape[3], dtype)
 
 
-@torch.library.custom_op("stvit::aggregate", mutates_args=())
+@operator("stvit::aggregate")
 def aggregate(
     pixels: torch.Tensor,
     association: torch.Tensor,
@@ -189,7 +190,7 @@ def aggregate(
     return _kernels(pixels).aggregate(pixels, association, weights, h, w, dtype).permute(0, 3, 1, 2)
 
 
-@aggregate.register_fake
+@torch.library.register_fake("stvit::aggregate")
 def _aggregate_fake(
     pixels: torch.Tensor,
     association: torch.Tensor,
@@ -202,7 +203,7 @@ def _aggregate_fake(
     return _new_map(pixels, B, C, *_grid_size(H, W, h, w), dtype)
 
 
-@torch.library.custom_op("stvit::associate", mutates_args=())
+@operator("stvit::associate")
 def associate(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
     """Returns the scalar products of each pixel with its neighbors, (B, 9, H, W).
 
@@ -222,7 +223,7 @@ def associate(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype:
     return products
 
 
-@associate.register_fake
+@torch.library.register_fake("stvit::associate")
 def _associate_fake(pixels: torch.Tensor, tokens: torch.Tensor, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
     return _new_map(pixels, pixels.shape[0], 9, pixels.shape[2], pixels.shape[3], dtype)
 
@@ -302,11 +303,13 @@ def _associate_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
     return grad_pixels, grad_tokens, None, None, None
 
 
-associate_and_aggregate.register_autograd(_associate_and_aggregate_backward, setup_context=_save_association)
-upsample_add.register_autograd(_upsample_add_backward, setup_context=_save_scaled_sum)
-upsample.register_autograd(_upsample_backward, setup_context=_save_weighted_sum)
-aggregate.register_autograd(_aggregate_backward, setup_context=_save_weighted_sum)
-associate.register_autograd(_associate_backward, setup_context=_save_products)
+torch.library.register_autograd(
+    "stvit::associate_and_aggregate", _associate_and_aggregate_backward, setup_context=_save_association
+)
+torch.library.register_autograd("stvit::upsample_add", _upsample_add_backward, setup_context=_save_scaled_sum)
+torch.library.register_autograd("stvit::upsample", _upsample_backward, setup_context=_save_weighted_sum)
+torch.library.register_autograd("stvit::aggregate", _aggregate_backward, setup_context=_save_weighted_sum)
+torch.library.register_autograd("stvit::associate", _associate_backward, setup_context=_save_products)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
