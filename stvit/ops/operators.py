@@ -24,6 +24,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "default", function)
         namespace, short = name.split("::")
-        return getattr(getattr(torch.ops, namespace), short).default
+        overload = getattr(getattr(torch.ops, namespace), short).default
+        overload.__wrapped__ = function
+        return overload
 
     return define
