@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from stvit.cuda_graphs import use_cuda_graphs
 from stvit.ops import SuperTokenAttention, layers, sample_super_tokens
-from stvit.ops.backends import import_kernels
+from stvit.ops.backends import describe_context, import_kernels
 from stvit.stvit import (
     ConvMlp,
     ResidualDepthwiseConv,
@@ -452,9 +452,42 @@ class OptimizedBlock(STViTBlock):
 
     @torch.jit.unused
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.why_not_in_place(x):
-            return super()._forward(x)
-        return self._in_place(x)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy):
+            return super()._forward(x) if self.why_not_in_place(x) else self._in_place(x)
+        # The complete check takes longer than a kernel. It runs again when something that it depends on has changed.
+        state = self._state(x)
+        if self.__dict__.get("_checked_state") != state:
+            self.__dict__.pop("_watched", None)
+            self.__dict__["_is_in_place"] = not self.why_not_in_place(x)
+            self.__dict__["_checked_state"] = self._state(x)
+        return self._in_place(x) if self.__dict__["_is_in_place"] else super()._forward(x)
+
+    def _state(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """Returns everything that may change the result of `why_not_in_place` without gradients, for comparison."""
+        modules = self.__dict__.get("_watched")
+        if modules is None:
+            modules = self.__dict__["_watched"] = tuple(self.modules())
+        return (
+            x.dtype,
+            x.device,
+            x.dim() == 4 and x.numel() > 0,
+            torch.is_autocast_enabled(x.device.type),
+            describe_context(),
+            layers.has_global_hooks(),
+            [
+                (type(m), m._modules.copy(), "forward" in m.__dict__)
+                if not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+                else object()  # differs from every other state
+                for m in modules
+            ],
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "OptimizedBlock":
+        self.__dict__.pop("_checked_state", None)  # the parameters may move or change their dtype
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_watched", "_checked_state")}
 
     @torch.jit.unused
     def why_not_in_place(self, x: torch.Tensor) -> str:

@@ -527,6 +527,29 @@ def test_optimized_copy_does_not_change_its_input() -> None:
     assert torch.equal(x, before)
 
 
+def test_optimized_copy_notices_changes() -> None:
+    """A hook, a replaced layer and a cast are noticed after the first call, also in a copy."""
+    optimized = copy.deepcopy(stvit.optimize_for_inference(make_model()[0].eval()))
+    block = optimized.stages[0].blocks[0]
+    x = draw(1, block.shift.numel(), 5, 6)
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.equal(block(x), expected)
+        seen: list[torch.Tensor] = []
+        handle = block.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert error(block(x), expected) < 1e-5
+        assert len(seen) == 1
+        handle.remove()
+        assert torch.equal(block(x), expected)
+        assert len(seen) == 1
+        half = copy.deepcopy(block).bfloat16()
+        assert error(half(x.bfloat16()), expected) < 0.05
+        block.mlp.act.act = nn.Identity()
+        assert error(block(x), expected) > 1e-3
+        block.mlp.act.act = nn.GELU()
+        assert torch.equal(block(x), expected)
+
+
 def test_optimized_copy_in_other_situations() -> None:
     """Gradients, autocast, hooks and compilation use other code with the same result."""
     model, exact = make_model()

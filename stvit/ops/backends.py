@@ -15,6 +15,7 @@ __all__ = [
     "check_backend",
     "choose_backend",
     "compute_dtype",
+    "describe_context",
     "import_kernels",
     "why_no_kernels",
     "why_not_triton",
@@ -89,6 +90,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with x, which depends on autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def describe_context() -> tuple[str, str]:
+    """Returns the forced backend and why PyTorch does not support custom operators here, or "" for each."""
+    return _forced_backend(), _why_not_in_this_context()
 
 
 def import_kernels(x: torch.Tensor, module: str) -> ModuleType:

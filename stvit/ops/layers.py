@@ -29,6 +29,7 @@ __all__ = [
     "activate",
     "depthwise",
     "depthwise_norm",
+    "has_global_hooks",
     "is_depthwise",
     "is_gelu",
     "is_plain",
@@ -55,11 +56,12 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
-        and not _has_global_hooks()
+        and not has_global_hooks()
     )
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
+    """Returns whether a hook is registered for all modules."""
     hooks = nn.modules.module
     return bool(
         hooks._global_forward_hooks
