@@ -335,7 +335,7 @@ class FoldedResidualConv(ResidualDepthwiseConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # PyTorch crashes when TorchScript asks whether autocast is on
             if not self.why_not_fused(x):
-                return layers.depthwise(x, self.conv.weight, self.conv.bias)
+                return layers.depthwise(x, self.conv.weight, self.conv.bias)  # type: ignore[arg-type]
             if _is_precise(x):
                 return self.folded(x)
         return x + self.conv(x)
@@ -434,20 +434,20 @@ class OptimizedBlock(STViTBlock):
     fc1_bias: torch.Tensor
 
     @classmethod
-    def convert(cls, block: nn.Module) -> None:
+    def convert(cls, block: Any) -> None:
         """Changes the class of a folded `STViTBlock` in place."""
         mlp: Any = block.mlp
         if not isinstance(mlp, TiledConvMlp) or not layers.is_plain(block.norm2, nn.Identity):
             return
-        if mlp.fc1.bias is None or mlp.fc2.bias is None or block.attn.proj.bias is None:  # type: ignore[union-attr]
+        if mlp.fc1.bias is None or mlp.fc2.bias is None or block.attn.proj.bias is None:
             return
         block.__class__ = cls
         shift = mlp.fc2.bias.double()
         weight = mlp.fc1.weight.flatten(1).double()
         # `shift` reaches fc1 before its time. The attention branch does not see it.
         block.register_buffer("fc1_bias", (mlp.fc1.bias.double() - weight @ shift).to(mlp.fc1.bias))
-        if block.attn.stoken_size == (1, 1):  # type: ignore[union-attr]
-            shift = shift + block.attn.proj.bias.double()  # type: ignore[union-attr, operator]
+        if block.attn.stoken_size == (1, 1):
+            shift = shift + block.attn.proj.bias.double()
         block.register_buffer("shift", shift.to(mlp.fc2.bias))
 
     @torch.jit.unused

@@ -139,7 +139,7 @@ class ResidualDepthwiseConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if not self.why_not_fused(x):
-                return layers.depthwise(x, self.conv.weight, self.conv.bias)
+                return layers.depthwise(x, self.conv.weight, self.conv.bias)  # type: ignore[arg-type]
         return x + self.conv(x)
 
     @torch.jit.unused
@@ -305,11 +305,12 @@ class STViTBlock(nn.Module):
     @torch.jit.unused
     def why_not_fused(self, x: torch.Tensor) -> str:
         """Returns why `cpe` and `norm1` are called one by one for an input (B, C, H, W), or "" if one kernel runs."""
-        if not layers.is_plain(self.norm1, LayerNorm2d) or self.norm1.weight is None or self.norm1.bias is None:
+        norm: Any = self.norm1
+        if not layers.is_plain(norm, LayerNorm2d) or norm.weight is None or norm.bias is None:
             return "the normalization is not a plain LayerNorm2d with weight and bias"
         if not layers.is_plain(self.cpe, *self._position_types):
             return "the position encoding is not a plain ResidualDepthwiseConv"
-        reason = layers.why_not_fused(x, self.cpe.backend, (self.norm1.weight, self.norm1.bias))
+        reason = layers.why_not_fused(x, self.cpe.backend, (norm.weight, norm.bias))
         return reason or self.cpe.why_not_fused(x)
 
     def _add_attention(self, x: torch.Tensor, normalized: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def compare(
     function: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], tolerance: float
 ) -> None:
     """Compares the outputs, and the gradients of all inputs, with those of the reference in float64."""
-    results = []
+    results: list[list[torch.Tensor]] = []
     for run, dtype in ((function, None), (reference, torch.float64)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         outputs = run(*leaves)
@@ -121,7 +121,7 @@ def test_depthwise_and_normalization(shape: tuple[int, ...], dtype: torch.dtype)
         y = x + F.conv2d(x, w, b, padding=1, groups=C)
         return y, F.layer_norm(y.permute(0, 2, 3, 1), (C,), nw, nb, 1e-6).permute(0, 3, 1, 2)
 
-    compare(lambda *given: layers.depthwise_norm(*given, 1e-6), reference, inputs, TOLERANCES[dtype])
+    compare(partial(layers.depthwise_norm, eps=1e-6), reference, inputs, TOLERANCES[dtype])
 
 
 @each_case
@@ -233,7 +233,7 @@ def make_model(**kwargs: Any) -> tuple[nn.Module, nn.Module]:
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
         if hasattr(module, "backend"):
-            module.backend = "reference"
+            module.backend = "reference"  # type: ignore[assignment]
     return model.to(DEVICE), exact.to(DEVICE)
 
 
@@ -262,7 +262,7 @@ def test_training_step() -> None:
     plain = copy.deepcopy(model)  # in float32, because random numbers depend on the dtype
     for module in plain.modules():
         if hasattr(module, "backend"):
-            module.backend = "reference"
+            module.backend = "reference"  # type: ignore[assignment]
     x = draw(2, 3, 40, 24)
     results = []
     for net in (model, plain):
@@ -367,7 +367,7 @@ def add_dilation(mlp: ConvMlp) -> None:
 
 def patch_forward(mlp: ConvMlp) -> None:
     forward = mlp.fc1.forward
-    mlp.fc1.forward = lambda x: forward(x) * 2  # type: ignore[method-assign]
+    mlp.fc1.forward = lambda input: forward(input) * 2
 
 
 CHANGES = [
@@ -463,7 +463,7 @@ def test_compiled_graphs_contain_the_operators(dynamic: bool) -> None:
     plain = copy.deepcopy(block)
     for module in plain.modules():
         if hasattr(module, "backend"):
-            module.backend = "reference"
+            module.backend = "reference"  # type: ignore[assignment]
     seen: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:

@@ -620,7 +620,7 @@ def norm_backward(
     C = y.shape[3]
     blocks = blocks or {}
     block_c = next_power_of_2(max(16, C))
-    block_r, programs, steps = _rows(y, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
+    block_r, programs, steps = _rows(y, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 528))
     grad_x = torch.empty_like(y)
     sums = y.new_empty(3, programs, C, dtype=torch.float32)
     norm_backward_kernel[(programs,)](

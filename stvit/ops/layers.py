@@ -49,7 +49,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
     Subclasses, hooks, parametrizations, pruning, LoRA wrappers and patched forward methods are not plain.
     """
-    return (
+    return bool(
         type(module) in kinds
         and not module._forward_hooks
         and not module._forward_pre_hooks
@@ -73,7 +73,7 @@ def has_global_hooks() -> bool:
 
 def is_pointwise(conv: nn.Module) -> bool:
     """Returns whether a module is a plain 1x1 convolution."""
-    return (
+    return bool(
         is_plain(conv, nn.Conv2d)
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
@@ -84,7 +84,7 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 def is_depthwise(conv: nn.Module) -> bool:
     """Returns whether a module is a plain depthwise 3x3 convolution with a bias and a padding of one pixel."""
-    return (
+    return bool(
         is_plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
@@ -98,7 +98,7 @@ def is_depthwise(conv: nn.Module) -> bool:
 
 def is_gelu(act: nn.Module) -> bool:
     """Returns whether a module is a plain, exact GELU."""
-    return is_plain(act, nn.GELU, timm.layers.GELU) and getattr(act, "approximate", "none") == "none"
+    return is_plain(act, nn.GELU, timm.layers.GELU) and bool(getattr(act, "approximate", "none") == "none")
 
 
 def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tensor | None]) -> str:
@@ -160,7 +160,9 @@ def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         if _is_product(conv, x):
-            return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+            weight: Any = conv.weight
+            bias: Any = conv.bias
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return conv(x)
 
 

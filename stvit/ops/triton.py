@@ -150,7 +150,8 @@ def _upsample_add_fake(
     h: int,
     w: int,
 ) -> torch.Tensor:
-    return _new_map(residual, *residual.shape, residual.dtype)
+    B, C, H, W = residual.shape
+    return _new_map(residual, B, C, H, W, residual.dtype)
 
 
 @torch.library.register_fake("stvit::upsample")
