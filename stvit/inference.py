@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from stvit.cuda_graphs import use_cuda_graphs
 from stvit.ops import SuperTokenAttention, layers, sample_super_tokens
-from stvit.ops.backends import describe_context, import_kernels
+from stvit.ops.backends import describe_context, import_kernels, is_autocast
 from stvit.stvit import (
     ConvMlp,
     ResidualDepthwiseConv,
@@ -471,7 +471,7 @@ class OptimizedBlock(STViTBlock):
             x.dtype,
             x.device,
             x.dim() == 4 and x.numel() > 0,
-            torch.is_autocast_enabled(x.device.type),
+            is_autocast(x),
             describe_context(),
             layers.has_global_hooks(),
             [
@@ -496,7 +496,7 @@ class OptimizedBlock(STViTBlock):
             return "the model is being compiled or exported"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return "gradients are needed"
-        if not isinstance(x, torch.fx.Proxy) and torch.is_autocast_enabled(x.device.type):
+        if not isinstance(x, torch.fx.Proxy) and is_autocast(x):
             return "autocast is on"
         for module in (self.ls1, self.drop_path1, self.norm2, self.ls2, self.drop_path2, self.attn.proj_drop):
             if not layers.is_plain(module, nn.Identity):

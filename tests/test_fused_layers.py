@@ -440,6 +440,15 @@ def test_reasons() -> None:
     assert "shape" in block.why_not_fused(x[:0])
 
 
+def test_the_meta_device_uses_plain_layers() -> None:
+    """PyTorch raises an error if it is asked whether autocast is on for the device "meta"."""
+    model = timm.create_model("test_stvit", device="meta").eval()
+    assert model(torch.randn(1, 3, 32, 32, device="meta")).shape == (1, 1000)
+    optimized = stvit.optimize_for_inference(make_model()[0].eval()).to("meta")
+    with torch.no_grad():
+        assert optimized(torch.randn(1, 3, 32, 32, device="meta")).shape == (1, 5)
+
+
 def test_transforms_use_plain_layers() -> None:
     mlp, _ = make_mlp()
     parameters = {name: p.detach() for name, p in mlp.named_parameters()}

@@ -199,8 +199,8 @@ class SuperTokenAttention(nn.Module):
             and x.dim() == 4
             and x.numel() > 0
             and residual.shape == x.shape
-            and residual.dtype == compute_dtype(x)
             and choose_backend(self.backend, x) == "triton"
+            and residual.dtype == compute_dtype(x)
         )
 
     @torch.jit.unused

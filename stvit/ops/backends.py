@@ -17,6 +17,7 @@ __all__ = [
     "compute_dtype",
     "describe_context",
     "import_kernels",
+    "is_autocast",
     "why_no_kernels",
     "why_not_triton",
 ]
@@ -88,8 +89,12 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with x, which depends on autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Returns whether autocast is on for the device of x. PyTorch raises an error for the device "meta"."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def describe_context() -> tuple[str, str]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stvit.ops.backends import choose_backend, compute_dtype, import_kernels, why_not_triton
+from stvit.ops.backends import choose_backend, compute_dtype, import_kernels, is_autocast, why_not_triton
 from stvit.ops.operators import operator
 
 __all__ = [
@@ -121,7 +121,6 @@ def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tens
         return f"the input is empty or not (B, C, H, W), got shape {list(x.shape)}"
     if choose_backend(backend, x) == "reference":
         return why_not_triton(x) or "the backend is the reference"
-    is_autocast = torch.is_autocast_enabled(x.device.type)
     for parameter in parameters:
         if parameter is None:
             continue
@@ -129,7 +128,7 @@ def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tens
             return f"a parameter is a {type(parameter).__name__}"
         if parameter.device != x.device:
             return f"a parameter is on {parameter.device}, the input on {x.device}"
-        if parameter.dtype != x.dtype and not (is_autocast and parameter.is_floating_point()):
+        if parameter.dtype != x.dtype and not (is_autocast(x) and parameter.is_floating_point()):
             return f"a parameter has the dtype {parameter.dtype}, the input {x.dtype}"
     if compute_dtype(x) not in (torch.float32, torch.bfloat16, torch.float16):
         return f"autocast computes in {compute_dtype(x)}"
