@@ -33,7 +33,15 @@ from stvit.stvit import (
     why_not_fused_mlp,
 )
 
-__all__ = ["FoldedResidualConv", "TiledConvMlp", "fold_batch_norms", "fold_constants", "optimize_for_inference"]
+__all__ = [
+    "FoldedResidualConv",
+    "OptimizedBlock",
+    "OptimizedStem",
+    "TiledConvMlp",
+    "fold_batch_norms",
+    "fold_constants",
+    "optimize_for_inference",
+]
 
 # Size of one tile of an MLP's hidden map. An MLP holds a few maps of this size, which fit in the last-level cache.
 # docs/speed.md lists the sizes that were tried.
@@ -452,6 +460,8 @@ class OptimizedBlock(STViTBlock):
 
     @torch.jit.unused
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():  # a trace records comparisons of sizes
+            return super()._forward(x)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy):
             return super()._forward(x) if self.why_not_in_place(x) else self._in_place(x)
         # The complete check takes longer than a kernel. It runs again when something that it depends on has changed.

@@ -11,7 +11,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from stvit.inference import FoldedResidualConv, TiledConvMlp
+from stvit.inference import FoldedResidualConv, OptimizedBlock, OptimizedStem, TiledConvMlp
 
 from . import modules, patches, visualize
 from .config import RATES
@@ -94,6 +94,7 @@ def _stvit_classes() -> list[Any]:
     """Returns the classes in checkpoints of detectors with an STViT backbone."""
     with torch.device("meta"):
         net = timm.create_model("stvit_base", drop_path_rate=0.1)  # a variant with layer scale
-    kinds = {type(module) for module in net.modules()} | {FoldedResidualConv, TiledConvMlp}  # before and after fusing
+    kinds: set[type[nn.Module]] = {type(module) for module in net.modules()}
+    kinds |= {FoldedResidualConv, OptimizedBlock, OptimizedStem, TiledConvMlp}  # after fusing
     ours = [kind for kind in kinds if f"{kind.__module__}.".startswith(_TRUSTED)]
     return [*_row_modules(), *sorted(ours, key=lambda kind: kind.__name__)]

@@ -196,10 +196,10 @@ class SuperTokenAttention(nn.Module):
         return (
             self.stoken_size != (1, 1)
             and not isinstance(x, torch.fx.Proxy)
+            and choose_backend(self.backend, x) == "triton"
             and x.dim() == 4
             and x.numel() > 0
             and residual.shape == x.shape
-            and choose_backend(self.backend, x) == "triton"
             and residual.dtype == compute_dtype(x)
         )
 

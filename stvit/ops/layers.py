@@ -117,10 +117,10 @@ def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tens
     """
     if isinstance(x, torch.fx.Proxy):
         return "the model is being traced by torch.fx"
-    if x.dim() != 4 or x.numel() == 0:
-        return f"the input is empty or not (B, C, H, W), got shape {list(x.shape)}"
     if choose_backend(backend, x) == "reference":
         return why_not_triton(x) or "the backend is the reference"
+    if x.dim() != 4 or x.numel() == 0:  # after the choice, because a trace would record the comparison
+        return f"the input is empty or not (B, C, H, W), got shape {list(x.shape)}"
     for parameter in parameters:
         if parameter is None:
             continue
