@@ -505,7 +505,11 @@ def test_compiled_graphs_contain_the_operators(dynamic: bool) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=[] if HAS_GPU else pytest.mark.long)],
+    [
+        pytest.param(torch.float32, marks=[] if HAS_GPU else pytest.mark.long),
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=[] if HAS_GPU else pytest.mark.long),
+    ],
     ids=str,
 )
 def test_optimized_copy(dtype: torch.dtype) -> None:

@@ -570,7 +570,7 @@ for setting in {settings}:
         assert run(program.format(settings=["torch.backends.fp32_precision = 'tf32'"])) == ["tf32 ieee"]
 
 
-@also_on_gpu
+@(pytest.mark.gpu if HAS_GPU else pytest.mark.long)
 def test_whole_model() -> None:
     model = timm.create_model("test_stvit", stoken_size=(8, (4, 2), 2, 1), n_iter=(1, 2, 1, 1)).to(DEVICE).eval()
     plain = copy.deepcopy(model)
