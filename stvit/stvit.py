@@ -181,7 +181,7 @@ class ConvMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if not self.why_not_fused(x):
-                return self.drop2(self._fused(x))
+                return self.drop2(fused_mlp(x, self.fc1, self.conv, self.fc2))
         x = self.drop1(self.act(self.fc1(x)))
         return self.drop2(self.fc2(self.conv(x)))
 
@@ -193,10 +193,6 @@ class ConvMlp(nn.Module):
         if not layers.is_plain(self.conv, ResidualDepthwiseConv):
             return "the convolution is not a plain ResidualDepthwiseConv"
         return why_not_fused_mlp(x, self.fc1, self.act, self.conv, self.fc2)
-
-    @torch.jit.unused
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        return fused_mlp(x, self.fc1, self.conv, self.fc2)
 
 
 def why_not_fused_mlp(

@@ -102,7 +102,7 @@ def test_compiled_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("minutes", [0.1, 0.2])
 def test_the_run_ends_in_time(minutes: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tables that do not fit are named, and steps that are not ready have a row that says so."""
+    """A line names each skipped table. A step that is not ready has a row with the reason."""
     start = time.monotonic()
     assert benchmark.main(["gpu", f"--output={tmp_path}", f"--minutes={minutes}", "--no-compile", "--device=cpu"]) == 0
     assert time.monotonic() - start < 60 * minutes + 3  # the last processes may take a while to end

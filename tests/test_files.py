@@ -13,7 +13,7 @@ from stvit.tools.common.files import atomic_write
 
 
 def test_two_processes_do_not_mix_their_files(tmp_path: Path) -> None:
-    """The second writer is refused. Its attempt leaves the first one's file as it is."""
+    """The second writer gets an error, and the file of the first writer does not change."""
     path = tmp_path / "model.onnx"
     path.write_text("old")
 

@@ -117,7 +117,7 @@ def test_training_in_mixed_precision(dtype: str, data: Path, tmp_path: Path) -> 
 
 
 def test_compiled_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It learns as the plain model does. On a GPU it replays CUDA graphs, and adds the gradients of two steps."""
+    """A compiled model learns like the plain one. On a GPU, training replays CUDA graphs."""
     graphs: list[str] = []
 
     class Counted(torch.cuda.CUDAGraph):
@@ -138,7 +138,7 @@ def test_compiled_training(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
             assert row[name] == pytest.approx(wanted[name], rel=3e-2), name
 
 
-# PyTorch has deterministic versions of most operations, if they are asked for.
+# PyTorch has deterministic versions of most operations, which a flag selects.
 DETERMINISTIC = """
 import sys, torch
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -158,7 +158,7 @@ def start(data: Path, output: Path) -> subprocess.Popen[str]:
 
 
 def test_killed_run_resumes_exactly(data: Path, tmp_path: Path) -> None:
-    """The same bits as two runs without a break. If these two differ, a few parts in a thousand."""
+    """The result equals that of a run without a break, or is close if two such runs differ."""
     processes = [start(data, tmp_path / name) for name in ("whole", "again", "killed")]
     checkpoints = tmp_path / "killed/it/checkpoints"
     while not list(checkpoints.glob("00001-00000004.pt")):
@@ -412,7 +412,7 @@ def limited_memory(more: int) -> Iterator[None]:
 @needs_gpu
 @pytest.mark.parametrize("way", ["training", "optimized", "CUDA graphs"])
 def test_missing_memory(way: str) -> None:
-    """The error leaves a model that works, and no memory."""
+    """After the error the model works and the memory is free."""
     model = create().eval()
     if way != "training":
         model = stvit.optimize_for_inference(model, cuda_graphs=way == "CUDA graphs")

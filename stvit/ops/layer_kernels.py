@@ -620,7 +620,8 @@ def norm_backward(
     C = y.shape[3]
     blocks = blocks or {}
     block_c = next_power_of_2(max(16, C))
-    block_r, programs, steps = _rows(y, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 528))
+    block_r = blocks.get("block_r", max(1, 2048 // block_c))
+    programs, steps = _share_rows(y, block_r, blocks.get("programs", 528))
     grad_x = torch.empty_like(y)
     sums = y.new_empty(3, programs, C, dtype=torch.float32)
     norm_backward_kernel[(programs,)](
@@ -642,11 +643,11 @@ def norm_backward(
     return grad_x, sums.sum(1)
 
 
-def _rows(x: torch.Tensor, block_r: int, max_programs: int) -> tuple[int, int, int]:
-    """Returns the rows of a block, the number of programs, and the blocks of each program."""
+def _share_rows(x: torch.Tensor, block_r: int, max_programs: int) -> tuple[int, int]:
+    """Returns the number of programs for blocks of rows, and the number of blocks of each program."""
     blocks = cdiv(x.numel() // x.shape[-1], block_r)
     steps = cdiv(blocks, max_programs)
-    return block_r, cdiv(blocks, steps), steps
+    return cdiv(blocks, steps), steps
 
 
 @on_its_device
@@ -708,7 +709,8 @@ def activate_backward(
     C = x.shape[3]
     blocks = blocks or {}
     block_c = blocks.get("block_c", block_of_channels(C, 128))
-    block_r, programs, steps = _rows(x, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
+    block_r = blocks.get("block_r", max(1, 2048 // block_c))
+    programs, steps = _share_rows(x, block_r, blocks.get("programs", 1056))
     grad_x = torch.empty_like(x)
     sums = x.new_empty(programs, C, dtype=torch.float32)
     activate_backward_kernel[(programs, cdiv(C, block_c))](
@@ -740,7 +742,8 @@ def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.
     P, C = x.shape
     blocks = blocks or {}
     block_c = blocks.get("block_c", block_of_channels(C, 128))
-    block_r, programs, steps = _rows(x, blocks.get("block_r", max(1, 2048 // block_c)), blocks.get("programs", 1056))
+    block_r = blocks.get("block_r", max(1, 2048 // block_c))
+    programs, steps = _share_rows(x, block_r, blocks.get("programs", 1056))
     sums = x.new_empty(programs, C, dtype=torch.float32)
     sum_rows_kernel[(programs, cdiv(C, block_c))](
         x, sums, P, C, steps, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=blocks.get("num_warps", 4)

@@ -569,7 +569,8 @@ torch.library.register_autograd("stvit::activate", _activate_grads, setup_contex
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions of the layers. Under autocast, they compute in its dtype; vectors and depthwise weights stay as they are.
+# Functions of the layers. Under autocast they cast the maps and the weights of matrix products. They do not cast
+# vectors and depthwise weights.
 
 
 def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, has_gelu: bool = False) -> torch.Tensor:

@@ -41,7 +41,7 @@ class Candidate:
 def candidates() -> Iterator[Candidate]:
     """Yields the candidates, one after the other, most important first.
 
-    Tensors of a shape are created when its first candidate is asked for.
+    The tensors of a shape are created with its first candidate.
 
     Raises:
         ValueError: If the kernels cannot run on this machine.

@@ -236,7 +236,7 @@ class Run:
 
         Args:
             name: Name of the table.
-            rows: All rows. Nothing happens if there is none.
+            rows: All rows. An empty list is ignored.
             jobs: Jobs of the table, whose processes end.
             shown: Rows to print and for the summary; all by default.
         """

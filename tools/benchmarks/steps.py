@@ -202,7 +202,7 @@ def relative_output_error(output: torch.Tensor, exact: torch.Tensor) -> float:
 def relative_gradient_error(case: Case, module: nn.Module, image: torch.Tensor) -> float:
     """Returns the relative error of the gradient of all weights under autocast.
 
-    The reference is the published formulation in float32, or the model itself if there is none.
+    The reference is the published formulation in float32. A model without one is compared with itself in float32.
 
     Args:
         case: A training case.
