@@ -30,6 +30,7 @@ def read(table: Path) -> list[dict[str, str]]:
 # The whole run
 
 
+@pytest.mark.long
 def test_everything_runs_on_a_cpu_without_installation(tmp_path: Path) -> None:
     """The package is a folder of links, as `make lint` makes it, and matplotlib is missing."""
     package, missing = tmp_path / "path/stvit", tmp_path / "path/matplotlib"

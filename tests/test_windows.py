@@ -89,6 +89,7 @@ def test_training_and_resume(folder: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_the_other_commands(folder: Path, tmp_path: Path) -> None:
     checkpoint = folder / "run/checkpoints/00002-00000000.pt"
     image = next((folder / "data/val" / NAME).iterdir())

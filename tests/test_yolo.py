@@ -102,11 +102,12 @@ def test_help_does_not_import_pytorch() -> None:
     ("arguments", "message"),
     [
         (["train", "model=yolo26n-stvit_pica.yaml"], "unknown backbone 'stvit_pica'; did you mean stvit_pico"),
-        (
+        pytest.param(
             ["train", "model=yolo26n-stvit_pico.yaml", "pretrained_backbone=no.pth"],
             "no file, folder or timm model named 'no.pth'",
+            marks=pytest.mark.long,
         ),
-        (["predict", "model=missing-model.yaml"], "missing-model.yaml"),
+        pytest.param(["predict", "model=missing-model.yaml"], "missing-model.yaml", marks=pytest.mark.long),
     ],
 )
 def test_wrong_arguments_give_one_error_line(arguments: list[str], message: str, tmp_path: Path) -> None:
