@@ -1,4 +1,4 @@
-"""tools/export.py: files that their own runtimes load, run at any size, and find equal to the model."""
+"""Tests of tools/export.py: files load in their own runtimes, accept any size and compute what the model does."""
 
 import json
 import re
@@ -19,9 +19,12 @@ from timm.data import create_transform
 import stvit
 from stvit.hub import save
 from stvit.tools import export, train_cls
+from stvit.tools.exporting import source
+from stvit.tools.exporting.config import SUFFIXES
+from stvit.tools.exporting.data import EvenSubset
 
 ROOT = Path(__file__).parents[1]
-# A block with super tokens: exporting takes long, and longer with each of them.
+# One block with super tokens, because each block makes the export slower.
 SMALL = ["dims=(32,)", "depths=(1,)", "num_heads=(1,)", "stoken_size=(4,)"]
 OTHER_SIZES = [(1, 32, 32), (2, 47, 61), (5, 96, 33), (1, 18, 130)]
 Runtime = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -29,7 +32,7 @@ Runtime = Callable[[torch.Tensor], list[torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def best(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned the digits 0 to 3."""
+    """Trains a model on the digits 0 to 3 and returns its folder."""
     output = tmp_path_factory.mktemp("runs")
     flags = "--model=test_stvit --img-size=32 --in-chans=1 --epochs=12 --batch-size=10 --workers=0 --lr=3e-3 --hflip=0"
     more = f"--warmup-epochs=0 --scale 0.8 1 --color-jitter=0 --output={output} --experiment=it"
@@ -45,7 +48,7 @@ def model(best: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(best: Path, digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The three files of the classifier, and all that the command said on the two streams."""
+    """Returns the folder of three exported files, standard output and standard error."""
     folder = tmp_path_factory.mktemp("exported")
     command = [sys.executable, str(ROOT / "tools/export.py"), f"--checkpoint={best}", f"--output={folder}"]
     command += [f"--data-dir={digits_folder}", "--workers=0", "--format", "onnx", "torch-export", "torchscript"]
@@ -55,7 +58,7 @@ def exported(best: Path, digits_folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 def open_file(path: Path) -> tuple[Runtime, dict[str, Any]]:
-    """What the file computes, and its metadata."""
+    """Opens a file; returns its runtime and its metadata."""
     if path.suffix == ".onnx":
         texts = ("model", "dtype", "interpolation", "crop_mode", "stvit", "torch", "timm")
         props = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
@@ -76,7 +79,7 @@ def open_file(path: Path) -> tuple[Runtime, dict[str, Any]]:
 
 
 def assert_same(file: Runtime, model: Any, tolerance: float, sizes: list[tuple[int, int, int]], chans: int = 1) -> None:
-    """Every output equal, up to so many of its standard deviations."""
+    """Checks that all outputs are equal, within `tolerance` standard deviations."""
     for batch, height, width in sizes:
         x = torch.randn(batch, chans, height, width)
         with torch.no_grad():
@@ -90,7 +93,7 @@ def assert_same(file: Runtime, model: Any, tolerance: float, sizes: list[tuple[i
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The one line that the command ends with."""
+    """Runs the command and returns its error, which is one line."""
     capsys.readouterr()
     assert export.main(list(flags)) == 1
     captured = capsys.readouterr()
@@ -100,7 +103,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 
 
 def read_images(folder: Path, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The validation images as timm's own transform makes them, and their class numbers."""
+    """Returns the validation images, preprocessed by timm's transform, and their class numbers."""
     config = {key: model.pretrained_cfg[key] for key in ("interpolation", "crop_pct", "mean", "std")}
     transform: Any = create_transform((1, 32, 32), is_training=False, **config)
     paths = sorted((folder / "val").rglob("*.png"))
@@ -124,10 +127,10 @@ def test_classifier(suffix: str, exported: tuple[Path, str, str], model: Any) ->
         wanted = model.pretrained_cfg[key]
         assert metadata[key] == (list(wanted) if isinstance(wanted, tuple) else wanted)
     if suffix == "pt2":
-        assert metadata["heights"] == metadata["widths"] == [17, None]  # of two super tokens
+        assert metadata["heights"] == metadata["widths"] == [17, None]  # at least two super tokens
 
 
-def test_onnx_itself(exported: tuple[Path, str, str]) -> None:
+def test_onnx_axes(exported: tuple[Path, str, str]) -> None:
     content = (exported[0] / "test_stvit.onnx").read_bytes()
     proto = onnx.load_from_string(content)
     onnx.checker.check_model(proto, full_check=True)
@@ -136,12 +139,12 @@ def test_onnx_itself(exported: tuple[Path, str, str]) -> None:
     axes = [dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim]
     assert axes == ["batch", 1, "height", "width"]
     assert [dim.dim_param or dim.dim_value for dim in y.type.tensor_type.shape.dim] == ["batch", 4]
-    assert str(ROOT).encode() not in content  # nothing of the machine that wrote it
+    assert str(ROOT).encode() not in content  # no paths of this machine
     assert str(ROOT).encode() not in (exported[0] / "test_stvit.pt2").read_bytes()
 
 
-def test_what_is_said(exported: tuple[Path, str, str], model: Any, digits_folder: Path) -> None:
-    """A line on the model, two on each file, one on each accuracy, and none of the libraries'."""
+def test_printed_lines(exported: tuple[Path, str, str], model: Any, digits_folder: Path) -> None:
+    """Prints a line for the model, two for each file and one for each accuracy. Libraries print nothing."""
     folder, out, err = exported
     lines = out.splitlines()
     assert len(lines) == 1 + 2 * 3 + 1 + 3
@@ -155,10 +158,10 @@ def test_what_is_said(exported: tuple[Path, str, str], model: Any, digits_folder
     x, target = read_images(digits_folder, model)
     with torch.no_grad():
         accuracy = 100 * (model(x).argmax(1) == target).float().mean().item()
-    assert accuracy >= 75  # it has learned, or the next lines say nothing
+    assert accuracy >= 75  # otherwise equal accuracies would show nothing
     assert lines[7] == f"top-1 of PyTorch in float32: {accuracy:.2f} % of 20 images"
     for suffix, line in zip(("onnx", "pt2", "torchscript"), lines[8:], strict=True):
-        assert line == f"top-1 of test_stvit.{suffix}: {accuracy:.2f} % of 20 images, 0 predicted otherwise"
+        assert line == f"top-1 of test_stvit.{suffix}: {accuracy:.2f} % of 20 images, 0 different predictions"
     assert not list(folder.glob("*.tmp"))
 
 
@@ -166,19 +169,21 @@ def test_what_is_said(exported: tuple[Path, str, str], model: Any, digits_folder
 def test_features(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kwargs: dict[str, Any] = {"dims": (32, 64), "depths": (1, 1), "num_heads": (1, 2), "stoken_size": 1}
     save(timm.create_model("test_stvit", in_chans=1, num_classes=4, **kwargs), tmp_path / "it")
-    line = [f"--checkpoint={tmp_path / 'it'}", "--features", f"--output={tmp_path}", "--format", *export.SUFFIXES]
+    line = [f"--checkpoint={tmp_path / 'it'}", "--features", f"--output={tmp_path}", "--format", *SUFFIXES]
     line += [f"--data-dir={digits_folder}", "--workers=0", "--img-size=40"]
     assert export.main([*line, "--model-kwargs", "out_indices=(0,1)"]) == 0
     out = capsys.readouterr().out
     name = f"local-dir:{tmp_path / 'it'}"
     model = timm.create_model(name, pretrained=True, features_only=True, out_indices=(0, 1)).eval()
-    for suffix in export.SUFFIXES.values():
+    for suffix in SUFFIXES.values():
         path = tmp_path / f"test_stvit-features{suffix}"
         file, metadata = open_file(path)
         assert_same(file, model, 1e-4, OTHER_SIZES)
         assert metadata["strides"] == [4, 8] and metadata["channels"] == [32, 64]
         assert metadata["input_size"] == [1, 40, 40] and "class_names" not in metadata
-        found = re.search(rf"of {path.name} in deviations, 20 images: features_0 (\S+), features_1 (\S+)$", out, re.M)
+        found = re.search(
+            rf"of {path.name} in standard deviations, 20 images: features_0 (\S+), features_1 (\S+)$", out, re.M
+        )
         assert found and all(float(value) < 1e-4 for value in found.groups())
     session = onnxruntime.InferenceSession(str(tmp_path / "test_stvit-features.onnx"))
     assert [y.name for y in session.get_outputs()] == ["features_0", "features_1"]
@@ -201,12 +206,12 @@ def test_float16(kind: str, stoken_size: int, best: Path, tmp_path: Path) -> Non
     line = [f"--checkpoint={best}", "--dtype=float16", f"--output={tmp_path}", f"--format={kind}"]
     assert export.main([*line, "--model-kwargs", f"stoken_size={stoken_size}"]) == 0
     model: Any = timm.create_model(f"local-dir:{best}", pretrained=True, stoken_size=stoken_size).eval()
-    path = tmp_path / f"test_stvit-float16{export.SUFFIXES[kind]}"
+    path = tmp_path / f"test_stvit-float16{SUFFIXES[kind]}"
     file, metadata = open_file(path)
     assert metadata["dtype"] == "float16"
     assert_same(file, model, 0.05, OTHER_SIZES)
     with pytest.raises(AssertionError):
-        assert_same(file, model, 1e-6, OTHER_SIZES)  # it does compute in float16
+        assert_same(file, model, 1e-6, OTHER_SIZES)  # shows that the file computes in float16
     if kind == "onnx":
         weights = [x for x in onnx.load(path).graph.initializer if x.name.endswith("weight")]
         assert len(weights) > 5 and {x.data_type for x in weights} == {onnx.TensorProto.FLOAT16}
@@ -227,33 +232,33 @@ def test_int8(best: Path, model: Any, digits_folder: Path, tmp_path: Path, capsy
         wanted = model(x)
     (got,) = file(x)
     right, otherwise = int((got.argmax(1) == target).sum()), int((got.argmax(1) != wanted.argmax(1)).sum())
-    assert f"top-1 of digits.onnx: {5 * right:.2f} % of 20 images, {otherwise} predicted otherwise" in captured.out
+    assert f"top-1 of digits.onnx: {5 * right:.2f} % of 20 images, {otherwise} different predictions" in captured.out
     assert otherwise <= 1
     assert 1e-5 < (got - wanted).abs().max() / wanted.std() < 0.8
     assert file(torch.randn(3, 1, 47, 61))[0].shape == (3, 4)
     proto = onnx.load(path)
     kinds = [initializer.data_type for initializer in proto.graph.initializer]
     convolutions = sum(isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) for module in model.modules())
-    # The zero points are of their types too: of the weights as many more.
+    # Each weight has a zero point of the same type.
     assert kinds.count(onnx.TensorProto.INT8) == 2 * convolutions
     assert metadata["dtype"] == "int8" and metadata["class_names"][3] == "digit_3"
 
 
 def test_calibration_images_are_from_all_classes() -> None:
-    spread = export._Spread(list(range(100)), 8)
+    spread = EvenSubset(list(range(100)), 8)
     assert [spread[i] for i in range(len(spread))] == [0, 12, 25, 37, 50, 62, 75, 87]
-    assert len(export._Spread(list(range(5)), 8)) == 5
+    assert len(EvenSubset(list(range(5)), 8)) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other models
 
 
-def test_a_model_of_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["--model=test_vit", "--no-pretrained", f"--output={tmp_path}", "--format", *export.SUFFIXES]
+def test_model_of_fixed_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--model=test_vit", "--no-pretrained", f"--output={tmp_path}", "--format", *SUFFIXES]
     assert export.main([*line, "--model-kwargs", "dynamic_img_size=False"]) == 0
     out = capsys.readouterr().out
-    assert out.count("any batch, height 160 alone, width 160 alone") == 3
+    assert out.count("any batch, only height 160, only width 160") == 3
     assert out.count(": 1x160x160 ") == out.count(", 2x160x160 ") == out.count(", 3x160x160 ") == 3
 
 
@@ -273,7 +278,7 @@ def test_onnx_of_another_model_without_onnxruntime(
 
 @pytest.mark.long
 def test_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 32 pixels, which are one super token of the first stage: the program of torch.export serves no larger ones."""
+    """32 pixels are one super token of the first stage. The torch.export program accepts no larger images."""
     line = ["--model=test_stvit", "--no-pretrained", "--img-size=32", f"--output={tmp_path}", "--format", "onnx"]
     assert export.main([*line, "torch-export", "--seed=1"]) == 0
     out = capsys.readouterr().out
@@ -283,15 +288,15 @@ def test_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Errors
 
 
-class WrongEverywhere(export._Classifier):
+class WrongEverywhere(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images.to(self.dtype)).float() * 1.02
 
 
-class WrongOnRectangles(export._Classifier):
+class WrongOnRectangles(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         y = self.model(images.to(self.dtype)).float()
         if images.shape[2] * 2 == images.shape[3]:
@@ -299,7 +304,7 @@ class WrongOnRectangles(export._Classifier):
         return y
 
 
-class WrongOnOddSizes(export._Classifier):
+class WrongOnOddSizes(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         y = self.model(images.to(self.dtype)).float()
         if images.shape[2] % 32 != 0:
@@ -307,23 +312,23 @@ class WrongOnOddSizes(export._Classifier):
         return y
 
 
-class NotFinite(export._Classifier):
+class NotFinite(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images.to(self.dtype)).float() * float("nan")
 
 
-class OtherShape(export._Classifier):
+class OtherShape(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images.to(self.dtype)).float()[:, :1]
 
 
-class Unscriptable(export._Classifier):
+class Unscriptable(source.Classifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(**{"x": images})
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "said"),
+    ("wrapper", "message"),
     [
         (WrongEverywhere, "on 1 images of 32x32 it differs by"),
         (WrongOnRectangles, "on 2 images of 32x64 it differs by"),
@@ -333,9 +338,9 @@ class Unscriptable(export._Classifier):
         (Unscriptable, "the model cannot be exported by TorchScript"),
     ],
 )
-def test_a_wrong_file_is_not_put_in_its_place(
+def test_wrong_file_is_not_written(
     wrapper: Any,
-    said: str,
+    message: str,
     best: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -343,36 +348,42 @@ def test_a_wrong_file_is_not_put_in_its_place(
 ) -> None:
     path = tmp_path / "it.torchscript"
     path.write_bytes(b"the former")
-    monkeypatch.setattr(export, "_Classifier", wrapper)
+    monkeypatch.setattr(source, "Classifier", wrapper)
     line = [f"--checkpoint={best}", "--format=torchscript", f"--output={path}"]
-    assert said in refused(capsys, *line)
+    assert message in refused(capsys, *line)
     assert path.read_bytes() == b"the former" and list(tmp_path.iterdir()) == [path]
     if wrapper is WrongEverywhere:
         assert export.main([*line, "--no-check"]) == 0
         assert path.read_bytes() != b"the former"
 
 
-def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = f"--checkpoint={best}"
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").touch()
-    for flags, said in (
+    for flags, message in (
         ([], "no model; pass --checkpoint, or --model"),
         (["--checkpoint=nowhere"], "--checkpoint: no file, folder or timm model named 'nowhere'"),
         (["--model=test_stvot", "--no-pretrained"], "unknown model 'test_stvot', did you mean test_stvit"),
         ([checkpoint, "--num-classes=7"], "--num-classes 7: the weights have 4 classes"),
-        ([checkpoint, "--dtype=int8"], "--dtype int8 is calibrated on real images: give --data-dir"),
+        ([checkpoint, "--dtype=int8"], "--dtype int8 is calibrated on real images; pass --data-dir"),
         ([checkpoint, "--dtype=int8", "--format=torchscript"], "int8 is for --format onnx, not for torchscript"),
         ([checkpoint, "--dtype=int8", "--data-dir=nowhere"], "--data-dir nowhere is not a folder"),
         ([checkpoint, "--dtype=int8", f"--data-dir={tmp_path / 'empty'}"], "has no folder for --train-split train"),
-        ([checkpoint, "--opset=17"], "--opset must be at least 18"),
-        ([checkpoint, "--opset=18", "--format=torchscript"], "--opset is of ONNX"),
-        ([checkpoint, f"--output={tmp_path / 'no/it.onnx'}"], f"there is no folder {tmp_path / 'no'}, create it first"),
-        ([checkpoint, f"--output={tmp_path / 'no'}/"], "is not a folder: create it first"),
-        ([checkpoint, f"--output={tmp_path / 'it.pt2'}"], "is named like a file of --format torch-export"),
+        ([checkpoint, "--opset=17"], "--opset must be at least 18, the oldest one of PyTorch, got 17"),
+        (
+            [checkpoint, "--opset=18", "--format=torchscript"],
+            "--opset is for --format onnx, not for torchscript",
+        ),
+        (
+            [checkpoint, f"--output={tmp_path / 'no/it.onnx'}"],
+            f"folder {tmp_path / 'no'} does not exist; create",
+        ),
+        ([checkpoint, f"--output={tmp_path / 'no'}/"], "is not a folder; create it first"),
+        ([checkpoint, f"--output={tmp_path / 'it.pt2'}"], "has the suffix of --format torch-export"),
         (
             [checkpoint, f"--output={tmp_path / 'it'}", "--format", "onnx", "torchscript"],
-            "is not a folder: create it first",
+            "is not a folder; create it first",
         ),
         ([checkpoint, f"--output={tmp_path / 'a_file/it.onnx'}"], "create it first"),
         ([checkpoint, "--dataset=sklearn/digits"], "the model has no class '0', which is in the dataset"),
@@ -381,13 +392,13 @@ def test_trouble_is_one_clear_line(best: Path, tmp_path: Path, capsys: pytest.Ca
         output = [] if any(flag.startswith("--output") for flag in flags) else [f"--output={tmp_path / 'it'}"]
         if "--dataset=sklearn/digits" in flags:
             output += ["--format=torchscript", "--workers=0"]
-        assert said in refused(capsys, *flags, *output), flags
+        assert message in refused(capsys, *flags, *output), flags
     with pytest.raises(SystemExit):
         export.main([checkpoint, "--format=tflite"])
     assert "invalid choice: 'tflite'" in capsys.readouterr().err
 
 
-def test_a_full_disk(
+def test_full_disk(
     best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "it.torchscript"
@@ -413,12 +424,12 @@ def test_unreadable_images(
     assert f"cannot read image {bad}" in refused(capsys, *line)
     assert export.main([*line, "--max-bad-images=1"]) == 0
     captured = capsys.readouterr()
-    assert "% of 19 images, 0 predicted otherwise" in captured.out
-    assert f"warning: {bad} could not be read and was skipped" in captured.err
+    assert "% of 19 images, 0 different predictions" in captured.out
+    assert f"warning: {bad} cannot be read and was skipped" in captured.err
 
 
 def test_class_map(best: Path, own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Folders of other names, in another order, are counted under the model's numbers."""
+    """Class folders with other names and another order get the model's class numbers."""
     line = [f"--checkpoint={best}", "--format=torchscript", f"--output={tmp_path / 'it'}", "--workers=0", "--no-check"]
     line += [f"--data-dir={own_digits_folder}"]
     assert export.main(line) == 0
