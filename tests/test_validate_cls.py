@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from stvit.tools import train_cls, validate_cls
+from stvit.tools.common import validation
 from stvit.tools.common.evaluation import confidence_interval
 
 ROOT = Path(__file__).parents[1]
@@ -140,8 +141,8 @@ def test_official_weights_and_crop(
     assert not (results["folder"] / "confusion.png").exists()  # of a thousand classes
 
     # At 384 pixels all of the short side is looked at, whatever the model's configuration says.
-    args = validate_cls.parse_args(["--official-crop", "--img-size=384"])
-    config = validate_cls._resolve_data_config(vars(args), model, args.official_crop)
+    flags = validate_cls.parse_args(["--official-crop", "--img-size=384"])
+    config = validation._resolve_data_config(vars(flags.image), model, flags.official_crop)
     assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 384, 384))
 
 
@@ -374,7 +375,7 @@ def test_every_name_of_a_class_is_evaluated_and_drawn(
         with Image.open(results["folder"] / "confusion.png") as picture:
             assert picture.width > 500
     confusion = torch.eye(2, dtype=torch.int64)
-    assert validate_cls.draw_confusion(confusion, [name, "b"], own_digits_folder / "a.png")
+    assert validation.draw_confusion(confusion, [name, "b"], own_digits_folder / "a.png")
     assert "warning" not in capsys.readouterr().err
 
 

@@ -1,13 +1,15 @@
 """Settings of commands, filled by the command line and by recipes."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from .cli import (
     CommandError,
     CommandLineSwitch,
     KeyValues,
+    Parser,
     above_zero,
     at_least_zero,
     below_one,
@@ -16,7 +18,7 @@ from .cli import (
     positive,
     rate,
 )
-from .flags import flag, section
+from .flags import add_flags, flag, from_flags, section
 
 INTERPOLATIONS = ["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -164,6 +166,87 @@ class ModelSource:
 
 
 @dataclass
+class WeightsFlags(ImageConfig):
+    """Selects the weights to convert or push.
+
+    Some flags state facts that the file of the weights does not store.
+
+    Attributes:
+        source: Run directory, model folder or file.
+    """
+
+    use_ema: bool | None = flag(
+        None,
+        "use the moving average of a file that has both, or the weights themselves (--no-use-ema)",
+        action=argparse.BooleanOptionalAction,
+    )
+    model: str | None = flag(None, "any timm model or tag (default: detected from the shapes)", metavar="NAME")
+    model_kwargs: dict[str, Any] = flag(
+        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
+    )
+    in_chans: int | None = flag(None, "image channels (default: those of the weights)", type=positive, metavar="N")
+    results: str | None = flag(None, "results.json of tools/validate_cls.py, for the card", metavar="FILE")
+    source: str = ""
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "WeightsFlags":
+        """Returns the values of parsed flags."""
+        flags = from_flags(cls, args)
+        flags.source = args.source
+        return flags
+
+    def check_unused(self, source: str, allowed: Set[str] = frozenset()) -> None:
+        """Checks that no flag repeats what a source already stores.
+
+        Args:
+            source: Name of the source, for the message.
+            allowed: Names of flags that can be used with this source.
+
+        Raises:
+            CommandError: If a flag is set.
+        """
+        names = [item.name for item in fields(self) if item.name not in {"source", *allowed}]
+        used = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, {})]
+        if used:
+            raise CommandError(
+                f"{', '.join(used)} cannot be combined with {source}, which stores its own configuration; remove "
+                f"{', '.join(used)}"
+            )
+
+
+def add_source_arguments(parser: Parser) -> None:
+    """Adds the flags of `WeightsFlags` to a parser."""
+    parser.add_argument("source", metavar="SOURCE", help="run directory, model folder or file of weights")
+    add_flags(parser.add_argument_group("model"), WeightsFlags)
+
+
+@dataclass
+class PushConfig:
+    """Settings of a push to the Hub.
+
+    Attributes:
+        origin: Weights to push.
+    """
+
+    weights: str = flag("best", "weights of a run to push", choices=["best", "last", "last_ema"])
+    yolo: bool = flag(False, "SOURCE is a checkpoint of Ultralytics", action="store_true")
+    example: str | None = flag(
+        None, "picture to show detections on, for the card (default: Ultralytics' bus)", metavar="IMAGE"
+    )
+    space: bool = flag(False, "push the page of tools/demo.py with the model, as a Space", action="store_true")
+    repo_id: str = flag("", "repository, created if it is missing", required=True, metavar="ORG/NAME")
+    revision: str | None = flag(None, "branch, created if it is missing (default: main)", metavar="BRANCH")
+    tag: str | None = flag(None, "tag for the commit", metavar="NAME")
+    private: bool = flag(False, "make a new repository private", action="store_true")
+    create_pr: bool = flag(False, "open a pull request instead of committing to main", action="store_true")
+    license: str | None = flag(None, "license of the weights on the Hub: mit, apache-2.0, …", metavar="NAME")
+    message: str | None = flag(None, "commit message (default: Add MODEL)", metavar="TEXT")
+    dry_run: bool = flag(False, "write and show the folder and the card, push nothing", action="store_true")
+    output: str | None = flag(None, "folder to keep (default with --dry-run: hub/ORG/NAME)", metavar="DIR")
+    origin: WeightsFlags = field(default_factory=WeightsFlags)
+
+
+@dataclass
 class OptimConfig:
     """Length of the training, optimizer, learning rate schedule and moving average."""
 
@@ -267,6 +350,29 @@ class ClassificationConfig:
     optim: OptimConfig = section("optimizer and schedule", OptimConfig)
     device: TrainDeviceConfig = section("device and speed", TrainDeviceConfig)
     run: RunConfig = section("run", RunConfig)
+
+
+@dataclass
+class ValidationConfig:
+    """Settings of an evaluation of a classifier.
+
+    Attributes:
+        seed: Seed of the run, which splits --dataset sklearn/digits.
+        official_crop: Whether to crop as in the paper.
+        class_map: File of class names, one per line.
+        real_labels: File of the reassessed ImageNet labels; empty for timm's, None for none.
+        output: Folder for the results.
+    """
+
+    source: ModelSource = section("model", ModelSource)
+    data: DataConfig = section("data", DataConfig)
+    image: ImageConfig = section("image preprocessing", ImageConfig)
+    device: DeviceConfig = section("device and speed", DeviceConfig)
+    seed: int = flag(42)
+    official_crop: bool = flag(False)
+    class_map: str | None = flag(None)
+    real_labels: str | None = flag(None)
+    output: str | None = flag(None)
 
 
 def check_channels(in_chans: int, images: ImageConfig) -> None:

@@ -19,11 +19,6 @@ from .files import read_utf8
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-def add_class_map_argument(group: Any) -> None:
-    """Adds the flag --class-map."""
-    group.add_argument("--class-map", metavar="FILE", help="the model's class names in order, one per line")
-
-
 def class_names(class_map: str | None, model: Any) -> list[str] | None:
     """Returns the model's class names in order; None if they are unknown.
 
