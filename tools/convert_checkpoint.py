@@ -26,19 +26,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from stvit.hub import HubError
-from stvit.hub.push import check_license
 from stvit.tools.common.cli import CommandError, Parser, run
-from stvit.tools.common.release import (
-    PAPER_TOP1,
-    WeightsFlags,
-    add_source_arguments,
-    describe_files,
-    open_output,
-    open_release,
-    write_release,
-)
-from stvit.weights.source import Source
+from stvit.tools.common.config import WeightsFlags, add_source_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +55,12 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
         CommandError: If the weights cannot be read, or their model is unknown.
     """
+    # Imported after the flags are parsed, so that --help and wrong flags do not wait for PyTorch.
+    from stvit.hub import HubError
+    from stvit.hub.push import check_license
+    from stvit.tools.common.release import PAPER_TOP1, describe_files, open_output, open_release, write_release
+    from stvit.weights.source import Source
+
     try:
         check_license(args.license)
     except HubError as error:

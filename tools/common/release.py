@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,11 +22,10 @@ from stvit.weights.read import find_weight_keys, pick_weights
 from stvit.weights.source import find_model_folder
 
 from .checkpoint import load_checkpoint
-from .cli import CommandError, KeyValues, Parser, positive, reason
-from .config import INTERPOLATIONS, ImageConfig
+from .cli import CommandError, reason
+from .config import INTERPOLATIONS, WeightsFlags
 from .data import resolve_data_config
 from .files import atomic_replace_dir
-from .flags import add_flags, flag, from_flags
 from .locks import InUseError, PathLock
 from .model import RECIPE_KEYS, create_model, strip_weights
 
@@ -45,61 +44,6 @@ _FIRST_CONV = ("stem.0.weight", "patch_embed.proj.0.weight")
 _NO_ARCHITECTURE = (
     "the shapes fit no model of stvit; for another timm model, pass --model NAME and its arguments as --model-kwargs"
 )
-
-
-@dataclass
-class WeightsFlags(ImageConfig):
-    """Selects the weights to convert or push.
-
-    Some flags state facts that the file of the weights does not store.
-
-    Attributes:
-        source: Run directory, model folder or file.
-    """
-
-    use_ema: bool | None = flag(
-        None,
-        "use the moving average of a file that has both, or the weights themselves (--no-use-ema)",
-        action=argparse.BooleanOptionalAction,
-    )
-    model: str | None = flag(None, "any timm model or tag (default: detected from the shapes)", metavar="NAME")
-    model_kwargs: dict[str, Any] = flag(
-        {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
-    )
-    in_chans: int | None = flag(None, "image channels (default: those of the weights)", type=positive, metavar="N")
-    results: str | None = flag(None, "results.json of tools/validate_cls.py, for the card", metavar="FILE")
-    source: str = ""
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "WeightsFlags":
-        """Returns the values of parsed flags."""
-        flags = from_flags(cls, args)
-        flags.source = args.source
-        return flags
-
-    def check_unused(self, source: str, allowed: Set[str] = frozenset()) -> None:
-        """Checks that no flag repeats what a source already stores.
-
-        Args:
-            source: Name of the source, for the message.
-            allowed: Names of flags that can be used with this source.
-
-        Raises:
-            CommandError: If a flag is set.
-        """
-        names = [item.name for item in fields(self) if item.name not in {"source", *allowed}]
-        used = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, {})]
-        if used:
-            raise CommandError(
-                f"{', '.join(used)} cannot be combined with {source}, which stores its own configuration; remove "
-                f"{', '.join(used)}"
-            )
-
-
-def add_source_arguments(parser: Parser) -> None:
-    """Adds the flags of `WeightsFlags` to a parser."""
-    parser.add_argument("source", metavar="SOURCE", help="run directory, model folder or file of weights")
-    add_flags(parser.add_argument_group("model"), WeightsFlags)
 
 
 def open_release(flags: WeightsFlags, part: str = "best") -> Release:
