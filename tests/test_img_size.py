@@ -41,10 +41,10 @@ def test_all_commands_load_the_run(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert validated_size(capsys, f"--checkpoint={run}", "--img-size=48")[0] == "48 pixels"
 
     assert export.main([f"--checkpoint={run}", f"--output={tmp_path / 'a.onnx'}"]) == 0
-    assert "height 32 alone, width 32 alone" in capsys.readouterr().out
+    assert "only height 32, only width 32" in capsys.readouterr().out
     flags = ["--img-size=64", "--format=torchscript", f"--output={tmp_path / 'b.torchscript'}"]
     assert export.main([f"--checkpoint={checkpoint}", *flags]) == 0
-    assert "height 64 alone, width 64 alone" in capsys.readouterr().out
+    assert "only height 64, only width 64" in capsys.readouterr().out
 
     assert convert_checkpoint.main([str(checkpoint), f"--output={tmp_path / 'converted'}"]) == 0
     assert "images 3x32x32" in capsys.readouterr().out
