@@ -50,10 +50,10 @@ def test_answers_without_pytorch(command: list[str | Path]) -> None:
     assert " torch\n" not in shown.stderr and " timm\n" not in shown.stderr
 
 
-@pytest.mark.parametrize("name", ["export", "validate", "convert", "push", "benchmark"])
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"demo"}))
 def test_help_of_a_command_imports_no_pytorch(name: str) -> None:
     shown = run(sys.executable, "-X", "importtime", "-m", "stvit.tools.main", name, "--help")
-    assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {COMMANDS[name][0]}.py ")
+    assert shown.returncode == 0 and f"{COMMANDS[name][0]}.py" in shown.stdout
     assert " argparse\n" in shown.stderr  # the imports are listed
     assert " torch\n" not in shown.stderr and " timm\n" not in shown.stderr
 

@@ -142,7 +142,7 @@ def test_official_weights_and_crop(
 
     # At 384 pixels all of the short side is looked at, whatever the model's configuration says.
     parsed = validate_cls.parse_args(["--official-crop", "--img-size=384"])
-    config = validation._resolve_data_config(vars(parsed.image), model, parsed.official_crop)
+    config = validation._resolve_data_config(vars(parsed.image), model, parsed.image.official_crop)
     assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 384, 384))
 
 

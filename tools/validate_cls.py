@@ -25,8 +25,8 @@ import sys
 from collections.abc import Sequence
 
 from stvit.tools.common.cli import Parser, run
-from stvit.tools.common.config import DataConfig, DeviceConfig, ImageConfig, ModelSource, ValidationConfig
-from stvit.tools.common.flags import add_flags, from_flags
+from stvit.tools.common.config import ValidationConfig
+from stvit.tools.common.flags import add_flags, add_sections, from_flags
 from stvit.tools.common.recipes import parse_with_recipe
 
 
@@ -54,35 +54,8 @@ def create_parser() -> Parser:
     """Creates the parser; the flags have timm's names."""
     parser = Parser(prog="validate_cls.py", description="Evaluates an image classifier: STViT, or any timm model.")
     parser.add_argument("--config", "-c", metavar="FILE", help="YAML file with flags as keys")
-
-    group = parser.add_argument_group("model")
-    add_flags(group, ModelSource, omit={"pretrained"})
-
-    group = parser.add_argument_group("data")
-    add_flags(group, DataConfig, defaults={"batch_size": 64}, omit={"train_split", "validation_batch_size"})
-    group.add_argument(
-        "--seed", "-s", type=int, default=42, metavar="N", help="seed of the run, which splits --dataset sklearn/digits"
-    )
-    add_flags(group, ImageConfig)
-    group.add_argument(
-        "--official-crop",
-        action="store_true",
-        help="crop as in the paper: shorter side to 256 pixels for size 224, to 384 for 384, bicubic, center crop",
-    )
-    group.add_argument("--class-map", metavar="FILE", help="the model's class names in order, one per line")
-    group.add_argument(
-        "--real-labels",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="also report accuracy on the reassessed ImageNet labels (Beyer et al. 2020), from timm or a JSON file",
-    )
-
-    group = parser.add_argument_group("device and speed")
-    add_flags(group, DeviceConfig)
-
-    group = parser.add_argument_group("results")
-    group.add_argument("--output", metavar="DIR", help="folder for results.json, per_class.csv and confusion.png")
+    add_sections(parser, ValidationConfig)
+    add_flags(parser.add_argument_group("results"), ValidationConfig)
     return parser
 
 

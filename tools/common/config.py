@@ -49,6 +49,34 @@ class DataConfig:
 
 
 @dataclass
+class EvaluationDataConfig(DataConfig):
+    """Selects the images of an evaluation. The fields without a flag are for training."""
+
+    train_split: str = "train"
+    validation_batch_size: int | None = None
+    seed: int = flag(42, "seed of the run, which splits --dataset sklearn/digits", type=count, metavar="N", short="-s")
+    class_map: str | None = flag(None, "the model's class names in order, one per line", metavar="FILE")
+
+
+@dataclass
+class ValidationDataConfig(EvaluationDataConfig):
+    """Selects the images and labels of `ValidationConfig`.
+
+    Attributes:
+        real_labels: File of the reassessed ImageNet labels; empty for those of timm, None for none.
+    """
+
+    batch_size: int = flag(64, "images per step and process", type=positive, metavar="N", short="-b")
+    real_labels: str | None = flag(
+        None,
+        "also report accuracy on the reassessed ImageNet labels (Beyer et al. 2020), from timm or a JSON file",
+        nargs="?",
+        const="",
+        metavar="FILE",
+    )
+
+
+@dataclass
 class ImageConfig:
     """Overrides the preprocessing settings of a model."""
 
@@ -95,6 +123,17 @@ class AugmentConfig:
     )
     mixup_off_epoch: int = flag(0, "epoch that turns mixup and cutmix off (0: never)", type=count, metavar="N")
     smoothing: float = flag(0.1, "label smoothing", type=below_one, metavar="X")
+
+
+@dataclass
+class ValidationImageConfig(ImageConfig):
+    """Overrides the preprocessing settings of a model, also with those of the paper."""
+
+    official_crop: bool = flag(
+        False,
+        "crop as in the paper: shorter side to 256 pixels for size 224, to 384 for 384, bicubic, center crop",
+        action="store_true",
+    )
 
 
 def _epoch_and_rate(text: str) -> str:
@@ -163,6 +202,13 @@ class ModelSource:
     def title(self) -> str:
         """Name of the weights in messages."""
         return self.checkpoint or self.model or ""
+
+
+@dataclass(frozen=True)
+class TrainedSource(ModelSource):
+    """Chooses a model and its weights, which cannot be random."""
+
+    pretrained: bool = True
 
 
 @dataclass
@@ -354,25 +400,13 @@ class ClassificationConfig:
 
 @dataclass
 class ValidationConfig:
-    """Settings of an evaluation of a classifier.
+    """Settings of an evaluation of a classifier. Each section is a group of flags."""
 
-    Attributes:
-        seed: Seed of the run, which splits --dataset sklearn/digits.
-        official_crop: Whether to crop as in the paper.
-        class_map: File of class names, one per line.
-        real_labels: File of the reassessed ImageNet labels; empty for timm's, None for none.
-        output: Folder for the results.
-    """
-
-    source: ModelSource = section("model", ModelSource)
-    data: DataConfig = section("data", DataConfig)
-    image: ImageConfig = section("image preprocessing", ImageConfig)
+    source: TrainedSource = section("model", TrainedSource)
+    data: ValidationDataConfig = section("data", ValidationDataConfig)
+    image: ValidationImageConfig = section("image preprocessing", ValidationImageConfig)
     device: DeviceConfig = section("device and speed", DeviceConfig)
-    seed: int = flag(42)
-    official_crop: bool = flag(False)
-    class_map: str | None = flag(None)
-    real_labels: str | None = flag(None)
-    output: str | None = flag(None)
+    output: str | None = flag(None, "folder for results.json, per_class.csv and confusion.png", metavar="DIR")
 
 
 def check_channels(in_chans: int, images: ImageConfig) -> None:

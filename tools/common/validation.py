@@ -42,9 +42,9 @@ def validate(config: ValidationConfig) -> None:
     Raises:
         CommandError: If a flag, the weights or the data are wrong.
     """
-    if config.official_crop and (config.image.crop_pct is not None or config.image.interpolation is not None):
+    data, image, device = config.data, config.image, config.device
+    if image.official_crop and (image.crop_pct is not None or image.interpolation is not None):
         raise CommandError("--official-crop sets crop and interpolation; remove --crop-pct and --interpolation")
-    data, device = config.data, config.device
     output = Path(config.output).expanduser() if config.output else None
     with (
         join_processes(device.device, device.dist_backend) as distributed,
@@ -54,22 +54,22 @@ def validate(config: ValidationConfig) -> None:
         if output is not None:
             distributed.on_primary(partial(_take_output, output, lock))
         check_dtype(distributed.device, device.model_dtype)
-        opened = _open_model(replace(config.source, img_size=config.image.img_size), device, distributed)
+        opened = _open_model(replace(config.source, img_size=image.img_size), device, distributed)
         model = opened.model
-        preprocessing = opened.fill({**vars(config.image), "in_chans": config.source.in_chans})
-        data_config = _resolve_data_config(preprocessing, model, config.official_crop)
+        preprocessing = opened.fill({**vars(image), "in_chans": config.source.in_chans})
+        data_config = _resolve_data_config(preprocessing, model, image.official_crop)
         check_img_size(model, data_config)
         in_chans = data_config["input_size"][0]
         if in_chans not in (1, 3):
             raise CommandError(f"images have 1 (gray) or 3 (color) channels, but the model takes {in_chans}")
-        images = open_images(data, distributed, in_chans=in_chans, seed=config.seed, is_training=False)
+        images = open_images(data, distributed, in_chans=in_chans, seed=data.seed, is_training=False)
         loader = create_val_loader(images.val, data, data_config, distributed, DTYPES[device.model_dtype])
         bad_images = BadImages(data.max_bad_images, Path(distributed.from_primary(temporary)) / "bad_images.jsonl")
         images.val.bad_images = bad_images
         num_classes = model.num_classes
-        names = class_names(config.class_map, model)
+        names = class_names(data.class_map, model)
         class_map = map_classes(names, images.class_names, num_classes, distributed)
-        real_labels = None if config.real_labels is None else _open_real_labels(images.val, config.real_labels)
+        real_labels = None if data.real_labels is None else _open_real_labels(images.val, data.real_labels)
         source = f"{config.source.title}{' (EMA)' if opened.is_ema else ''}"
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         distributed.print_primary(

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from ..common.cli import positive
-from ..common.config import DataConfig, ImageConfig, ModelSource
+from ..common.config import EvaluationDataConfig, ImageConfig, ModelSource
 from ..common.flags import flag, section
 
 # File suffix of each format.
@@ -30,17 +30,12 @@ class ResultConfig:
 
 
 @dataclass
-class ExportDataConfig(DataConfig):
+class ExportDataConfig(EvaluationDataConfig):
     """Selects the images that calibrate int8, and those that measure the accuracy."""
 
     train_split: str = flag("train", "split to calibrate int8 on", metavar="NAME")
     batch_size: int = flag(16, "images per step", type=positive, metavar="N", short="-b")
-    validation_batch_size: int | None = None
     calibration_images: int = flag(128, "images to calibrate int8 on", type=positive, metavar="N")
-    seed: int = flag(
-        42, "seed of the run, which splits --dataset sklearn/digits", type=int, metavar="N", short="-s"
-    )  # fmt: skip
-    class_map: str | None = flag(None, "the model's class names in order, one per line", metavar="FILE")
 
     @property
     def is_given(self) -> bool:
