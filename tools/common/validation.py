@@ -70,14 +70,7 @@ def validate(config: ValidationConfig) -> None:
         names = class_names(data.class_map, model)
         class_map = map_classes(names, images.class_names, num_classes, distributed)
         real_labels = None if data.real_labels is None else _open_real_labels(images.val, data.real_labels)
-        source = f"{config.source.title}{' (EMA)' if opened.is_ema else ''}"
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        distributed.print_primary(
-            f"{source}, {parameters:.1f} M parameters, {num_classes} classes, {len(images.val)} images at "
-            f"{data_config['input_size'][-1]} pixels (crop {data_config['crop_pct']:g}, "
-            f"{data_config['interpolation']}), on {f'{distributed.size} x ' if distributed.size > 1 else ''}"
-            f"{distributed.device.type}"
-        )
+        _print_start(config.source.title, opened, data_config, len(images.val), distributed)
         with_confusion = output is not None and num_classes <= MAX_CONFUSION_CLASSES
         counts = _Counts(num_classes, distributed, real_labels, with_confusion)
         with progress_bar(len(loader), "batch", distributed.is_primary) as bar:
@@ -91,32 +84,15 @@ def validate(config: ValidationConfig) -> None:
                 model, batches, distributed, autocast(device, distributed.device), device.channels_last, on_batch
             )
         counts.sum_up()
-        results = _results(counts, metrics["loss"])
-        _say(results, distributed)
+        results = _summarize(counts, metrics["loss"])
+        _print_results(results, distributed)
         if not distributed.is_primary:
             return
         for name in sorted(bad_images.names()):
             print(f"warning: {name} cannot be read and was skipped", file=sys.stderr)
         if output is not None:
-            results |= {
-                "skipped": len(bad_images.names()),
-                "model": opened.name,
-                "checkpoint": config.source.checkpoint,
-                "ema": opened.is_ema,
-                **{name: data_config[name] for name in ("input_size", "crop_pct", "interpolation", "mean", "std")},
-                "dataset": data.dataset or "folder",
-                "data_dir": data.data_dir,
-                "split": data.val_split,
-                "device": torch.cuda.get_device_name()
-                if distributed.device.type == "cuda"
-                else distributed.device.type,
-                "dtype": f"{device.amp_dtype} (amp)" if device.amp else device.model_dtype,
-                "batch_size": data.batch_size,
-                "processes": distributed.size,
-                "versions": {"stvit": stvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-            _write(output, results, counts, names or images.class_names)
+            results |= {"skipped": len(bad_images.names()), **_describe(config, opened, data_config, distributed)}
+            _write_results(output, results, counts, names or images.class_names)
 
 
 def _take_output(folder: Path, lock: PathLock) -> None:
@@ -253,7 +229,7 @@ class _Counts:
                 self._distributed.sum(values)
 
 
-def _results(counts: _Counts, loss: float) -> dict[str, Any]:
+def _summarize(counts: _Counts, loss: float) -> dict[str, Any]:
     """Returns accuracies in percent with their 95 % confidence intervals."""
     results: dict[str, Any] = {"loss": loss}
     sets = {"": counts.classes.sum(dim=0)} | ({} if counts.real is None else {"real_": counts.real})
@@ -266,7 +242,44 @@ def _results(counts: _Counts, loss: float) -> dict[str, Any]:
     return results | {"images_per_second": counts.images_per_second}
 
 
-def _say(results: dict[str, Any], distributed: Distributed) -> None:
+def _describe(
+    config: ValidationConfig, opened: OpenedModel, data_config: dict[str, Any], distributed: Distributed
+) -> dict[str, Any]:
+    """Returns what produced the results: model, preprocessing, data, device, versions and time."""
+    data, device = config.data, config.device
+    is_cuda = distributed.device.type == "cuda"
+    return {
+        "model": opened.name,
+        "checkpoint": config.source.checkpoint,
+        "ema": opened.is_ema,
+        **{name: data_config[name] for name in ("input_size", "crop_pct", "interpolation", "mean", "std")},
+        "dataset": data.dataset or "folder",
+        "data_dir": data.data_dir,
+        "split": data.val_split,
+        "device": torch.cuda.get_device_name() if is_cuda else distributed.device.type,
+        "dtype": f"{device.amp_dtype} (amp)" if device.amp else device.model_dtype,
+        "batch_size": data.batch_size,
+        "processes": distributed.size,
+        "versions": {"stvit": stvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _print_start(
+    title: str, opened: OpenedModel, data_config: dict[str, Any], images: int, distributed: Distributed
+) -> None:
+    """Prints a line with the model, its preprocessing and the number of images."""
+    parameters = sum(p.numel() for p in opened.model.parameters()) / 1e6
+    distributed.print_primary(
+        f"{title}{' (EMA)' if opened.is_ema else ''}, {parameters:.1f} M parameters, {opened.model.num_classes} "
+        f"classes, {images} images at {data_config['input_size'][-1]} pixels (crop {data_config['crop_pct']:g}, "
+        f"{data_config['interpolation']}), on {f'{distributed.size} x ' if distributed.size > 1 else ''}"
+        f"{distributed.device.type}"
+    )
+
+
+def _print_results(results: dict[str, Any], distributed: Distributed) -> None:
+    """Prints a line of accuracies for each set of labels, and the throughput."""
     for prefix, title in (("", ""), ("real_", "reassessed labels: ")):
         if f"{prefix}images" not in results:
             continue
@@ -282,7 +295,13 @@ def _say(results: dict[str, Any], distributed: Distributed) -> None:
         distributed.print_primary(f"{results['images_per_second']:.1f} images/s, including data loading")
 
 
-def _write(folder: Path, results: dict[str, Any], counts: _Counts, names: list[str] | None) -> None:
+def _write_results(folder: Path, results: dict[str, Any], counts: _Counts, names: list[str] | None) -> None:
+    """Writes results.json, per_class.csv and confusion.png.
+
+    Raises:
+        CommandError: If results.json or per_class.csv cannot be written.
+    """
+
     def write_classes(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..common.cli import CommandError, reason
 from ..common.files import atomic_write
 from .check import check_file
@@ -39,22 +41,50 @@ def write_files(
     opened: dict[str, Runtime] = {}
     for format in _formats(result, data):
         path = output_path(result, format.name, metadata["model"])
-        lines: list[str] = []
-
-        def write(fresh: Path, format: Format = format, path: Path = path, lines: list[str] = lines) -> None:
-            sizes = format.write(source, fresh, metadata)
-            lines.append(f"{path}: {format.name}, {result.dtype}, {fresh.stat().st_size / 1e6:.1f} MB, {sizes}")
-            if result.check or data is not None:
-                opened[path.name] = _open(format, fresh, path)
-            if result.check:
-                lines.append(check_file(source, opened[path.name], sizes, samples, result.dtype, path))
-
-        try:
-            atomic_write(path, write)
-        except OSError as error:
-            raise CommandError(f"cannot write {path}: {reason(error)}") from error
-        print("\n".join(lines), flush=True)
+        runtime = _write_file(path, format, source, result, metadata, samples)
+        if runtime is not None:
+            opened[path.name] = runtime
     return opened
+
+
+def _write_file(
+    path: Path, format: Format, source: SourceModel, result: ResultConfig, metadata: Mapping[str, Any],
+    samples: torch.Tensor | None,
+) -> Runtime | None:  # fmt: skip
+    """Writes and checks a file of one format, and prints its lines.
+
+    Args:
+        path: File to write.
+        format: Its format.
+        source: The model.
+        result: Precision, and whether to check the file.
+        metadata: Information for users of the file.
+        samples: Images (B, C, H, W) to check the file on; None for noise.
+
+    Returns:
+        The opened file; None without a check and without images.
+
+    Raises:
+        CommandError: If the file cannot be written, opened or differs from the model.
+    """
+    lines: list[str] = []
+    runtime: Runtime | None = None
+
+    def write(fresh: Path) -> None:
+        nonlocal runtime
+        sizes = format.write(source, fresh, metadata)
+        lines.append(f"{path}: {format.name}, {result.dtype}, {fresh.stat().st_size / 1e6:.1f} MB, {sizes}")
+        if result.check or samples is not None:
+            runtime = _open(format, fresh, path)
+        if result.check and runtime is not None:
+            lines.append(check_file(source, runtime, sizes, samples, result.dtype, path))
+
+    try:
+        atomic_write(path, write)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {reason(error)}") from error
+    print("\n".join(lines), flush=True)
+    return runtime
 
 
 def _formats(result: ResultConfig, data: ExportData | None) -> Iterable[Format]:
