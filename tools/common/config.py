@@ -50,7 +50,10 @@ class DataConfig:
 
 @dataclass
 class EvaluationDataConfig(DataConfig):
-    """Selects the images of an evaluation. The fields without a flag are for training."""
+    """Selects the images of an evaluation.
+
+    Fields without a flag are for training.
+    """
 
     train_split: str = "train"
     validation_batch_size: int | None = None

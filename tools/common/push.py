@@ -1,4 +1,4 @@
-"""Writes a model, a detector or a demo, pushes it to the Hub and compares it with the upload."""
+"""Writes a model, a detector or a demo, pushes it and compares the upload."""
 
 from pathlib import Path
 

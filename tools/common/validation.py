@@ -245,7 +245,10 @@ def _summarize(counts: _Counts, loss: float) -> dict[str, Any]:
 def _describe(
     config: ValidationConfig, opened: OpenedModel, data_config: dict[str, Any], distributed: Distributed
 ) -> dict[str, Any]:
-    """Returns what produced the results: model, preprocessing, data, device, versions and time."""
+    """Returns the settings that produced the results.
+
+    They are the model, preprocessing, data, device, versions and time.
+    """
     data, device = config.data, config.device
     is_cuda = distributed.device.type == "cuda"
     return {

@@ -1,1 +1,1 @@
-"""Parts of the export command: the formats, their checks, calibration and comparison with data."""
+"""Parts of the export command: formats, checks, int8 and accuracy."""

@@ -16,7 +16,7 @@ from .source import Outputs, SourceModel
 def check_file(
     source: SourceModel, file: Runtime, sizes: ServedSizes, samples: torch.Tensor | None, dtype: str, path: Path
 ) -> str:
-    """Checks that a file computes the same as the model, and returns a line with the differences.
+    """Checks that a file computes the same as the model.
 
     Args:
         source: The model.
@@ -25,6 +25,9 @@ def check_file(
         samples: Real images (B, C, H, W) to compare on; None for noise.
         dtype: Precision of the file.
         path: Path of the file, for messages.
+
+    Returns:
+        A line with the differences.
 
     Raises:
         CommandError: If the file fails, or differs by more than the tolerance of the precision.
@@ -58,9 +61,10 @@ def check_file(
 
 
 def _check_sizes(source: SourceModel, sizes: ServedSizes) -> list[Size]:
-    """Returns the model's own size, a rectangle, and a size that the stride does not divide.
+    """Returns three image sizes for the check of a file.
 
-    For a model of 224 pixels these are 224x224, 160x256 and 203x171. They are limited to what the file accepts.
+    These are the model's own size, a rectangle, and a size that the stride does not divide: 224x224, 160x256 and
+    203x171 for a model of 224 pixels. They are limited to the sizes that the file accepts.
     """
 
     def within(length: int, bounds: Bounds) -> int:
@@ -77,9 +81,9 @@ def _check_sizes(source: SourceModel, sizes: ServedSizes) -> list[Size]:
 
 
 def _difference(outputs: Outputs, expected: Outputs) -> float:
-    """Returns the largest difference of all outputs, each in its own standard deviations.
+    """Returns the largest difference of all outputs, in standard deviations.
 
-    Different shapes give inf, and values that are not finite give nan.
+    Each output has its own standard deviation. Different shapes give inf, and values that are not finite give nan.
     """
     if [y.shape for y in outputs] != [y.shape for y in expected]:
         return math.inf

@@ -51,7 +51,7 @@ def _compare_accuracy(source: SourceModel, files: Mapping[str, Runtime], batches
 
 
 def _compare_features(source: SourceModel, files: Mapping[str, Runtime], batches: Batches) -> list[str]:
-    """Returns a line with the difference of each file's feature maps from the model's."""
+    """Returns a line for each file: the differences of its feature maps."""
     seen = 0
     sums = {name: torch.zeros(len(source.names), dtype=torch.float64) for name in ["", *files]}
     for image, target in batches:

@@ -39,7 +39,7 @@ class ExportDataConfig(EvaluationDataConfig):
 
     @property
     def is_given(self) -> bool:
-        """Whether the flags name images."""
+        """True if the flags name images."""
         return bool(self.data_dir or self.dataset)
 
 

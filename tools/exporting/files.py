@@ -21,9 +21,10 @@ from .source import SourceModel
 def write_files(
     source: SourceModel, result: ResultConfig, metadata: Mapping[str, Any], data: ExportData | None
 ) -> dict[str, Runtime]:
-    """Writes a file of each format and prints its size, sizes of images and differences.
+    """Writes a file of each format and prints two lines about it.
 
-    A file that fails its check does not replace an older one.
+    The lines contain the size of the file, the accepted image sizes and the differences from the model. A file that
+    fails its check does not replace an older one.
 
     Args:
         source: The model.

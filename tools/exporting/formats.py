@@ -72,6 +72,7 @@ class Onnx(Format):
         self.quantize = quantize
 
     def write(self, source: SourceModel, path: Path, metadata: Mapping[str, Any]) -> ServedSizes:
+        """Writes the ONNX file; see `Format.write`."""
         import onnx
 
         program, sizes = source.widest_program()
@@ -99,6 +100,7 @@ class Onnx(Format):
         return sizes if sizes.is_bounded else ServedSizes()
 
     def open(self, path: Path) -> Runtime:
+        """Opens the file with onnxruntime."""
         import onnxruntime
 
         with silence():
@@ -114,6 +116,7 @@ class TorchExport(Format):
     name = "torch-export"
 
     def write(self, source: SourceModel, path: Path, metadata: Mapping[str, Any]) -> ServedSizes:
+        """Writes the torch.export program; see `Format.write`."""
         program, sizes = source.program(source.size)
         text = json.dumps({**metadata, "heights": sizes.height, "widths": sizes.width}, indent=2)
         content = io.BytesIO()
@@ -123,16 +126,21 @@ class TorchExport(Format):
         return sizes
 
     def open(self, path: Path) -> Runtime:
+        """Opens the file with PyTorch."""
         with silence(), path.open("rb") as file:
             return _torch_runtime(torch.export.load(file).module())
 
 
 class TorchScript(Format):
-    """TorchScript, for C++ programs. The metadata are in the extra file metadata.json."""
+    """TorchScript, for C++ programs.
+
+    The metadata are in the extra file metadata.json.
+    """
 
     name = "torchscript"
 
     def write(self, source: SourceModel, path: Path, metadata: Mapping[str, Any]) -> ServedSizes:
+        """Writes the TorchScript file; see `Format.write`."""
         with silence(), explain_failure("TorchScript"):
             scripted = torch.jit.script(source.portable)
             content = io.BytesIO()  # written to disk below, so that a full disk raises OSError
@@ -144,6 +152,7 @@ class TorchScript(Format):
         return ServedSizes((height, height), (width, width))
 
     def open(self, path: Path) -> Runtime:
+        """Opens the file with PyTorch."""
         with silence():
             return _torch_runtime(torch.jit.load(str(path)))
 
@@ -157,7 +166,10 @@ def _torch_runtime(module: Any) -> Runtime:
 
 
 def _clean(proto: Any) -> None:
-    """Names the dynamic axes, and removes the exporter's notes, which contain paths of this machine."""
+    """Names the dynamic axes, and removes the exporter's notes.
+
+    The notes contain paths of this machine.
+    """
     graph = proto.graph
     axes = graph.input[0].type.tensor_type.shape.dim
     names = {dim.dim_param: name for dim, name in zip(axes, ("batch", "channels", "height", "width"), strict=True)}

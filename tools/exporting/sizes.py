@@ -27,7 +27,7 @@ class ServedSizes:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the height or the width has a maximum."""
+        """True if the height or the width has a maximum."""
         return self.height[1] is not None or self.width[1] is not None
 
 

@@ -90,7 +90,10 @@ class SourceModel:
         return True
 
     def program(self, size: Size) -> tuple[Any, ServedSizes]:
-        """Returns the torch.export program traced at a size, and the sizes that it accepts.
+        """Returns a torch.export program and the sizes that it accepts.
+
+        Args:
+            size: Size of the images to trace the model with.
 
         Raises:
             CommandError: If torch.export fails.
@@ -107,7 +110,7 @@ class SourceModel:
         return self._programs[size], program_sizes(self._programs[size])
 
     def widest_program(self) -> tuple[Any, ServedSizes]:
-        """Returns the torch.export program that accepts the largest images, and its sizes.
+        """Returns the program that accepts the largest images, and its sizes.
 
         The graph of an image with a single super token differs from that of several. So a program traced with small
         images accepts only small images.
