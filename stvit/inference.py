@@ -119,9 +119,10 @@ def fold_constants(model: nn.Module) -> int:
         block.ls1 = _fold_layer_scale(block.attn.proj, block.ls1)
         if isinstance(block.mlp, ConvMlp):
             block.ls2 = _fold_layer_scale(block.mlp.fc2, block.ls2)
-            if all(map(_is_plain, (block.mlp.fc1, block.mlp.conv.conv, block.mlp.fc2))):
+            convs = (block.mlp.fc1, block.mlp.conv.conv, block.mlp.fc2)
+            if all(layers.is_plain(conv, nn.Conv2d) for conv in convs):
                 block.mlp = TiledConvMlp(block.mlp)
-        if isinstance(block.cpe, ResidualDepthwiseConv) and _is_plain(block.cpe.conv):
+        if isinstance(block.cpe, ResidualDepthwiseConv) and layers.is_plain(block.cpe.conv, nn.Conv2d):
             block.cpe = FoldedResidualConv(block.cpe)
         if type(block) is STViTBlock:
             OptimizedBlock.convert(block)
@@ -305,11 +306,6 @@ def _set_computed_weights(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Returns whether a module is exactly `nn.Conv2d` and has no forward hooks."""
-    return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
-
-
 class FoldedResidualConv(ResidualDepthwiseConv):
     """Computes x + depthwise(x) with one convolution, (B, C, H, W) to (B, C, H, W).
 
@@ -396,7 +392,9 @@ class TiledConvMlp(nn.Module):
         return why_not_fused_mlp(x, self.fc1, self.act, self.conv, self.fc2)
 
     def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.conv(self.act(self.fc1(x))))
+        if torch.jit.is_scripting():
+            return self.fc2(self.conv(self.act(self.fc1(x))))
+        return layers.pointwise(self.fc2, self.conv(self.act(layers.pointwise(self.fc1, x))))
 
     @torch.jit.unused
     def _in_tiles(self, x: torch.Tensor) -> torch.Tensor:
@@ -410,8 +408,8 @@ class TiledConvMlp(nn.Module):
             for rows in _parts(H, max(MIN_TILE_ROWS, TILE_BYTES // (len(images) * row_bytes))):
                 top, bottom = max(rows.start - halo, 0), min(rows.stop + halo, H)
                 tile = x[images.start : images.stop, :, top:bottom]
-                tile = self.conv(self.act(self.fc1(tile)))
-                tile = self.fc2(tile[:, :, rows.start - top : rows.stop - top])
+                tile = self.conv(self.act(layers.pointwise(self.fc1, tile)))
+                tile = layers.pointwise(self.fc2, tile[:, :, rows.start - top : rows.stop - top])
                 out[images.start : images.stop, :, rows.start : rows.stop] = tile
         return out
 
@@ -569,7 +567,8 @@ class OptimizedStem(Stem):
         while i < len(modules):
             act, norm = [*modules[i + 1 : i + 3], None, None][:2]
             scale = getattr(self, f"scale{i + 2}", None)
-            if scale is None or not layers.is_plain(norm, nn.BatchNorm2d) or why_not_activate(x, modules[i], act):
+            is_folded = scale is not None and layers.is_plain(norm, nn.BatchNorm2d)
+            if not is_folded or why_not_activate(x, self.backend, modules[i], act):
                 x = modules[i](x)
                 i += 1
                 continue
@@ -597,7 +596,7 @@ def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
     Returns:
         The module that replaces the layer scale.
     """
-    if not isinstance(scale, LayerScale2d) or not _is_plain(conv):
+    if not isinstance(scale, LayerScale2d) or not layers.is_plain(conv, nn.Conv2d):
         return scale
     gamma = scale.gamma.double()
     conv.weight.copy_(conv.weight.double() * gamma.reshape(-1, 1, 1, 1))

@@ -84,8 +84,12 @@ class PixelAct(nn.Module):
 class Stem(nn.Sequential):
     """Convolutions, each followed by an activation and a normalization.
 
-    On a GPU, one kernel adds the bias and activates.
+    On a GPU, one kernel adds the bias and activates, unless the backend is "reference".
     """
+
+    def __init__(self, *modules: nn.Module, backend: str = "auto") -> None:
+        super().__init__(*modules)
+        self.backend = backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -98,7 +102,7 @@ class Stem(nn.Sequential):
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = list(self)
         while modules:
-            if not why_not_activate(x, *modules[:2]):
+            if not why_not_activate(x, self.backend, *modules[:2]):
                 conv: Any = modules[0]
                 x = layers.activate(conv._conv_forward(x, conv.weight, None), conv.bias)
                 modules = modules[2:]
@@ -107,13 +111,13 @@ class Stem(nn.Sequential):
         return x
 
 
-def why_not_activate(x: torch.Tensor, conv: nn.Module, act: nn.Module | None = None) -> str:
+def why_not_activate(x: torch.Tensor, backend: str, conv: nn.Module, act: nn.Module | None = None) -> str:
     """Returns why a convolution and the activation after it are called one by one, or ""."""
     if not layers.is_plain(conv, nn.Conv2d) or conv.bias is None:
         return "the convolution is not plain or has no bias"
     if act is None or not layers.is_plain(act, PixelAct) or not layers.is_gelu(act.act):  # type: ignore[arg-type]
         return "the activation is not a plain, exact GELU"
-    return layers.why_not_fused(x, "auto", (conv.weight, conv.bias))  # type: ignore[arg-type]
+    return layers.why_not_fused(x, backend, (conv.weight, conv.bias))  # type: ignore[arg-type]
 
 
 class ResidualDepthwiseConv(nn.Module):
@@ -509,7 +513,7 @@ class STViT(nn.Module):
             stride = 2 if i % 2 == 0 else 1
             stem += [nn.Conv2d(prev_chs, chs, 3, stride=stride, padding=1, **dd), PixelAct(act()), norm(chs, **dd)]
             prev_chs = chs
-        self.stem = Stem(*stem)
+        self.stem = Stem(*stem, backend=backend)
 
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(per_stage["depths"]), stagewise=True)
         stages = []

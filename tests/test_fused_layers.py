@@ -255,6 +255,13 @@ def count(run: Callable[[], Any]) -> dict[str, int]:
     return counts
 
 
+def test_backend_of_a_model_reaches_every_layer() -> None:
+    model = timm.create_model("test_stvit", backend="reference").eval()
+    for net in (model, stvit.optimize_for_inference(model)):
+        with torch.no_grad():
+            assert count(lambda net=net: net(draw(1, 3, 40, 24))) == {}
+
+
 @pytest.mark.timeout(300)
 def test_training_step() -> None:
     """Outputs and gradients agree with the reference, with the same random stochastic depth."""

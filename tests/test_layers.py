@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stvit  # noqa: F401  registers the models in timm
+import stvit
+from stvit.ops import layers
 
 MODELS = ("test_stvit", "test_convnext")
 ATTENTION_MODELS = ("test_stvit", "test_vit")
@@ -109,6 +110,39 @@ def test_reparametrized_convolutions_train(name: str, reparametrize: Callable[[n
         model(images()).square().sum().backward()
         optimizer.step()
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_pointwise_convolutions_are_products_in_inference(dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(256, 512, 1).to(dtype)
+    x = torch.randn(2, 256, 7, 5).to(dtype, memory_format=torch.channels_last)
+
+    def run(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        with Operators() as seen:
+            y = layers.pointwise(conv, x)
+        torch.testing.assert_close(y, conv(x))
+        assert y.stride() == conv(x).stride()
+        return y, not seen.convolutions
+
+    with torch.no_grad():
+        assert run(conv, x)[1]
+        assert not run(conv, x.contiguous())[1]  # a product would need a copy
+        assert not run(nn.Conv2d(128, 512, 1).to(dtype), x[:, :128].contiguous(memory_format=torch.channels_last))[1]
+        conv.register_forward_hook(lambda module, args, output: 2 * output)
+        assert not run(conv, x)[1]
+        conv._forward_hooks.clear()
+    assert not run(conv, x)[1]  # with gradients
+    assert run(conv.requires_grad_(False), x)[1]
+    leaf = x.clone().requires_grad_()
+    assert not run(conv, leaf)[1]
+
+
+def test_exported_graphs_have_convolutions() -> None:
+    model = stvit.optimize_for_inference(create("stvit_pico"))
+    x = torch.randn(1, 3, 64, 64)
+    program = torch.export.export(model, (x,))
+    products = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert len(products) == 1  # the head
 
 
 # peft wants a rank that the groups of every convolution divide.

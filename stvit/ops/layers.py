@@ -24,6 +24,7 @@ from torch import nn
 
 from stvit.ops.backends import choose_backend, compute_dtype, import_kernels, is_autocast, why_not_triton
 from stvit.ops.operators import operator
+from stvit.ops.portable import is_exporting
 
 __all__ = [
     "activate",
@@ -39,6 +40,10 @@ __all__ = [
     "why_not_fused",
     "why_not_residual",
 ]
+
+# On a CPU, a pointwise convolution whose input and output have at least so many channels is a matrix product.
+# docs/speed.md has the measurements.
+CPU_PRODUCT_CHANNELS = 256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choice
@@ -148,7 +153,8 @@ def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Applies a 1x1 convolution, as a matrix product where this is faster.
 
     On a GPU, PyTorch's convolution adds the bias in a separate pass over the output. Its matrix product adds the bias
-    before it writes the output. The layer is called as usual if it is not plain or if the map is not channels_last.
+    before it writes the output. On a CPU, the product is faster for wide layers without gradients. The layer is called
+    as usual if it is not plain, if the map is not channels_last, and during export.
 
     Args:
         conv: 1x1 convolution.
@@ -167,15 +173,17 @@ def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @torch.jit.unused
 def _is_product(conv: nn.Module, x: torch.Tensor) -> bool:
-    return (
-        not isinstance(x, torch.fx.Proxy)
-        and x.is_cuda
-        and x.dim() == 4
-        and not torch.jit.is_tracing()
-        and not torch.onnx.is_in_onnx_export()
-        and is_pointwise(conv)
-        and x.permute(0, 2, 3, 1).is_contiguous()
-    )
+    if isinstance(x, torch.fx.Proxy) or x.dim() != 4 or is_exporting() or not is_pointwise(conv):
+        return False
+    if x.device.type == "cpu":
+        weight: Any = conv.weight
+        if min(weight.shape[:2]) < CPU_PRODUCT_CHANNELS or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return False
+    elif not x.is_cuda:
+        return False
+    return x.permute(0, 2, 3, 1).is_contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
