@@ -3,7 +3,6 @@
 Needs chromium and its driver (Debian: chromium and chromium-driver), and is skipped where they are not installed.
 """
 
-import argparse
 import io
 import json
 import os
@@ -36,7 +35,13 @@ from stvit import hub as stvit_hub
 from stvit import visualize
 from stvit.adapters.yolo import YOLO
 from stvit.tools import demo, push_to_hub
+from stvit.tools.common.cli import CommandError
 from stvit.tools.common.image_files import ImageError, open_image
+from stvit.tools.common.viewing import LoadedModel
+from stvit.tools.demonstration import models as demo_models
+from stvit.tools.demonstration import tasks
+from stvit.tools.demonstration.config import LimitsConfig, ModelsConfig
+from stvit.tools.demonstration.models import ModelList, OpenedModels
 from stvit.weights import Source
 
 CHROMIUM = next(
@@ -178,6 +183,11 @@ class Browser:
     def is_on(self, selector: str) -> bool:
         return bool(self.all(selector)[0].is_enabled())
 
+    def has_loaded(self, selector: str) -> bool:
+        """Returns whether a picture has arrived. Until then, its element has no size."""
+        script = "const e = document.querySelector(arguments[0]); return !!e && e.complete && e.naturalWidth > 0"
+        return bool(self.driver.execute_script(script, selector))
+
     def tab(self, name: str) -> None:
         button = self.until(lambda: [b for b in self.all("button[role=tab]") if b.text == name], f"the tab {name}")[0]
         button.click()
@@ -234,9 +244,12 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-def viewed(models: Path, name: str) -> Any:
-    args = demo.create_parser().parse_args([str(models / name), "--no-random", "--runs="])
-    return demo.Models(args).open(str(models / name))
+def loaded(models: Path, name: str) -> LoadedModel:
+    return OpenedModels().get(str(models / name))
+
+
+def list_models(*flags: str) -> ModelList:
+    return ModelList(demo.parse_args(flags).models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +264,7 @@ def test_classify(laptop: Browser, models: Path, photo: Path) -> None:
     laptop.choose_model("runs/vehicles")
     laptop.click("#classify")
     laptop.until(lambda: "%" in laptop.text("#classes"), "the classes")
-    expected = demo.classify(viewed(models, "runs/vehicles"), open_image(photo))
+    expected = tasks.classify(loaded(models, "runs/vehicles"), open_image(photo))
     assert len(expected) == 5 and {"bus (1)", "bus (2)"} & set(expected)
     lines = laptop.text("#classes").splitlines()
     for name, probability in expected.items():
@@ -262,7 +275,7 @@ def test_classify(laptop: Browser, models: Path, photo: Path) -> None:
     laptop.until(
         lambda: "class " in laptop.text("#classes") or "Random weights" in laptop.text("body"), "other classes"
     )
-    assert "Random weights: nothing has trained this model" in laptop.text("body")
+    assert "Random weights: the model is untrained, and its results are meaningless." in laptop.text("body")
 
 
 @needs_browser
@@ -272,7 +285,7 @@ def test_detect(laptop: Browser, models: Path, photo: Path) -> None:
     laptop.click("#detect")
     laptop.until(lambda: laptop.text("#found"), "what was found")
     assert re.fullmatch(r"Found: [1-9]\d* (bus|buss|buses)\.", laptop.text("#found")), laptop.text("#found")
-    picture, words = demo.detect(viewed(models, "runs/detect/train"), open_image(photo), 0.25, SIZE)
+    picture, words = tasks.detect(loaded(models, "runs/detect/train"), open_image(photo), 0.25, SIZE)
     assert words == laptop.text("#found") and picture.size == (120, 160)
     shown = laptop.picture("#boxes")
     assert np.array_equal(shown, np.array(picture))
@@ -293,9 +306,9 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
             laptop.click("#look")
         else:
             laptop.all("#stage input[type=range]")[0].send_keys(Keys.ARROW_RIGHT)
-        view = visualize.super_tokens(viewed(models, "runs/vehicles").model, open_image(photo), stage)
+        view = visualize.super_tokens(loaded(models, "runs/vehicles").model, open_image(photo), stage)
         laptop.until(
-            lambda view=view: demo.describe(view, view.center).replace("**", "") == laptop.text("#token"), "it"
+            lambda view=view: tasks.describe(view, view.center).replace("**", "") == laptop.text("#token"), "it"
         )
         assert np.array_equal(laptop.picture("#tokens"), np.array(view.draw_boundaries(view.center)))
     assert view.scale == 3 and view.layer.startswith("stages.1")
@@ -308,7 +321,7 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
         offset = [int(((x + 0.5) - 60) * shown), int(((y + 0.5) - 80) * shown)]
         ActionChains(laptop.driver).move_to_element_with_offset(image, *offset).click().perform()
         token = view.token_at(x, y)
-        words = demo.describe(view, token).replace("**", "")
+        words = tasks.describe(view, token).replace("**", "")
         laptop.until(lambda words=words: laptop.text("#token") == words, words)
         laptop.until(
             lambda token=token: np.array_equal(laptop.picture("#association"), np.array(view.draw_association(token))),
@@ -427,7 +440,9 @@ def test_legible_at_every_width_and_in_the_dark(page: str, photo: Path, width: i
             assert found["background"] < 60 if dark else found["background"] > 230, found
             assert not found["small"], (tab, found["small"])
             assert not found["faint"], (tab, found["faint"])
-            picture = browser.all("#tokens img" if tab == "Super tokens" else "#upload img")[0].rect
+            selector = "#tokens img" if tab == "Super tokens" else "#upload img"
+            browser.until(lambda selector=selector: browser.has_loaded(selector), f"the picture of {selector}")
+            picture = browser.all(selector)[0].rect
             assert picture["width"] > 100 and picture["x"] >= 0 and picture["x"] + picture["width"] <= width
     finally:
         browser.driver.quit()
@@ -482,6 +497,8 @@ def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
 def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gradio
 
+    from stvit.tools.demonstration.server import PORTS
+
     asked: dict[str, Any] = {}
 
     def launch(_: Any, **kwargs: Any) -> None:
@@ -492,7 +509,7 @@ def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert demo.main(["--runs=", "stvit_pico", "--max-megabytes=3"]) == 1
     expected = {"share": False, "server_name": "127.0.0.1", "max_file_size": "3mb", "mcp_server": False}
-    assert expected.items() <= asked.items() and asked["server_port"] in demo.PORTS
+    assert expected.items() <= asked.items() and asked["server_port"] in PORTS
 
 
 def test_results_of_a_former_image_are_dropped(models: Path) -> None:
@@ -504,13 +521,15 @@ def test_results_of_a_former_image_are_dropped(models: Path) -> None:
         def run(self, *_: Any) -> Any:
             return self.work(), False
 
-    args = demo.create_parser().parse_args(["--runs=", "--no-random", str(models / "runs/vehicles")])
-    computer = Computer()
-    page = demo.create_page(demo.Models(args), args, computer)
+    from stvit.tools.demonstration.page import Page
+
+    offered = ModelList(ModelsConfig(names=[str(models / "runs/vehicles")], runs="", random=False))
+    computer: Any = Computer()
+    page = Page(offered, computer, LimitsConfig()).blocks
     functions = {function.fn.__name__: function.fn for function in page.fns.values()}
     name = str(models / "runs/vehicles")
     former, new = Image.new("RGB", (40, 40)), Image.new("RGB", (50, 50))
-    view = visualize.super_tokens(viewed(models, "runs/vehicles").model, former)
+    view = visualize.super_tokens(loaded(models, "runs/vehicles").model, former)
 
     for change in (False, True):
         sessions = [block.value for block in page.blocks.values() if type(block).__name__ == "State"]
@@ -791,7 +810,7 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
         ),
         ([""], "'': no such run, file or model"),
         (["."], "--checkpoint: no config.json in . or best"),
-        (["--no-random", "--no-hub"], "no model: give one, or leave --no-random out"),
+        (["--no-random", "--no-hub"], "no model to offer; pass a MODEL, or remove --no-random"),
         (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
         (["--max-total-megabytes=5"], "--max-total-megabytes 5 is less than --max-megabytes 10; raise it"),
     ],
@@ -810,7 +829,7 @@ def test_bad_flags_are_named(
 def test_wrong_names_of_hosts_are_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main([f"--allow-host={name}"])
-    assert f"argument --allow-host: must be NAME or NAME:PORT, got {name!r}" in capsys.readouterr().err
+    assert f"argument --allow-host: expected NAME or NAME:PORT, got {name!r}" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_named(
@@ -835,8 +854,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given, the runs, random weights; classifiers and detectors apart; the Hub's are in both lists."""
     monkeypatch.chdir(models)
-    parse = demo.create_parser().parse_args
-    offered = demo.Models(parse(["hf-hub:ORG/a", "stvit_pico"]))
+    offered = list_models("hf-hub:ORG/a", "stvit_pico")
     assert offered.choices() == [
         ("hf-hub:ORG/a", "hf-hub:ORG/a"),
         ("stvit_pico (random weights)", "stvit_pico"),
@@ -849,19 +867,21 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["hf-hub:ORG/a", "runs/detect/train", "yolo26n-stvit_pico.yaml"]
     names = [name for _, name in offered.choices(of_detectors=False)]
     assert names == ["hf-hub:ORG/a", "stvit_pico", "runs/vehicles", "stvit_small"]
-    assert offered.open("stvit_pico").is_random and not offered.open("runs/vehicles").is_random
-    assert offered.open("stvit_pico") is offered.open(" stvit_pico ")
+    opened = OpenedModels()
+    assert opened.get("stvit_pico").is_random and not opened.get("runs/vehicles").is_random
+    assert opened.get("stvit_pico") is opened.get("stvit_pico")
+    assert offered.check(" stvit_pico ") == "stvit_pico"
     assert offered.check(" hf_hub:ORG/b@v1") == "hf-hub:ORG/b@v1"  # the former spelling
-    closed = demo.Models(parse(["runs/vehicles", "--no-hub", "--no-random", "--runs="]))
+    closed = list_models("runs/vehicles", "--no-hub", "--no-random", "--runs=")
     assert [name for _, name in closed.choices()] == ["runs/vehicles"]
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
-        with pytest.raises(demo.CommandError, match=r"there is no model .* here; choose a model from the list$"):
-            closed.open(name)
+        with pytest.raises(CommandError, match=r"there is no model .* here; choose a model from the list$"):
+            closed.check(name)
 
 
 def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest one goes before the next one is opened."""
-    opened, kept, opening, go_on = demo.OpenedModels(size=2), [], threading.Event(), threading.Event()
+    opened, kept, opening, go_on = OpenedModels(size=2), [], threading.Event(), threading.Event()
 
     def open_slowly(name: str, downloaded: Source | None, is_limited: bool) -> Any:
         kept.append((name, [other for other, _ in opened._models]))
@@ -869,7 +889,7 @@ def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) 
         assert go_on.wait(60)
         return object()
 
-    monkeypatch.setattr(demo, "_open", open_slowly)
+    monkeypatch.setattr(demo_models, "_open", open_slowly)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(opened.get("a"))) for _ in range(3)]
     for thread in threads:
@@ -889,25 +909,25 @@ def test_models_of_the_hub(hub: Hub, models: Path) -> None:
     hub.commit("org/vehicles", {f.name: f.read_bytes() for f in (models / "runs/vehicles/best").iterdir()})
     hub.create_repo("org/detector")
     hub.commit("org/detector", {"model.pt": (models / "runs/detect/train/weights/best.pt").read_bytes()})
-    offered = demo.Models(demo.create_parser().parse_args(["--runs="]))
-    assert offered.open("hf-hub:org/vehicles").model.num_classes == len(LABELS)
-    assert offered.open("hf-hub:org/detector").is_yolo
+    opened = OpenedModels()
+    classifier, detector = opened.get("hf-hub:org/vehicles"), opened.get("hf-hub:org/detector")
+    assert classifier.model.num_classes == len(LABELS) and detector.is_yolo
     image = Image.new("RGB", (64, 64))
-    with pytest.raises(demo.CommandError, match="choose a classifier"):
-        demo.classify(offered.open("hf-hub:org/detector"), image)
-    with pytest.raises(demo.CommandError, match="choose a detector"):
-        demo.detect(offered.open("hf-hub:org/vehicles"), image, 0.5, 64)
+    with pytest.raises(CommandError, match="choose a classifier"):
+        tasks.classify(detector, image)
+    with pytest.raises(CommandError, match="choose a detector"):
+        tasks.detect(classifier, image, 0.5, 64)
 
 
 def test_class_names() -> None:
     """Of ImageNet those that timm knows; gray models see gray images; the five are in order."""
-    args = argparse.Namespace(title="it", model=timm.create_model("test_stvit").eval(), is_yolo=False, is_random=True)
-    classes = demo.classify(args, Image.new("RGB", (50, 50)))
+    classifier = LoadedModel("it", timm.create_model("test_stvit").eval(), is_yolo=False, is_random=True)
+    classes = tasks.classify(classifier, Image.new("RGB", (50, 50)))
     assert len(classes) == 5 and list(classes.values()) == sorted(classes.values(), reverse=True)
     known = timm.data.ImageNetInfo("imagenet-1k").label_descriptions()
     assert all(name in known for name in classes)
-    args.model = timm.create_model("test_stvit", in_chans=1, num_classes=2).eval()
-    assert set(demo.classify(args, Image.new("RGB", (50, 50)))) == {"class 0", "class 1"}
+    classifier.model = timm.create_model("test_stvit", in_chans=1, num_classes=2).eval()
+    assert set(tasks.classify(classifier, Image.new("RGB", (50, 50)))) == {"class 0", "class 1"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -955,7 +975,7 @@ def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> N
             browser.upload_image(photo)
             browser.click("#classify")
             browser.until(lambda: "%" in browser.text("#classes"), "the classes")
-            best = next(iter(demo.classify(viewed(models, "runs/vehicles"), open_image(photo))))
+            best = next(iter(tasks.classify(loaded(models, "runs/vehicles"), open_image(photo))))
             assert best in browser.text("#classes").splitlines()
             assert "hf-hub" not in browser.text("body")
             # It has no detector, and no tab for one.

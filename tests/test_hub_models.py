@@ -13,7 +13,7 @@ from hub_server import Hub
 from stvit import hub as stvit_hub
 from stvit.adapters.yolo import YOLO
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.hub_models import Downloads, check_config, check_modules
+from stvit.tools.demonstration.hub_models import Downloads, check_config, check_modules
 from stvit.weights import Source
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from stvit.tools.common.page_guard import MAX_MESSAGE, Guard, Hosts
-from stvit.tools.common.scratch import Storage
+from stvit.tools.demonstration.page_guard import MAX_MESSAGE, Guard, Hosts
+from stvit.tools.demonstration.scratch import Storage
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_unfinished_and_failed_requests(tmp_path: Path, monkeypatch: pytest.Monk
         400,
         "the connection was closed before the request was whole\n",
     )
-    monkeypatch.setattr("stvit.tools.common.page_guard.UPLOAD_S", 0.05)
-    monkeypatch.setattr("stvit.tools.common.page_guard.MESSAGE_S", 0.05)
+    monkeypatch.setattr("stvit.tools.demonstration.page_guard.UPLOAD_S", 0.05)
+    monkeypatch.setattr("stvit.tools.demonstration.page_guard.MESSAGE_S", 0.05)
     for path in ("/gradio_api/upload", "/gradio_api/queue/join"):
         status, text = ask(page, [part(10)], path=path)
         assert status == 408 and text == "the request took longer than 0.05 seconds to arrive\n"

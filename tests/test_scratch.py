@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stvit.tools.common.scratch import Storage, private_folder, remove_leftovers
+from stvit.tools.demonstration.scratch import Storage, private_folder, remove_leftovers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tests fork processes, which Windows cannot")
 PREFIX = "stvit-test-"
@@ -98,7 +98,7 @@ def age(path: Path, seconds: float) -> None:
 
 def test_old_files_go_whatever_stands_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders, broken links, pipes and files that cannot be deleted do not keep others."""
-    monkeypatch.setattr("stvit.tools.common.scratch._changed", lambda status: status.st_mtime)
+    monkeypatch.setattr("stvit.tools.demonstration.scratch._changed", lambda status: status.st_mtime)
     for name in ("a/old.png", "b/old.png", "b/new.png", "stuck/old.png", "z/old.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(5000))
@@ -130,7 +130,7 @@ def test_old_files_go_whatever_stands_in_the_way(tmp_path: Path, monkeypatch: py
 
 def test_the_oldest_files_go_when_there_are_many(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to half of the limit; files of the last minute stay."""
-    monkeypatch.setattr("stvit.tools.common.scratch._changed", lambda status: status.st_mtime)
+    monkeypatch.setattr("stvit.tools.demonstration.scratch._changed", lambda status: status.st_mtime)
     for i in range(10):
         (temporary / f"{i}.png").write_bytes(bytes(100_000))
         age(temporary / f"{i}.png", 1000 - i if i < 9 else 0)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.worker import Worker
+from stvit.tools.demonstration.worker import Worker
 
 
 def add(a: int, b: int) -> tuple[int, int]:

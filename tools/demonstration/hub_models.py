@@ -18,7 +18,7 @@ from stvit.weights import Source
 from stvit.weights.config import read_content
 from stvit.weights.errors import describe_hub_error, is_network_error
 
-from .cli import CommandError
+from ..common.cli import CommandError
 
 __all__ = ["Downloads", "check_config", "check_modules"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cli import CommandError
-from .locks import InUseError, PathLock
+from ..common.cli import CommandError
+from ..common.locks import InUseError, PathLock
 
 _LOCK = "lock"
 # Small files and folders take a block of the disk each.

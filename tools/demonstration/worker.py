@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .cli import CommandError
+from ..common.cli import CommandError
 
 # A process imports torch and more before its first call.
 START_S = 180.0

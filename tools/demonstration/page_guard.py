@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException
 
 from stvit.safe_text import printable
 
-from .cli import reason
+from ..common.cli import reason
 from .scratch import Storage
 
 Scope = MutableMapping[str, Any]
