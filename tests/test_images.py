@@ -18,8 +18,12 @@ from ultralytics.utils import ASSETS
 
 from stvit import STViT
 from stvit.images import READERS, SUFFIXES, UnreadableImageError, convert_image, open_image
-from stvit.tools import demo, export, train_cls, validate_cls, visualize
+from stvit.tools import export, train_cls, validate_cls, visualize
 from stvit.tools.common.cli import CommandError
+from stvit.tools.demonstration.computing import Computer
+from stvit.tools.demonstration.config import LimitsConfig, ModelsConfig
+from stvit.tools.demonstration.models import ModelList, OpenedModels
+from stvit.tools.demonstration.tasks import classify
 
 SIDE = 32
 Y, X = np.mgrid[:SIDE, :SIDE]
@@ -134,6 +138,8 @@ def pixels_of(x: Any, mean: np.ndarray, std: np.ndarray) -> set[bytes]:
 def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, validation, calibration, visualize and the demo read the same pixels from each kind of file."""
     pytest.importorskip("gradio")
+    from stvit.tools.demonstration.page import Page
+
     for split in ("train", "val"):
         for name in ("a", "b"):  # the classes
             expected = write_images(tmp_path / split / name)
@@ -161,15 +167,16 @@ def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeyp
     uploads = tmp_path / "uploads"
     write_images(uploads)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
-    args = demo.create_parser().parse_args([str(tmp_path / "run"), "--runs=", "--no-random"])
-    models = demo.Models(args)
-    page = demo.create_page(models, args, demo.Computer(models, args))
+    limits = LimitsConfig()
+    models = ModelList(ModelsConfig(names=[str(tmp_path / "run")], runs="", random=False))
+    page = Page(models, Computer(models, limits), limits).blocks
+    classifier = OpenedModels().get(str(tmp_path / "run"))
     receive = next(function.fn for function in page.fns.values() if function.name == "receive")
     with recorded(channels) as seen:
         for name in expected:
             session = SimpleNamespace(image=None, view=None)
             receive({"path": str(uploads / name)}, session)
-            demo.classify(models.open(str(tmp_path / "run")), session.image)
+            classify(classifier, session.image)
     assert seen["evaluation"] == wanted
 
     if channels == 3:

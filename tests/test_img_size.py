@@ -10,7 +10,10 @@ import timm
 import torch
 
 from stvit import hub as stvit_hub
-from stvit.tools import benchmark, convert_checkpoint, demo, export, push_to_hub, train_cls, validate_cls
+from stvit.tools import benchmark, convert_checkpoint, export, push_to_hub, train_cls, validate_cls
+from stvit.tools.demonstration.config import ModelsConfig
+from stvit.tools.demonstration.models import ModelList, OpenedModels
+from stvit.tools.demonstration.tasks import classify
 
 DATA = ["--dataset=sklearn/digits", "--workers=0"]
 TRAIN = [*DATA, "--epochs=1", "--batch-size=256", "--lr=1e-3", "--warmup-epochs=0", "--experiment=it"]
@@ -56,11 +59,11 @@ def test_all_commands_load_the_run(run: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_demo_shows_the_run(run: Path) -> None:
-    args = demo.create_parser().parse_args([str(run), "--no-random"])
     image = next(iter(_digits()))
+    opened = OpenedModels()
     for name in (str(run), str(next((run / "checkpoints").glob("*.pt")))):
-        args.models = [name]
-        assert len(demo.classify(demo.Models(args).open(name), image)) == 5
+        assert ModelList(ModelsConfig(names=[name])).check(name) == name
+        assert len(classify(opened.get(name), image)) == 5
 
 
 def _digits() -> Iterator:
