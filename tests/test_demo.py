@@ -576,7 +576,7 @@ def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> No
                 value = {"path": path, "url": path, "orig_name": "a.jpg", **meta}
                 said.append(ask(page, join(receive, [value, None])))
         assert [status for status, _ in said] == [200, 200] + [400] * (len(said) - 2)
-        assert {text for _, text in said[2:]} == {"that is no image that was uploaded here: upload a file\n"}
+        assert {text for _, text in said[2:]} == {"that is no uploaded image; upload a file\n"}
     assert not list((tmp_path / "temporary").glob("stvit-demo-*"))
 
 
@@ -638,11 +638,14 @@ def test_requests_of_other_pages_are_refused(page: str) -> None:
             status, text = ask(page, body, path, Host=host)
             assert (status, text) == (
                 403,
-                f"Host '{host}' is no address of this page; if it is yours, start the page with --allow-host={host}\n",
+                f"Host '{host}' is not an address of this page; to allow it, start the page with --allow-host={host}\n",
             )
         for origin in ("http://evil.com", "null", "http://127.0.0.1:1"):
             status, text = ask(page, body, path, Origin=origin)
-            assert (status, text) == (403, f"Origin '{origin}' is another page, whose requests are refused\n")
+            assert (status, text) == (
+                403,
+                f"Origin '{origin}' is another page; only requests of this page are accepted\n",
+            )
     for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
         assert ask(page, path="/config", Host=host, Origin=f"http://{host}")[0] == 200
 
@@ -665,9 +668,7 @@ def test_uploads_of_all_users_have_a_limit(page: str) -> None:
         answer = ""
         while "minutes" not in answer and (part := connection.recv(10_000)):
             answer += part.decode()
-    assert (
-        answer.startswith("HTTP/1.1 413") and "the uploads of all users exceed the 40 MB that this page takes" in answer
-    )
+    assert answer.startswith("HTTP/1.1 413") and "the uploads of all users exceed the limit of 40 MB" in answer
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=it\r\n\r\n")
         connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")

@@ -1,4 +1,4 @@
-"""Addresses that a page answers to, and what the guard lets through; tests/test_demo.py asks a real page."""
+"""Addresses of the page, and requests that the guard passes or refuses; tests/test_demo.py sends them to a page."""
 
 import asyncio
 import json
@@ -130,18 +130,18 @@ def guard(folder: Path, fail: Exception | None = None) -> Guard:
 
 
 def test_uploads_end_at_the_limit_while_they_arrive(tmp_path: Path) -> None:
-    """With a length that is told before, without one, and after others; what has ended counts no more."""
+    """With and without a Content-Length, and beside others. Finished requests no longer count."""
     page = guard(tmp_path)
     assert ask(page, [part(60_000), part(30_000, more=False)]) == (200, "90000")
     status, text = ask(page, [part(60_000)] * 3)
     assert status == 413 and text == (
-        "the uploads of all users exceed the 0.0953674 MB that this page takes; try again in some minutes\n"
+        "the uploads of all users exceed the limit of 0.0953674 MB; try again in a few minutes\n"
     )
     assert page._receiving == 0 == page._uploads
     told = [(b"host", b"a:1"), (b"content-length", b"100001")]
     assert ask(page, [], headers=told)[0] == 413
     (tmp_path / "stored").write_bytes(bytes(90_000))
-    assert ask(page, [part(1, more=False)]) == (200, "1")  # and looks at what is stored
+    assert ask(page, [part(1, more=False)]) == (200, "1")  # and measures the stored files
     assert ask(page, [part(60_000, more=False)])[0] == 413
     page._receiving = 99_999
     page.storage.stored = 0
@@ -149,11 +149,11 @@ def test_uploads_end_at_the_limit_while_they_arrive(tmp_path: Path) -> None:
 
 
 def test_unfinished_and_failed_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A client that goes away, one that never ends, too many at once, a failure of the page: one line each."""
+    """A client that disconnects, one that never ends, too many uploads, an error of the page: one line each."""
     page = guard(tmp_path)
     assert ask(page, [part(10), {"type": "http.disconnect"}]) == (
         400,
-        "the connection was closed before the request was whole\n",
+        "the connection was closed before the request was complete\n",
     )
     monkeypatch.setattr("stvit.tools.demonstration.page_guard.UPLOAD_S", 0.05)
     monkeypatch.setattr("stvit.tools.demonstration.page_guard.MESSAGE_S", 0.05)
@@ -170,10 +170,14 @@ def test_unfinished_and_failed_requests(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("scope", "status", "words"),
     [
-        ({"headers": []}, 403, "Host '' is no address of this page"),
-        ({"headers": [(b"host", b"a:1"), (b"host", b"a:1")]}, 403, "is no address of this page"),
-        ({"headers": [(b"host", b"evil\x1b[2J")]}, 403, "Host 'evil\\x1b[2J' is no address"),
-        ({"headers": [(b"host", b"a:1"), (b"origin", b"http://evil")]}, 403, "Origin 'http://evil' is another page"),
+        ({"headers": []}, 403, "Host '' is not an address of this page"),
+        ({"headers": [(b"host", b"a:1"), (b"host", b"a:1")]}, 403, "is not an address of this page"),
+        ({"headers": [(b"host", b"evil\x1b[2J")]}, 403, "Host 'evil\\x1b[2J' is not an address"),
+        (
+            {"headers": [(b"host", b"a:1"), (b"origin", b"http://evil")]},
+            403,
+            "Origin 'http://evil' is another page; only requests of this page",
+        ),
         ({"path": "/gradio_api/run/predict"}, 404, "no such address"),
         ({"path": "/gradio_api/component_server"}, 404, "no such address"),
         ({"path": "/login"}, 404, "no such address"),

@@ -1,4 +1,4 @@
-"""Calls in another process: results, errors, time and memory limits, the ends of both processes."""
+"""Calls in another process: results, errors, limits on time and memory, and the end of each process."""
 
 import multiprocessing
 import os
@@ -54,7 +54,7 @@ def test_results_and_errors(worker: Worker, capfd: pytest.CaptureFixture[str]) -
     assert result == 3 and process != os.getpid()
     with pytest.raises(CommandError, match="choose another"):
         worker.call(fail, CommandError("choose another"))
-    with pytest.raises(RuntimeError, match=r"^KeyError in the process that computes$"):
+    with pytest.raises(RuntimeError, match=r"^KeyError in the computing process$"):
         worker.call(fail, KeyError("secret"))
     assert "secret" in capfd.readouterr().err
     assert worker.call(add, 3, 4) == (7, process)
@@ -62,7 +62,7 @@ def test_results_and_errors(worker: Worker, capfd: pytest.CaptureFixture[str]) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
 def test_memory_is_limited(worker: Worker) -> None:
-    with pytest.raises(CommandError, match="this needs more than 4 GB of memory, the limit here"):
+    with pytest.raises(CommandError, match="this needs more memory than the limit of 4 GB; choose a smaller model"):
         worker.call(allocate, 8 * 2**30)
 
 
@@ -83,16 +83,16 @@ def test_a_call_that_hangs_is_stopped_and_others_go_on(worker: Worker, tmp_path:
     while not (tmp_path / "started").exists():
         assert hanging.is_alive()
         time.sleep(0.01)
-    worker.seconds = 60  # of those that follow
+    worker.seconds = 60  # for the following calls
     waiting = threading.Thread(target=call, args=(add, 2, 2))
     waiting.start()
     hanging.join()
     waiting.join()
-    assert results[0] == "stopped after 2 seconds, the limit for one request"
+    assert results[0] == "stopped after 2 seconds, the limit for one request; choose a smaller model"
     assert results[1][0] == 4 and results[1][1] != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
-    with pytest.raises(CommandError, match="the process that computes ended"):
+    with pytest.raises(CommandError, match="the computing process ended, possibly because memory was full"):
         worker.call(end)
 
 

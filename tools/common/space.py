@@ -1,6 +1,6 @@
 """Writes the page of tools/demo.py as a Space of the Hugging Face Hub.
 
-A Space is a folder that runs on its own.
+The folder of a Space contains the page, the model and this package.
 """
 
 import json
@@ -25,7 +25,7 @@ from .cli import CommandError, reason
 FILES = {"app.py", "requirements.txt", "stvit", "model", "LICENSE", "NOTICE", CARD}
 # Patterns of files that a push deletes if they are not in the folder.
 REPLACED = ("stvit/*", "model/*")
-_APP = '''"""The page of stvit's tools/demo.py, as a Space. Written by stvit, and replaced by each push."""
+_APP = '''"""Runs the page of `stvit demo` as a Space. Written by stvit; each push replaces this file."""
 
 import os
 import sys
@@ -35,7 +35,8 @@ os.chdir(Path(__file__).resolve().parent)
 
 from stvit.tools.demo import main  # noqa: E402
 
-# In a Space the Hub's proxy asks for the page, under the names in SPACE_HOST. Elsewhere the page is for this machine.
+# In a Space, requests come from the proxy of the Hub, under the names in SPACE_HOST. Elsewhere, only this machine can
+# open the page.
 HOST = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
 PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
 NAMES = [f"--allow-host={name}" for name in os.environ.get("SPACE_HOST", "").split(",") if name]
@@ -49,7 +50,7 @@ if __name__ == "__main__":
 def write_space(folder: Path, repo_id: str, model: str, title: str, license: str | None = None) -> None:
     """Writes the files of a Space.
 
-    These are app.py, requirements.txt, this version of stvit, its license, and the card.
+    These are app.py, requirements.txt, the installed stvit and its license, and the card.
 
     Args:
         folder: Folder to write. Weights that are not on the Hub are in its folder `model`.

@@ -1,6 +1,6 @@
-"""Opens classifiers and detectors to look at.
+"""Loads classifiers and detectors for `stvit visualize` and `stvit demo`.
 
-They come from a run, a file or the Hub, or have random weights.
+A model comes from a run, a file or the Hub, or has random weights.
 """
 
 import threading
@@ -26,7 +26,7 @@ __all__ = ["LoadedModel", "explain_errors", "is_detector", "load_downloaded", "l
 
 @dataclass
 class LoadedModel:
-    """A model to look at, in eval mode on the CPU.
+    """A model in eval mode on the CPU.
 
     Attributes:
         title: Name of the model for the user; says if the weights are random.
@@ -65,9 +65,7 @@ def load_model(config: ModelSource) -> LoadedModel:
 
 
 def load_downloaded(name: str, source: Source) -> LoadedModel:
-    """Loads a model of the Hub from its downloaded files.
-
-    Code in a checkpoint is never run.
+    """Loads a downloaded model of the Hub without running code of its checkpoint.
 
     Args:
         name: Name of the model on the Hub, for the title.
@@ -88,21 +86,21 @@ def load_downloaded(name: str, source: Source) -> LoadedModel:
 def _load_from_hub(config: ModelSource, source: Source) -> LoadedModel:
     """Loads a model of the Hub.
 
-    A repository with a config.json contains a classifier, any other one a detector.
+    A repository with a config.json contains a classifier. Any other repository contains a detector.
     """
     try:
         return _load_classifier(config)
     except CommandError as error:
         try:
             repository = hub.Repository(source.name)
-        except hub.HubError:  # an invalid name, which the first error reports, too
+        except hub.HubError:  # the first error reports the invalid name, too
             raise error from None
         if repository.read_file("config.json", source.revision) is not None:
             raise
         try:
             return LoadedModel(config.title, _yolo(str(source)), is_yolo=True, is_random=False)
         except CommandError as second:
-            # If the download failed, nobody knows what the repository contains.
+            # After a failed download, the kind of the model is unknown. The error of the classifier is clearer.
             raise (error if isinstance(second.__cause__, stvit.PretrainedDownloadError) else second) from None
 
 
@@ -119,11 +117,9 @@ _DRAWING = threading.Lock()
 
 @contextmanager
 def _seeded_rng() -> Iterator[None]:
-    """Context manager that makes random weights the same each time.
+    """Context manager: makes random weights the same each time.
 
-    The random state of the process does not change.
-
-    The lock is needed because all threads share this state.
+    The random state of the process does not change. All threads share this state, hence the lock.
     """
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -133,7 +129,7 @@ def _seeded_rng() -> Iterator[None]:
 def is_detector(name: str) -> bool:
     """Returns whether a name is a model file, run or checkpoint of Ultralytics.
 
-    The name of a repository on the Hub does not tell; the result is then False.
+    The name of a repository on the Hub does not show its kind. The result is then False.
     """
     return name.endswith((".yaml", ".yml")) or _find_detector(Path(name).expanduser()) is not None
 
@@ -147,7 +143,7 @@ def _find_detector(path: Path) -> Path | None:
         return None
     try:
         names = class_names(path)
-    except (OSError, WeightsFileError):  # reported when the file is read
+    except (OSError, WeightsFileError):  # the error is reported when the file is loaded
         return None
     return path if any(name.startswith("ultralytics.nn.") for name in names) else None
 
@@ -171,7 +167,7 @@ def _yolo(name: str) -> Any:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Context manager that turns errors of a model or a library into `CommandError`."""
+    """Context manager: turns errors of a model or a library into `CommandError`."""
     try:
         yield
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -193,7 +189,7 @@ def stages_of(loaded: LoadedModel) -> list[int]:
     """Returns the stages with super tokens.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If the model has no super tokens.
     """
     with explain_errors():
         stages = visualize.stages(loaded.model)

@@ -1,7 +1,4 @@
-"""Downloads models that users of a page type in, within limits.
-
-Users who ask for the same model share a download.
-"""
+"""Downloads models that users type into the page, and limits their size and arguments."""
 
 import threading
 from collections.abc import Mapping
@@ -46,10 +43,14 @@ _OWN_PAGE = "run the page on your own machine, with the model on its command lin
 
 
 class Downloads:
-    """Downloads of models in background threads."""
+    """Downloads models in background threads.
+
+    Users who ask for the same model share a download.
+    """
 
     def __init__(self, seconds: float, max_bytes: int, max_total: int) -> None:
-        """
+        """Stores the limits.
+
         Args:
             seconds: Longest wait of a request. The download continues after it.
             max_bytes: Largest model that users can download.
@@ -66,7 +67,7 @@ class Downloads:
     def get(self, source: Source, is_limited: bool = True) -> Source:
         """Downloads a model and returns its local source.
 
-        It is the folder of a classifier or the checkpoint of a detector.
+        The source is the folder of a classifier or the checkpoint of a detector.
 
         Args:
             source: Repository on the Hub.
@@ -136,7 +137,7 @@ class Downloads:
             paths = [Path(hf_hub_download(source.name, file, revision=info.sha)) for file in wanted]
         except CommandError:
             raise
-        except Exception as error:  # of huggingface_hub, the network or the disk
+        except Exception as error:  # huggingface_hub, the network or the disk
             raise CommandError(
                 f"cannot open {source}: {describe_hub_error(error, source.name, source.revision)}"
             ) from error
@@ -162,7 +163,7 @@ class Downloads:
             if self._total + size > self.max_total:
                 raise CommandError(
                     f"cannot open {source}: the limit of {self.max_total / 2**30:.0f} GB for all downloads is reached; "
-                    "choose a model from the list, or one that was shown before"
+                    "choose a model from the list, or one that was used before"
                 )
             self._total += size
 
@@ -170,7 +171,10 @@ class Downloads:
 def _choose_files(source: Source, files: Mapping[str, int]) -> list[str]:
     """Returns the files to download.
 
-    These are configuration and weights of timm, or a checkpoint of Ultralytics.
+    A classifier needs its configuration and weights, a detector its checkpoint.
+
+    Raises:
+        CommandError: If the repository has neither, or several checkpoints.
     """
     if _CONFIG in files:
         weights = next((file for file in _WEIGHTS if file in files), None)

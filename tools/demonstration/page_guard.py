@@ -1,4 +1,7 @@
-"""What a page of Gradio lets in: requests of the page itself, of known kinds and limited size."""
+"""Checks the requests to a page of Gradio.
+
+Only requests of the page itself pass, of known kinds and limited size.
+"""
 
 import asyncio
 import ipaddress
@@ -26,14 +29,14 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _API = "/gradio_api"
-# The page needs these; Gradio has more, such as a proxy for addresses elsewhere and direct calls past the queue.
+# Paths that the page needs. Gradio has more, such as a proxy for other addresses and calls that skip the queue.
 _READ = re.compile(
     r"(?!/gradio_api(/|$)|/monitoring)/.*|/gradio_api/(app_id|file=(?!https?:).*|heartbeat/[^/]+|info|login_check|"
     r"queue/(data|status)|startup-events|theme\.css|upload_progress|user)/?",
     re.IGNORECASE | re.DOTALL,
 )
 _WRITE = re.compile(r"/gradio_api/(upload|queue/join|cancel|reset)")
-# Bytes of a message that is not an upload; the page's own have a few hundred.
+# Bytes of the largest message that is not an upload. Messages of the page have a few hundred.
 MAX_MESSAGE = 2**16
 MESSAGE_S = 30.0
 UPLOAD_S = 300.0
@@ -42,7 +45,10 @@ _MAX_TEXT = 300
 
 
 class _RefusedError(MultiPartException):
-    """A request that is not answered by the page. Gradio removes what it has of an upload when it meets this kind."""
+    """Raised for a request that the guard refuses.
+
+    Gradio removes the incomplete files of an upload when it catches a `MultiPartException`.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -56,17 +62,18 @@ class _RefusedError(MultiPartException):
 class Hosts:
     """The addresses that a page answers to.
 
-    A browser sends the name of the page's address along, and other pages cannot change it. A name that is not the
-    page's belongs to another page, whose owner has its name lead here ("DNS rebinding").
+    A browser sends the host of the address with each request, and other pages cannot change it. A host that is unknown
+    here belongs to another page, whose owner made its name resolve to this machine ("DNS rebinding").
     """
 
     def __init__(self, host: str, port: int, allowed: Sequence[str] = ()) -> None:
-        """
+        """Collects the addresses.
+
         Args:
-            host: Address or name that the server listens on. 127.0.0.1 stands for localhost too, and 0.0.0.0 for every
-                IP address, which no rebinding can forge.
+            host: Address or name that the server listens on. 127.0.0.1 includes localhost. 0.0.0.0 includes localhost
+                and every IP address, because rebinding needs a name.
             port: Port that the server listens on.
-            allowed: More addresses, NAME (of any port) or NAME:PORT.
+            allowed: Further addresses: NAME, with any port, or NAME:PORT.
         """
         is_local = host == "localhost" or _is_ip(host, "is_loopback")
         self.takes_ips = not host or _is_ip(host, "is_unspecified")
@@ -84,14 +91,14 @@ class Hosts:
         """Returns whether an Origin header names the page itself.
 
         Args:
-            origin: The Origin header.
-            host: The Host header.
+            origin: Origin header of the request.
+            host: Host header of the request.
         """
         try:
             parts = urlsplit(origin)
             default = {"http": 80, "https": 443}[parts.scheme]
             name, port = parts.hostname or "", parts.port or default
-        except (KeyError, ValueError):  # "null", and what no browser sends
+        except (KeyError, ValueError):  # "null", or a header that no browser sends
             return False
         own_name, own_port = _split(host)
         return (name, port) == (own_name, own_port or default) or self._is_named(name, port)
@@ -121,23 +128,24 @@ def _is_ip(name: str, kind: str = "version") -> bool:
 
 
 def check_event(page: Any, folder: Path, message: Any) -> dict[str, Any]:
-    """Returns the message of an event as the page itself would send it.
+    """Returns the message of an event, reduced to the keys that the page sends.
 
     Args:
         page: The page, a `gradio.Blocks`.
         folder: Folder of the uploads.
-        message: JSON of `queue/join`.
+        message: Parsed JSON of `queue/join`.
 
     Raises:
-        _RefusedError: If the page would not send it, such as a file that was not uploaded or an input of another type.
+        _RefusedError: If the page would not send this message. Examples are a file that was not uploaded, and an input
+            of a wrong type.
     """
     message = message if isinstance(message, dict) else {}
     index, session, data = (message.get(key) for key in ("fn_index", "session_hash", "data"))
     function = page.fns.get(index) if type(index) is int else None
     if function is None or not _is_id(session):
-        raise _RefusedError(400, "this event is not one of the page's")
+        raise _RefusedError(400, "unknown event; reload the page")
     if not isinstance(data, list) or len(data) != len(function.inputs):
-        raise _RefusedError(400, f"this event takes {len(function.inputs)} inputs")
+        raise _RefusedError(400, f"expected a list of {len(function.inputs)} inputs; reload the page")
     inputs = [
         _check_input(type(block).__name__, value, folder) for block, value in zip(function.inputs, data, strict=True)
     ]
@@ -148,10 +156,10 @@ def check_event(page: Any, folder: Path, message: Any) -> dict[str, Any]:
 
 
 def check_end(message: Any) -> dict[str, Any]:
-    """Returns the message that cancels or forgets an event, without what the page would not send.
+    """Returns the message that cancels or resets an event, reduced to the keys that the page sends.
 
     Args:
-        message: JSON of `cancel` and `reset`.
+        message: Parsed JSON of `cancel` or `reset`.
     """
     message = message if isinstance(message, dict) else {}
     checked = {key: message[key] for key in ("session_hash", "event_id") if _is_id(message.get(key))}
@@ -163,7 +171,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _check_input(kind: str, value: Any, folder: Path) -> Any:
-    if kind == "State" or value is None:  # the server's own state is taken
+    if kind == "State" or value is None:  # the server uses its own state
         return None
     if kind == "Image" and isinstance(value, dict):
         return {"path": _check_upload(value.get("path"), folder), "meta": {"_type": "gradio.FileData"}}
@@ -171,7 +179,7 @@ def _check_input(kind: str, value: Any, folder: Path) -> Any:
         return value
     if kind == "Slider" and type(value) in (int, float) and math.isfinite(value):
         return value
-    raise _RefusedError(400, f"this input does not fit a {kind}")
+    raise _RefusedError(400, f"wrong value for a {kind}; reload the page")
 
 
 def _check_upload(path: Any, folder: Path) -> str:
@@ -181,15 +189,15 @@ def _check_upload(path: Any, folder: Path) -> str:
             return str(path)
     except (OSError, RuntimeError, TypeError, ValueError):
         pass
-    raise _RefusedError(400, "that is no image that was uploaded here: upload a file")
+    raise _RefusedError(400, "that is no uploaded image; upload a file")
 
 
 def _check_place(event: Any) -> dict[str, Any]:
-    """Returns the event of a click at a place in a picture."""
+    """Returns the event of a click on a pixel of a picture."""
     place = event.get("index") if isinstance(event, dict) else None
     if isinstance(place, list) and len(place) == 2 and all(type(x) in (int, float) and math.isfinite(x) for x in place):
         return {"index": place, "value": None, "selected": True}
-    raise _RefusedError(400, "this event takes a place in the picture")
+    raise _RefusedError(400, "expected a pixel of the picture; click on the picture")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,12 +208,13 @@ class Guard:
     """ASGI middleware in front of a page of Gradio."""
 
     def __init__(self, app: Any, *, page: Any, hosts: Hosts, storage: Storage) -> None:
-        """
+        """Stores the application and its limits.
+
         Args:
-            app: The application behind it.
+            app: ASGI application that answers the requests that pass.
             page: The page, a `gradio.Blocks`.
-            hosts: Its addresses.
-            storage: Its uploads. Uploads end where these and those on the way take more than the limit.
+            hosts: Addresses of the page.
+            storage: Uploads of the page. An upload is refused if stored and unfinished uploads exceed the limit.
         """
         self.app = app
         self.page = page
@@ -215,7 +224,7 @@ class Guard:
         self._uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers or passes on a request."""
+        """Passes a request on, or refuses it."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         try:
@@ -248,11 +257,11 @@ class Guard:
             name = printable(hosts[0][:200]) if hosts else ""
             raise _RefusedError(
                 403,
-                f"Host '{name}' is no address of this page; if it is yours, start the page with --allow-host={name}",
+                f"Host '{name}' is not an address of this page; to allow it, start the page with --allow-host={name}",
             )
         if any(not self.hosts.takes_origin(origin, hosts[0]) for origin in origins):
             raise _RefusedError(
-                403, f"Origin '{printable(origins[0][:200])}' is another page, whose requests are refused"
+                403, f"Origin '{printable(origins[0][:200])}' is another page; only requests of this page are accepted"
             )
 
     async def _read_message(self, receive: Receive) -> bytes:
@@ -260,7 +269,7 @@ class Guard:
         async for part in _parts(receive, MESSAGE_S):
             body += part
             if len(body) > MAX_MESSAGE:
-                raise _RefusedError(413, f"messages have at most {MAX_MESSAGE} bytes")
+                raise _RefusedError(413, f"the message is larger than the limit of {MAX_MESSAGE} bytes")
         return bytes(body)
 
     async def _receive_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -295,18 +304,18 @@ class Guard:
         self._uploads += 1
         try:
             await self._pass_on(scope, receive_part, send_unless_refused)
-        except _RefusedError as error:  # Gradio may have met it and gone on, too
+        except _RefusedError as error:  # Gradio may also catch the error in `receive_part`
             refused[:] = refused or [error]
         finally:
             self._uploads -= 1
-            getattr(self.page, "upload_file_set", set()).clear()  # names of uploads, which Gradio would collect forever
+            getattr(self.page, "upload_file_set", set()).clear()  # Gradio never removes the names of uploads
             await asyncio.shield(asyncio.to_thread(self.storage.sweep))
             self._receiving -= received
         if refused:
             raise refused[0]
 
     def _check_room(self, size: int) -> None:
-        """Refuses more bytes than fit beside the files that are there and those on the way.
+        """Checks that further bytes fit beside the stored and the unfinished uploads.
 
         Raises:
             _RefusedError: If they do not fit.
@@ -314,11 +323,11 @@ class Guard:
         if self.storage.stored + self._receiving + size > self.storage.limit:
             limit = self.storage.limit / 2**20
             raise _RefusedError(
-                413, f"the uploads of all users exceed the {limit:g} MB that this page takes; try again in some minutes"
+                413, f"the uploads of all users exceed the limit of {limit:g} MB; try again in a few minutes"
             )
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Has the page answer; what Gradio does not catch becomes one line of the log."""
+        """Lets the page answer. An error that Gradio does not catch becomes one line in the log."""
         is_answered = False
 
         async def note(message: MutableMapping[str, Any]) -> None:
@@ -345,7 +354,7 @@ async def _parts(receive: Receive, seconds: float) -> Any:
     """Yields the parts of a request's body.
 
     Raises:
-        _RefusedError: If the client goes away, or has not sent the body in time.
+        _RefusedError: If the client disconnects, or does not send the body in time.
     """
     end = asyncio.get_running_loop().time() + seconds
     while True:
@@ -354,7 +363,7 @@ async def _parts(receive: Receive, seconds: float) -> Any:
         except asyncio.TimeoutError:
             raise _RefusedError(408, f"the request took longer than {seconds:g} seconds to arrive") from None
         if message["type"] != "http.request":
-            raise _RefusedError(400, "the connection was closed before the request was whole")
+            raise _RefusedError(400, "the connection was closed before the request was complete")
         if message.get("body"):
             yield message["body"]
         if not message.get("more_body"):
@@ -369,7 +378,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _repeat(body: bytes, receive: Receive) -> Receive:
-    """Returns a function that gives the body first, and then what `receive` gives."""
+    """Returns a function that returns the body first, and then the messages of `receive`."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def repeat() -> MutableMapping[str, Any]:

@@ -1,6 +1,6 @@
 """A private folder for the files of one process.
 
-It is kept small while the process runs, and removed afterwards.
+Old files are deleted while the process runs, and the folder at its end.
 """
 
 import os
@@ -17,21 +17,21 @@ from ..common.cli import CommandError
 from ..common.locks import InUseError, PathLock
 
 _LOCK = "lock"
-# Small files and folders take a block of the disk each.
+# Bytes of a block on the disk. A small file takes a whole block.
 _BLOCK = 4096
-# Files younger than that may be in use by the request that wrote them.
+# Seconds in which a request may use a file that it wrote.
 _GRACE_S = 60.0
 
 
 @contextmanager
 def private_folder(prefix: str) -> Iterator[Path]:
-    """Context with a new folder that only this user can read.
+    """Context manager: creates a folder that only this user can read, and removes it on exit.
 
-    The folder contains a file `lock`. A killed process leaves its folder behind. The next process removes it: the lock
-    in a folder tells whether the process that made the folder still runs.
+    The folder contains a file `lock`, which shows whether its process still runs. A killed process leaves its folder
+    behind. The next process removes it.
 
     Args:
-        prefix: Of the folder's name, in the system's folder for temporary files. The rest of the name is random.
+        prefix: Start of the folder's name. The rest is random. The folder is in the system's temporary folder.
 
     Raises:
         OSError: If the folder cannot be created.
@@ -53,7 +53,7 @@ def _create(prefix: str) -> tuple[Path, PathLock]:
         try:
             lock.acquire(folder / _LOCK, is_required=True)
             return folder, lock
-        except InUseError:  # another process took the new folder for a leftover, and removes it
+        except InUseError:  # another process considers the new folder a leftover and removes it
             continue
         except CommandError as error:
             if folder.exists():
@@ -65,7 +65,7 @@ def remove_leftovers(prefix: str) -> None:
     """Removes the folders of `private_folder` whose processes have ended.
 
     Args:
-        prefix: As for `private_folder`.
+        prefix: Start of the folders' names.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         try:
@@ -81,24 +81,25 @@ def remove_leftovers(prefix: str) -> None:
                     elif path.name != _LOCK:
                         path.unlink()
             folder.rmdir()
-        except (CommandError, OSError):  # its process is running, or a file cannot be removed
+        except (CommandError, OSError):  # the process still runs, or a file cannot be removed
             continue
 
 
 class Storage:
-    """The files in a folder: how much room they take, and the removal of old ones.
+    """Measures the files in a folder and deletes old ones.
 
     Attributes:
-        limit: Room in bytes for all files.
-        stored: Room in bytes that the files took at the last look.
+        limit: Disk space for all files, in bytes.
+        stored: Disk space that the files took at the last sweep, in bytes.
     """
 
     def __init__(self, folder: Path, limit: int, max_age: float) -> None:
-        """
+        """Stores the limits.
+
         Args:
-            folder: Files in the folder and in folders below it.
-            limit: Room in bytes for all files.
-            max_age: Seconds after which a file is deleted.
+            folder: Folder of the files. Subfolders are included.
+            limit: Disk space for all files, in bytes.
+            max_age: Age in seconds at which a file is deleted.
         """
         self.folder = folder
         self.limit = limit
@@ -109,8 +110,8 @@ class Storage:
     def sweep(self) -> None:
         """Deletes files that are too old.
 
-        While the rest takes more than half of the limit, it also deletes the oldest ones. Files of the last minute
-        stay. What cannot be deleted stays until the next time.
+        If the others take more than half of the limit, the oldest ones are deleted too. Files of the last minute are
+        kept. A file that cannot be deleted is tried again in the next sweep.
         """
         with self._lock:
             self.stored = self._sweep()
@@ -144,10 +145,10 @@ class Storage:
 
     @contextmanager
     def kept_small(self, seconds: float = 10.0) -> Iterator[None]:
-        """Sweeps in a thread, again and again, until the end of the context.
+        """Context manager: sweeps repeatedly in a background thread.
 
         Args:
-            seconds: From one time to the next.
+            seconds: Time between two sweeps.
         """
         ended = threading.Event()
 
@@ -155,7 +156,7 @@ class Storage:
             while not ended.wait(seconds):
                 try:
                     self.sweep()
-                except Exception as error:  # whatever it is, the next time may do
+                except Exception as error:  # the next sweep may succeed
                     print(f"error: cannot delete old files in {self.folder}: {error!r}", flush=True)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -168,10 +169,10 @@ class Storage:
 
 
 def _changed(status: os.stat_result) -> float:
-    """Returns when a file was written, or moved to its place."""
+    """Returns the time when a file was written or moved here."""
     return max(status.st_mtime, status.st_ctime)
 
 
 def _room(size: int) -> int:
-    """Returns the bytes that a file takes on the disk, with its folder."""
+    """Returns the disk space of a file and its folder, in bytes."""
     return max(size, _BLOCK) + _BLOCK

@@ -1,4 +1,4 @@
-"""Calls of functions in a process of its own, which is ended when a call takes too long or too much memory."""
+"""Runs functions in another process, with limits on time and memory."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.cli import CommandError
 
-# A process imports torch and more before its first call.
+# Longest start of a process, which imports PyTorch and other libraries.
 START_S = 180.0
 
 
@@ -21,9 +21,10 @@ def _nothing() -> None:
 
 
 class Worker:
-    """A process that runs functions, one call at a time. Any thread may call.
+    """A process that runs functions, one call at a time.
 
-    The process starts with the first call, and again after a call that ended it.
+    Any thread may call it. The process starts with the first call. After a call that ended the process, the next call
+    starts a new one.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Worker:
         max_waiting: int = 8,
         setup: Callable[[], None] = _nothing,
     ) -> None:
-        """
+        """Stores the limits; the process starts later.
+
         Args:
-            seconds: Time for a call; the calls before it and the start of the process do not count.
-            max_bytes: Memory of the process. It is limited on Linux only. None for no limit.
-            max_waiting: Calls at a time, the one that runs included; more are refused.
-            setup: Runs first in the process, and imports what the calls need.
+            seconds: Longest duration of a call, without waiting for other calls and for the start of the process.
+            max_bytes: Largest memory of the process, on Linux only; None for no limit.
+            max_waiting: Largest number of calls at a time, including the running one. Further calls are refused.
+            setup: Function that runs first in the process. Its module imports the libraries that the calls need.
         """
         self.seconds = seconds
         self._max_bytes = max_bytes
@@ -54,13 +56,13 @@ class Worker:
         """Runs a function in the process.
 
         Args:
-            function: Of a module's top level.
-            args: Its arguments. They and the result are pickled.
+            function: Function at the top level of a module.
+            args: Arguments of the function. Arguments and result are pickled.
 
         Raises:
-            CommandError: As the function raises it; if the call takes too long or too much memory, ends the process, or
-                if too many calls wait.
-            RuntimeError: If the function raises anything else. The process has printed the traceback.
+            CommandError: If the function raises it, the call takes too much time or memory, the process ends, or too
+                many calls are waiting.
+            RuntimeError: If the function raises another error. The process prints the traceback.
         """
         if not self._places.acquire(blocking=False):
             raise CommandError("too many requests are waiting; try again in a minute")
@@ -74,18 +76,18 @@ class Worker:
         raise (RuntimeError if kind == "failed" else CommandError)(value)
 
     def start(self) -> None:
-        """Starts the process, and does not wait for it."""
+        """Starts the process in the background."""
 
         def work() -> None:
             try:
                 self.call(_nothing)
-            except CommandError:  # the first real call meets and reports the same
+            except CommandError:  # the first real call reports the same error
                 pass
 
         threading.Thread(target=work, daemon=True).start()
 
     def close(self) -> None:
-        """Ends the process and the call that it runs, and refuses further calls."""
+        """Ends the process and its running call, and refuses further calls."""
         self._is_closed = True
         process = self._process
         if process is not None:
@@ -98,14 +100,16 @@ class Worker:
             connection.send((function, args))
             if connection.poll(seconds):
                 answer: tuple[str, Any] = connection.recv()
-                if answer[0] == "too large":  # what is in memory goes with the process
+                if answer[0] == "too large":  # frees the memory
                     self._end()
                 return answer
         except (EOFError, OSError) as error:
             self._end()
-            raise CommandError("the process that computes ended; it may have needed too much memory") from error
+            raise CommandError(
+                "the computing process ended, possibly because memory was full; choose a smaller model or image"
+            ) from error
         self._end()
-        raise CommandError(f"stopped after {seconds:g} seconds, the limit for one request")
+        raise CommandError(f"stopped after {seconds:g} seconds, the limit for one request; choose a smaller model")
 
     def _connect(self) -> Connection:
         if self._connection is not None and self._process.is_alive():
@@ -125,7 +129,7 @@ class Worker:
             self._connection.recv()
         except (EOFError, OSError) as error:
             self._end()
-            raise CommandError("the process that computes does not start; the server's log says more") from error
+            raise CommandError("the computing process does not start; see the log of the server") from error
         return self._connection
 
     def _end(self) -> None:
@@ -138,15 +142,12 @@ class Worker:
 
 
 def _serve(connection: Connection, max_bytes: int | None, setup: Callable[[], None]) -> None:
-    """Answers calls until the other end is closed. Runs in the process."""
-    for name in (
-        "SIGINT",
-        "SIGHUP",
-        "SIGBREAK",
-    ):  # a terminal sends them to all its processes: the parent ends this one
+    """Runs in the process: answers calls until the other end of the connection is closed."""
+    # A terminal sends these signals to all its processes. The parent ends this process.
+    for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a parent that is about to end ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent may ignore it, and a child inherits this
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if max_bytes is not None:
         _limit_memory(max_bytes)
@@ -161,17 +162,20 @@ def _serve(connection: Connection, max_bytes: int | None, setup: Callable[[], No
             answer: tuple[str, Any] = "result", function(*args)
         except Exception as error:
             if max_bytes is not None and (isinstance(error, MemoryError) or "allocate memory" in str(error)):
-                answer = "too large", f"this needs more than {max_bytes / 2**30:g} GB of memory, the limit here"
+                answer = (
+                    "too large",
+                    f"this needs more memory than the limit of {max_bytes / 2**30:g} GB; choose a smaller model",
+                )
             elif isinstance(error, CommandError):
                 answer = "refused", str(error)
             else:
                 traceback.print_exc()
-                answer = "failed", f"{type(error).__name__} in the process that computes"
+                answer = "failed", f"{type(error).__name__} in the computing process"
         connection.send(answer)
 
 
 def _end_with_parent() -> None:
-    """Ends the process when its parent has ended, even by SIGKILL."""
+    """Ends the process when its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -185,7 +189,7 @@ def _limit_memory(max_bytes: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
     try:
-        # Where the machine's memory is full the kernel ends this process first, and not the page.
+        # If the memory of the machine is full, the kernel ends this process first, not the page.
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")
     except OSError:
