@@ -1,6 +1,6 @@
-"""The page of tools/demo.py in a real browser, and as a Space: upload, click, result, error.
+"""The page of tools/demo.py in a browser, its server, and the page as a Space.
 
-Needs chromium and its driver (Debian: chromium and chromium-driver), and is skipped where they are not installed.
+The browser is Chromium with its driver (Debian: chromium, chromium-driver). Tests in it are skipped if it is missing.
 """
 
 import io
@@ -50,9 +50,9 @@ CHROMIUM = next(
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None,
-    reason="no browser: it takes chromium and chromedriver (Debian: chromium, chromium-driver)",
+    reason="no browser; install chromium and chromedriver (Debian: chromium, chromium-driver)",
 )
-SIZE = 160  # what the models are shown
+SIZE = 160  # image size of the models
 LABELS = ["tram", "bus", "bus", "cat", "dog", "ship"]
 
 
@@ -66,7 +66,7 @@ def free_port() -> int:
 def serving(
     command: Sequence[str | Path], cwd: Path, log: Path, env: dict[str, str] | None = None, end: int = signal.SIGINT
 ) -> Iterator[str]:
-    """The address of a page that a process serves, which is stopped by a signal at the end, as by Ctrl-C."""
+    """Context manager: serves a page in a process, yields its address, and ends it by a signal, such as Ctrl-C."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -74,7 +74,7 @@ def serving(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
-            # Shells have programs in the background ignore Ctrl-C, and nohup SIGHUP, the tests' among them.
+            # If the tests run in the background or under nohup, the process would inherit ignored signals.
             preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
     try:
@@ -93,11 +93,11 @@ def serving(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier in its folder, and a detector's checkpoint, that finds a class everywhere."""
+    """Writes the folder of a classifier, and the checkpoint of a detector that finds buses everywhere."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     classifier: Any = timm.create_model("test_stvit", num_classes=len(LABELS))
-    torch.nn.init.normal_(classifier.head.fc.weight)  # classes far from each other
+    torch.nn.init.normal_(classifier.head.fc.weight)  # clearly different probabilities
     stvit_hub.save(classifier, folder / "runs/vehicles/best", label_names=LABELS)
     detector: Any = YOLO("yolo26n-stokenattention.yaml")
     head = detector.model.model[-1]
@@ -111,26 +111,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page_hub() -> Iterator[Hub]:
-    """The Hub of the page."""
+    """Serves the Hub that the page uses."""
     with Hub() as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
 def page(models: Path, page_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page's address; at its end the log has no traceback."""
+    """Serves the page and yields its address. Afterwards the log must not contain a traceback."""
     log = tmp_path_factory.mktemp("log") / "log.txt"
     flags = ["--max-megabytes=1", "--max-megapixels=2", f"--img-size={SIZE}", f"--port={free_port()}"]
     flags += ["--max-total-megabytes=40"]
     env = page_hub.environment(tmp_path_factory.mktemp("home"))
-    env |= {"HF_HUB_OFFLINE": "0", "GRADIO_SHARE": "true"}  # no share all the same
+    env |= {"HF_HUB_OFFLINE": "0", "GRADIO_SHARE": "true"}  # the page must not be shared nevertheless
     with serving([sys.executable, demo.__file__, "test_stvit", *flags], models, log, env) as address:
         yield address
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
 class Browser:
-    """Chromium, with what a user does on the page."""
+    """Chromium, and the actions of a user on the page."""
 
     def __init__(self, width: int, height: int, dark: bool = False) -> None:
         from selenium import webdriver
@@ -153,10 +153,10 @@ class Browser:
             try:
                 if result := found():
                     return result
-            except (WebDriverException, IndexError):  # what is being drawn anew
+            except (WebDriverException, IndexError):  # the page replaces an element
                 pass
             time.sleep(0.1)
-        raise AssertionError(f"{what} did not come; the page says:\n{self.text('body')}")
+        raise AssertionError(f"{what} did not appear; text of the page:\n{self.text('body')}")
 
     def all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
@@ -169,10 +169,10 @@ class Browser:
         self.until(lambda: self.all("#upload input[type=file]"), "the page")
 
     def upload(self, path: Path) -> None:
-        """Chooses a file, in place of the one that is there."""
+        """Chooses a file, and removes the present one first."""
         for button in self.all("#upload button[aria-label='Remove Image']"):
             button.click()
-            self.until(lambda: not self.is_on("#classify"), "the old image's end")
+            self.until(lambda: not self.is_on("#classify"), "an empty field")
         field = self.until(lambda: self.all("#upload input[type=file]"), "the field for a file")[0]
         field.send_keys(str(path))
 
@@ -199,7 +199,7 @@ class Browser:
         self.all(selector)[0].click()
 
     def choose_model(self, name: str) -> None:
-        """Types a model's name into the field that is seen."""
+        """Types the name of a model into the visible field."""
         from selenium.webdriver.common.keys import Keys
 
         field = next(field for field in self.all("input[role=combobox]") if field.is_displayed())
@@ -209,7 +209,7 @@ class Browser:
         field.send_keys(Keys.TAB)
 
     def message(self) -> str:
-        """The message that the page shows, which is then closed."""
+        """Returns the message on the page, and closes it."""
 
         def shown() -> str:
             return " ".join(str(item.text) for item in self.all("[data-testid=toast-text]"))
@@ -217,11 +217,11 @@ class Browser:
         text = str(self.until(shown, "a message"))
         for button in self.all("[data-testid=toast-close]"):
             self.driver.execute_script("arguments[0].click()", button)
-        self.until(lambda: not shown(), "the message's end")
+        self.until(lambda: not shown(), "the end of the message")
         return text
 
     def picture(self, selector: str) -> np.ndarray:
-        """The pixels of a picture that the page shows."""
+        """Returns the pixels of a picture on the page."""
         image = self.until(lambda: self.all(f"{selector} img"), f"a picture in {selector}")[0]
         with urllib.request.urlopen(image.get_attribute("src")) as answer:
             return np.array(Image.open(io.BytesIO(answer.read())).convert("RGB"))
@@ -269,7 +269,7 @@ def test_classify(laptop: Browser, models: Path, photo: Path) -> None:
     lines = laptop.text("#classes").splitlines()
     for name, probability in expected.items():
         assert name in lines and f"{round(probability * 100)}%" in lines
-    # The one with random weights says so.
+    # The page marks a model with random weights.
     laptop.choose_model("test_stvit (random weights)")
     laptop.click("#classify")
     laptop.until(
@@ -294,7 +294,7 @@ def test_detect(laptop: Browser, models: Path, photo: Path) -> None:
 
 @needs_browser
 def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) -> None:
-    """The picture's tokens; another stage by the slider; and the token under the mouse, at known pixels."""
+    """The super tokens, another stage by the slider, and the token at clicked pixels."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -315,7 +315,7 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
     image = laptop.all("#tokens img")[0]
     laptop.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
     for x, y in [(20, 30), (100, 150), (61, 12)]:
-        # Where that pixel is on the screen: the picture fits into its frame, in the middle.
+        # Position of the pixel on the screen. The picture is reduced to its frame and centered in it.
         box = laptop.driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", image)
         shown = min(box["width"] / 120, box["height"] / 160)
         offset = [int(((x + 0.5) - 60) * shown), int(((y + 0.5) - 80) * shown)]
@@ -336,14 +336,14 @@ def test_super_tokens_and_a_click(laptop: Browser, models: Path, photo: Path) ->
 
 
 @needs_browser
-def test_a_new_image_takes_the_results_of_the_old_one_away(laptop: Browser, photo: Path) -> None:
+def test_a_new_image_removes_the_results_of_the_old_one(laptop: Browser, photo: Path) -> None:
     laptop.upload_image(photo)
     laptop.tab("Detect")
     laptop.click("#detect")
     laptop.until(lambda: laptop.all("#boxes img"), "boxes")
     laptop.upload_image(photo)
     laptop.until(lambda: not laptop.all("#boxes img") and not laptop.text("#found"), "no boxes")
-    # Nor does a result come that was asked for of the one before: networks take turns, the last one has the last word.
+    # A result of the former image must not appear either. Models run one after the other, so Detect ends first.
     laptop.click("#detect")
     laptop.upload_image(photo)
     laptop.tab("Classify")
@@ -354,13 +354,13 @@ def test_a_new_image_takes_the_results_of_the_old_one_away(laptop: Browser, phot
 
 
 def hostile_files(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """Name, content and what the page is to say of each."""
+    """Returns the content of each file, and the message that it must cause."""
     whole = (ASSETS / "bus.jpg").read_bytes()
     large, noise = folder / "large.png", folder / "noise.png"
     Image.new("L", (1500, 1500)).save(large)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(noise)
     png = large.read_bytes()
-    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]  # which promises 3.6 billion pixels
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]  # announces 3.6 billion pixels
     bomb = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     unknown = "not an image of a supported format (BMP, GIF, JPEG, PNG, TIFF or WebP)"
     return {
@@ -374,13 +374,13 @@ def hostile_files(folder: Path) -> dict[str, tuple[bytes, str]]:
         "large.png": (png, "1500x1500 pixels, more than the limit of 2 million; reduce the image"),
         "bomb.png": (bomb, "60000x60000 pixels, more than"),
         "<img src=x onerror=alert(1)>.png": (b"no", unknown),
-        "heavy.png": (noise.read_bytes(), "maximum allowed size of 1.0"),  # Gradio's own words, with the limit
+        "heavy.png": (noise.read_bytes(), "maximum allowed size of 1.0"),  # message of Gradio
     }
 
 
 @needs_browser
 def test_hostile_files_get_a_message(laptop: Browser, photo: Path, tmp_path: Path) -> None:
-    """Each of them; the page goes on, with no image, and takes the next one."""
+    """The page then has no image, and accepts the next one."""
     from selenium.common.exceptions import NoAlertPresentException
 
     for name, (content, words) in hostile_files(tmp_path).items():
@@ -392,7 +392,7 @@ def test_hostile_files_get_a_message(laptop: Browser, photo: Path, tmp_path: Pat
         assert words in message and "Traceback" not in message and "unforeseen" not in message, f"{name}: {message}"
         with pytest.raises(NoAlertPresentException):
             _ = laptop.driver.switch_to.alert.text
-        laptop.until(lambda: not laptop.all("#upload img"), f"{name}'s end")
+        laptop.until(lambda: not laptop.all("#upload img"), f"the end of {name}")
     laptop.tab("Classify")
     assert not laptop.is_on("#classify")
     laptop.upload_image(photo)
@@ -424,8 +424,8 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
 @needs_browser
 @pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
 @pytest.mark.parametrize("dark", [False, True])
-def test_legible_at_every_width_and_in_the_dark(page: str, photo: Path, width: int, height: int, dark: bool) -> None:
-    """Nothing to be scrolled sideways, no text smaller than 11 pixels, and contrast of at least 4.5 in what matters."""
+def test_legible_at_each_width_and_in_dark_mode(page: str, photo: Path, width: int, height: int, dark: bool) -> None:
+    """The page does not scroll sideways. Text has at least 11 pixels and a contrast of at least 4.5."""
     browser = Browser(width, height, dark)
     try:
         browser.open(page)
@@ -448,7 +448,7 @@ def test_legible_at_every_width_and_in_the_dark(page: str, photo: Path, width: i
         browser.driver.quit()
 
 
-# Of each text that is seen: its size, and its contrast with the color behind it (WCAG 2). Large texts need 3.
+# Measures each visible text: size, and contrast with the color behind it (WCAG 2). Large text needs a contrast of 3.
 LEGIBLE = """
 const rgb = color => { const v = color.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
 const linear = v => v <= 10 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
@@ -481,7 +481,7 @@ return {overflow: document.documentElement.scrollWidth - window.innerWidth, smal
 # The server
 
 
-def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
+def test_listens_only_on_this_machine_and_shares_nothing(page: str) -> None:
     with urllib.request.urlopen(f"{page}/config") as answer:
         config = json.load(answer)
     assert config["analytics_enabled"] is False and config["root"] == page
@@ -494,7 +494,7 @@ def test_listens_on_this_machine_alone_and_shares_nothing(page: str) -> None:
             probe.connect(("127.0.0.2", int(port)))
 
 
-def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_server(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gradio
 
     from stvit.tools.demonstration.server import PORTS
@@ -513,7 +513,7 @@ def test_what_the_server_is_asked_for(models: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_results_of_a_former_image_are_dropped(models: Path) -> None:
-    """What the buttons' functions give when the image changes while they work."""
+    """Functions of the buttons return nothing if the image changes while they run."""
 
     class Computer:
         work: Any = None
@@ -552,12 +552,12 @@ def test_results_of_a_former_image_are_dropped(models: Path) -> None:
         session.view = None
 
 
-def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> None:
-    """Neither by its address, nor by a message that calls it uploaded; nothing tells whether one is there."""
+def test_no_file_of_the_machine_is_served(models: Path, tmp_path: Path) -> None:
+    """Neither an address nor a message that claims an upload reads a file. Answers do not show whether it exists."""
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
-    # Its terminal is closed at the end: nothing stays.
+    # SIGHUP: closing the terminal removes the files, too.
     with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGHUP) as page:
         for name in ("/etc/passwd", "../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError):
@@ -566,7 +566,7 @@ def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> No
             config = json.load(answer)
         (receive,) = (item["id"] for item in config["dependencies"] if item["api_name"] == "receive")
         os.mkfifo(tmp_path / "pipe")
-        # The folder of one's own upload: removing it as a file ended the removal of all uploads.
+        # Paths around the user's own upload, and elsewhere on the machine.
         own = upload(page, (ASSETS / "bus.jpg").read_bytes())
         files = [own, own.parent, own.parent.parent, own.parent.parent.parent / "lock", own.parent / ".." / "missing"]
         files += [ASSETS / "bus.jpg", tmp_path / "missing", tmp_path / "pipe", Path("/proc/self/environ")]
@@ -581,7 +581,7 @@ def test_no_file_of_the_machine_is_given_out(models: Path, tmp_path: Path) -> No
 
 
 def ask(page: str, body: bytes | None = None, path: str = "/gradio_api/queue/join", **headers: str) -> tuple[int, str]:
-    """Status and text of the server's answer to a request."""
+    """Sends a request; returns the status and the text of the answer."""
     kind = {"Content-Type": "application/json"}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{page}{path}", body, kind | headers)) as answer:
@@ -591,12 +591,12 @@ def ask(page: str, body: bytes | None = None, path: str = "/gradio_api/queue/joi
 
 
 def join(function: int, data: Any, session: Any = "abc", **more: Any) -> bytes:
-    """An event's message."""
+    """Returns the message of an event."""
     return json.dumps({"data": data, "fn_index": function, "session_hash": session, **more}).encode()
 
 
 def answers(page: str, session: str) -> list[dict[str, Any]]:
-    """The answers to a session's events, once all are there."""
+    """Waits for all answers to the events of a session, and returns them."""
     found = []
     with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
         for line in stream:
@@ -609,12 +609,12 @@ def answers(page: str, session: str) -> list[dict[str, Any]]:
 
 
 def functions(page: str) -> dict[str, int]:
-    """The numbers of the page's functions, by their names."""
+    """Returns the numbers of the page's functions by name."""
     return {item["api_name"]: item["id"] for item in json.loads(ask(page, path="/config")[1])["dependencies"]}
 
 
 def upload(page: str, content: bytes, **headers: str) -> Path:
-    """Uploads a file, and gives its path on the server."""
+    """Uploads a file; returns its path on the server."""
     boundary = "----it"
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
     body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
@@ -625,7 +625,7 @@ def upload(page: str, content: bytes, **headers: str) -> Path:
 
 
 def test_requests_of_other_pages_are_refused(page: str) -> None:
-    """Whatever they ask for: by a name that leads here, and from the page of another name."""
+    """All paths refuse a foreign Host, as in DNS rebinding, and a foreign Origin."""
     port = page.rpartition(":")[2]
     message = join(functions(page)["on_load"], [None, None])
     for path, body in (
@@ -658,7 +658,7 @@ def test_uploads_of_all_users_have_a_limit(page: str) -> None:
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nTransfer-Encoding: chunked\r\n"
         connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=it\r\n\r\n")
-        for i in range(60):  # 45 MB, and the end never comes
+        for i in range(60):  # 45 MB without an end
             part = b'--it\r\nContent-Disposition: form-data; name="files"; filename="%d"\r\n\r\n' % i
             part += bytes(750_000) + b"\r\n"
             try:
@@ -673,7 +673,7 @@ def test_uploads_of_all_users_have_a_limit(page: str) -> None:
         connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=it\r\n\r\n")
         connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
     end = time.monotonic() + 60
-    while any(path.is_file() for path in folder.iterdir()):  # uploads under way lie there
+    while any(path.is_file() for path in folder.iterdir()):  # files of unfinished uploads
         assert time.monotonic() < end, list(folder.iterdir())
         time.sleep(0.05)
     assert first.is_file() and upload(page, b"small").is_file()
@@ -708,9 +708,9 @@ HOSTILE: list[Any] = [
 
 
 def test_hostile_events_do_no_harm(page: str) -> None:
-    """Each input of each event, wrong numbers of inputs, sessions and events: the page answers and goes on.
+    """The page answers hostile inputs, sessions and events, and continues.
 
-    The page's log has no traceback: see the fixture.
+    The fixture checks that the log contains no traceback.
     """
     config = json.loads(ask(page, path="/config")[1])
     statuses = []
@@ -744,7 +744,7 @@ def test_hostile_events_do_no_harm(page: str) -> None:
 
 
 def test_users_do_not_wait_for_each_other(page: str, page_hub: Hub, models: Path, photo: Path) -> None:
-    """One waits for a Hub that hangs, one asks for an absurd model; others see their classes."""
+    """A Hub that hangs and an absurd model delay only the users who asked for them."""
     best = {file.name: file.read_bytes() for file in (models / "runs/vehicles/best").iterdir()}
     config = json.loads(best["config.json"])
     absurd = json.dumps(config | {"model_args": {**config.get("model_args", {}), "n_iter": 10**8}}).encode()
@@ -777,27 +777,27 @@ def test_users_do_not_wait_for_each_other(page: str, page_hub: Hub, models: Path
     assert "org/slow" in json.dumps(answer) or answer["success"]
 
 
-def test_nothing_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
-    """By a signal that asks it to: what was uploaded is gone from the disk."""
+def test_no_file_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
+    """After SIGTERM, uploads are deleted."""
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
     with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGTERM) as page:
         path = upload(page, photo.read_bytes())
-        assert path.read_bytes() == photo.read_bytes() and "/stvit-demo-" in str(path)  # not other pages' folder
+        assert path.read_bytes() == photo.read_bytes() and "/stvit-demo-" in str(path)  # a private folder
     assert not list((tmp_path / "temporary").glob("stvit-demo-*"))
 
 
 def test_hostile_files_are_refused(tmp_path: Path) -> None:
-    """As the page does it, and before a pixel is decoded."""
+    """The files are refused without a page, before a pixel is decoded."""
     for name, (content, words) in hostile_files(tmp_path).items():
-        if name != "heavy.png":  # whose size Gradio limits
+        if name != "heavy.png":  # refused by Gradio because of its size
             path = tmp_path / "upload" / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             with pytest.raises(ImageError, match=re.escape(words)):
                 open_image(path, max_pixels=2_000_000)
-    os.mkfifo(tmp_path / "pipe.png")  # which would be waited for without end
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait forever
     with pytest.raises(ImageError, match=r"pipe\.png: not a regular file"):
         open_image(tmp_path / "pipe.png")
 
@@ -853,7 +853,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given, the runs, random weights; classifiers and detectors apart; the Hub's are in both lists."""
+    """The list contains arguments, runs, and random weights. Models of the Hub are in the lists of both kinds."""
     monkeypatch.chdir(models)
     offered = list_models("hf-hub:ORG/a", "stvit_pico")
     assert offered.choices() == [
@@ -872,7 +872,7 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened.get("stvit_pico").is_random and not opened.get("runs/vehicles").is_random
     assert opened.get("stvit_pico") is opened.get("stvit_pico")
     assert offered.check(" stvit_pico ") == "stvit_pico"
-    assert offered.check(" hf_hub:ORG/b@v1") == "hf-hub:ORG/b@v1"  # the former spelling
+    assert offered.check(" hf_hub:ORG/b@v1") == "hf-hub:ORG/b@v1"  # timm's former spelling
     closed = list_models("runs/vehicles", "--no-hub", "--no-random", "--runs=")
     assert [name for _, name in closed.choices()] == ["runs/vehicles"]
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
@@ -880,8 +880,8 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             closed.check(name)
 
 
-def test_threads_that_ask_for_a_model_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest one goes before the next one is opened."""
+def test_threads_share_an_opened_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least recently used model is removed before the next one is opened."""
     opened, kept, opening, go_on = OpenedModels(size=2), [], threading.Event(), threading.Event()
 
     def open_slowly(name: str, downloaded: Source | None, is_limited: bool) -> Any:
@@ -921,7 +921,7 @@ def test_models_of_the_hub(hub: Hub, models: Path) -> None:
 
 
 def test_class_names() -> None:
-    """Of ImageNet those that timm knows; gray models see gray images; the five are in order."""
+    """Models with 1000 classes have the names of ImageNet. Gray models see gray images. The classes are sorted."""
     classifier = LoadedModel("it", timm.create_model("test_stvit").eval(), is_yolo=False, is_random=True)
     classes = tasks.classify(classifier, Image.new("RGB", (50, 50)))
     assert len(classes) == 5 and list(classes.values()) == sorted(classes.values(), reverse=True)
@@ -943,7 +943,7 @@ def space(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_space_holds_what_it_needs(space: Path) -> None:
+def test_files_of_a_space(space: Path) -> None:
     import gradio
 
     names = {path.name for path in space.iterdir()}
@@ -962,7 +962,7 @@ def test_space_holds_what_it_needs(space: Path) -> None:
 @needs_browser
 @pytest.mark.long
 def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> None:
-    """Its own stvit, in an interpreter that does not know of this one; it offers its model alone."""
+    """The Space runs its own copy of stvit and offers only its model."""
     where = "import stvit, stvit.tools.demo as d; print(stvit.__file__, d.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=space, capture_output=True, text=True, check=True).stdout
     assert found.split() == [f"{space}/stvit/__init__.py", f"{space}/stvit/tools/demo.py"]
@@ -979,7 +979,7 @@ def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> N
             best = next(iter(tasks.classify(loaded(models, "runs/vehicles"), open_image(photo))))
             assert best in browser.text("#classes").splitlines()
             assert "hf-hub" not in browser.text("body")
-            # It has no detector, and no tab for one.
+            # There is no detector, and no tab for it.
             assert [tab.text for tab in browser.all("button[role=tab]") if tab.text] == ["Classify", "Super tokens"]
     finally:
         browser.driver.quit()
@@ -991,7 +991,7 @@ def test_space_of_a_detector_and_of_the_hub(models: Path, tmp_path: Path) -> Non
     assert push_to_hub.main([str(weights), "--yolo", *flags, f"--output={tmp_path / 'a'}"]) == 0
     assert [path.name for path in (tmp_path / "a/model").iterdir()] == ["model.pt"]
     assert 'main(["model/model.pt", ' in (tmp_path / "a/app.py").read_text()
-    # The next one takes its place.
+    # The next Space replaces it.
     flags[1] = "--repo-id=org/no"
     assert push_to_hub.main(["hf-hub:org/vehicles@v1", *flags, f"--output={tmp_path / 'a'}"]) == 0
     assert not (tmp_path / "a/model").exists()
@@ -1011,7 +1011,7 @@ def test_card_of_a_space_promises_no_super_tokens(tmp_path: Path) -> None:
 
 
 def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a Space; the same again sends nothing; what a former version left goes, one's own files stay."""
+    """A second push uploads nothing. Files of a former version are deleted, but not those of the user."""
     flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles"]
     assert push_to_hub.main(flags) == 0
     assert "spaces/org/vehicles/commit/" in capsys.readouterr().out
@@ -1023,7 +1023,7 @@ def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[s
     assert push_to_hub.main(flags) == 0
     files = hub.files("spaces/org/vehicles")
     assert "stvit/tools/common/old.py" not in files and "mine.txt" in files
-    # One that could never run is not pushed.
+    # A Space without a readable model is not pushed.
     assert push_to_hub.main(["hf-hub:org/missing", "--space", "--repo-id=org/other"]) == 1
     assert "cannot read org/missing" in capsys.readouterr().err
 

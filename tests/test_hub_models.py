@@ -1,4 +1,4 @@
-"""Models of the Hub that users type in: shared downloads, a Hub that hangs, limits of sizes and arguments."""
+"""Models of the Hub that users type in: shared downloads, a Hub that hangs, and limits on size and arguments."""
 
 import json
 import threading
@@ -33,7 +33,7 @@ def asked(hub: Hub, words: str) -> int:
     return sum(words in request.path for request in hub.requests)
 
 
-def test_those_who_ask_for_the_same_model_share_a_download(hub: Hub, files: dict[str, bytes]) -> None:
+def test_users_of_the_same_model_share_a_download(hub: Hub, files: dict[str, bytes]) -> None:
     push(hub, "org/a", files)
     downloads = Downloads(60, 10**9, 10**9)
     hub.fail("GET .*safetensors", "hang")
@@ -51,13 +51,13 @@ def test_those_who_ask_for_the_same_model_share_a_download(hub: Hub, files: dict
     assert len(set(results)) == 1 and results[0].kind == "folder"
     assert asked(hub, "/api/models/org/a") == 1
     assert (results[0].path / "model.safetensors").read_bytes() == files["model.safetensors"]
-    # Later the weights are there.
+    # The second request finds the weights in the cache.
     before = asked(hub, "safetensors")
     assert downloads.get(Source.hub("org/a")) == results[0] and asked(hub, "safetensors") == before
 
 
-def test_a_hub_that_hangs_delays_those_who_asked(hub: Hub, files: dict[str, bytes]) -> None:
-    """They get a message, and the model once the Hub answers."""
+def test_a_hub_that_hangs_delays_only_its_users(hub: Hub, files: dict[str, bytes]) -> None:
+    """They get a message, and later the model."""
     push(hub, "org/slow", files)
     push(hub, "org/fast", files)
     downloads = Downloads(0.5, 10**9, 10**9)
@@ -83,7 +83,7 @@ def test_many_downloads_are_refused(hub: Hub) -> None:
 
 
 def test_sizes_are_limited_before_the_download(hub: Hub, files: dict[str, bytes]) -> None:
-    """One model, and all together; the operator's own models may have any size."""
+    """The size of a model and of all models is limited, except for those of the operator."""
     push(hub, "org/a", files)
     push(hub, "org/b", {**files, "model.safetensors": files["model.safetensors"] + bytes(1)})
     size = len(files["model.safetensors"]) + len(files["config.json"])
@@ -97,7 +97,7 @@ def test_sizes_are_limited_before_the_download(hub: Hub, files: dict[str, bytes]
     assert downloads.get(Source.hub("org/b"), is_limited=False)
 
 
-def test_what_is_not_there_is_named(hub: Hub, files: dict[str, bytes]) -> None:
+def test_missing_files_are_named(hub: Hub, files: dict[str, bytes]) -> None:
     push(hub, "org/text", {"notes.txt": b"1"})
     push(hub, "org/two", {"a.pt": b"1", "b.pt": b"2"})
     push(hub, "org/config", {"config.json": b"{}"})
@@ -120,7 +120,7 @@ def test_without_the_hub_the_cache_serves(hub: Hub, files: dict[str, bytes]) -> 
     push(hub, "org/d", {"model.pt": b"1"})
     downloads = Downloads(60, 10**9, 10**9)
     found = downloads.get(Source.hub("org/a")), downloads.get(Source.hub("org/d"))
-    # What refers to a branch is kept by downloads of the branch.
+    # Only a download of a branch stores in the cache which commit the branch means.
     from huggingface_hub import hf_hub_download
 
     for name, file in (("org/a", "config.json"), ("org/a", "model.safetensors"), ("org/d", "model.pt")):
@@ -163,7 +163,7 @@ def test_broken_configurations_are_named(text: str, tmp_path: Path) -> None:
         check_config("hf-hub:org/a", Source.folder(tmp_path))
 
 
-def test_usual_models_are_taken(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_usual_models_are_accepted(files: dict[str, bytes], tmp_path: Path) -> None:
     config = json.loads(files["config.json"])
     large = {
         "num_classes": 21_841,

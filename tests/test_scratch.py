@@ -1,4 +1,4 @@
-"""The private folder of a process: its rights, its end by signals, leftovers of killed processes, old files."""
+"""The private folder of a process: permissions, removal, leftovers of killed processes, and old files."""
 
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ def hold(ready: Any) -> None:
 
 @pytest.fixture
 def holders() -> Iterator[Any]:
-    """Starts processes that hold a folder, and gives each with its folder."""
+    """Yields a function that starts a process with a private folder, and returns both."""
     processes = []
 
     def start() -> tuple[Any, Path]:
@@ -55,7 +55,7 @@ def holders() -> Iterator[Any]:
         process.join()
 
 
-def test_only_this_user_can_look_into_the_folder(temporary: Path) -> None:
+def test_only_this_user_can_read_the_folder(temporary: Path) -> None:
     with private_folder(PREFIX) as one, private_folder(PREFIX) as two:
         for folder in (one, two):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.parent == temporary
@@ -64,7 +64,7 @@ def test_only_this_user_can_look_into_the_folder(temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
-def test_a_killed_process_leaves_nothing_to_the_next_one(holders: Any, temporary: Path) -> None:
+def test_the_next_process_removes_the_folder_of_a_killed_one(holders: Any, temporary: Path) -> None:
     """The folder of a running process is not changed."""
     killed, left = holders()
     _, used = holders()
@@ -96,8 +96,8 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (then, then))
 
 
-def test_old_files_go_whatever_stands_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders, broken links, pipes and files that cannot be deleted do not keep others."""
+def test_old_files_are_deleted_beside_others_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders, broken links, pipes and files that cannot be deleted do not stop the sweep."""
     monkeypatch.setattr("stvit.tools.demonstration.scratch._changed", lambda status: status.st_mtime)
     for name in ("a/old.png", "b/old.png", "b/new.png", "stuck/old.png", "z/old.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -128,8 +128,8 @@ def test_old_files_go_whatever_stands_in_the_way(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
 
 
-def test_the_oldest_files_go_when_there_are_many(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Down to half of the limit; files of the last minute stay."""
+def test_the_oldest_files_are_deleted_above_half_of_the_limit(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the last minute are kept."""
     monkeypatch.setattr("stvit.tools.demonstration.scratch._changed", lambda status: status.st_mtime)
     for i in range(10):
         (temporary / f"{i}.png").write_bytes(bytes(100_000))

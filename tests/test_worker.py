@@ -39,7 +39,7 @@ def end() -> None:
 
 
 def prepare() -> None:
-    """The process imports this module to find it."""
+    """Does nothing. To find this function, the process imports this module."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_memory_is_limited(worker: Worker) -> None:
         worker.call(allocate, 8 * 2**30)
 
 
-def test_a_call_that_hangs_is_stopped_and_others_go_on(worker: Worker, tmp_path: Path) -> None:
+def test_a_call_that_hangs_is_stopped_and_others_continue(worker: Worker, tmp_path: Path) -> None:
     """A call that waited gets its result from the next process. A process that ends by itself is an error as well."""
     first = worker.call(add, 1, 1)[1]
     results: list[Any] = []
@@ -115,7 +115,7 @@ def parent(pipe: Any) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks a process, which Windows cannot")
 def test_the_process_ends_with_its_parent() -> None:
-    """Killed in the middle of a call."""
+    """The parent is killed during a call."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=parent, args=(theirs,))
     process.start()
