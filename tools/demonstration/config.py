@@ -50,8 +50,8 @@ class ServerConfig:
     )
     allow_host: list[str] = flag(
         [],
-        "further address that the page answers to; may be repeated (default: the address that it listens on; with "
-        "--host 0.0.0.0, localhost and all IP addresses)",
+        "further address that the page answers to; may be repeated (always included: the address that it listens on; "
+        "with --host 0.0.0.0, localhost and all IP addresses)",
         type=_host_name,
         action="append",
         metavar="NAME[:PORT]",
