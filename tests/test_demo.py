@@ -215,9 +215,13 @@ class Browser:
             return " ".join(str(item.text) for item in self.all("[data-testid=toast-text]"))
 
         text = str(self.until(shown, "a message"))
-        for button in self.all("[data-testid=toast-close]"):
-            self.driver.execute_script("arguments[0].click()", button)
-        self.until(lambda: not shown(), "the end of the message")
+
+        def closed() -> bool:
+            for button in self.all("[data-testid=toast-close]"):
+                self.driver.execute_script("arguments[0].click()", button)
+            return not shown()
+
+        self.until(closed, "the end of the message")
         return text
 
     def picture(self, selector: str) -> np.ndarray:
@@ -417,6 +421,7 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
         assert words in message and "unforeseen" not in message, message
     laptop.tab("Super tokens")
     laptop.choose_model("hf-hub:org/missing")
+    assert "org/missing" in laptop.message()  # the stages of the model
     laptop.click("#look")
     assert "org/missing" in laptop.message()
 
