@@ -283,6 +283,21 @@ def test_classify(laptop: Browser, models: Path, photo: Path) -> None:
 
 
 @needs_browser
+def test_the_tab_key_closes_the_list_of_models(laptop: Browser) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def options() -> list[Any]:
+        return [option for option in laptop.all("[role=option]") if option.is_displayed()]
+
+    laptop.tab("Classify")
+    next(field for field in laptop.all("input[role=combobox]") if field.is_displayed()).click()
+    laptop.until(options, "the list")
+    ActionChains(laptop.driver).send_keys(Keys.TAB).perform()
+    laptop.until(lambda: not options(), "the end of the list")
+
+
+@needs_browser
 def test_detect(laptop: Browser, models: Path, photo: Path) -> None:
     laptop.upload_image(photo)
     laptop.tab("Detect")

@@ -21,11 +21,13 @@ __all__ = ["end_by_signals", "find_port", "launch", "open_storage"]
 PORTS = range(7860, 7960)
 # Seconds until uploads and pictures are deleted. The page promises an hour.
 MAX_AGE_S = 3000.0
-# A picture is not higher than the screen, and a line of text not too long to read.
+# A picture is not higher than the screen, and a line of text not too long to read. Gradio leaves the list of models
+# open when the Tab key moves the focus to another field; the rule for `.options` hides it.
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
 .result img {max-height: 75vh; object-fit: contain}
 .result {min-height: 5rem}
+.block:not(:focus-within) .options {display: none}
 .dark {--color-accent: var(--primary-400)}
 """
 
