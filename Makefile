@@ -62,6 +62,8 @@ test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quar
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python tests/check_docstrings.py
 	rm -rf build/typed && mkdir -p build/typed/stvit
 	ln -s $(wildcard $(CURDIR)/stvit/*) $(addprefix $(CURDIR)/,adapters configs tools) build/typed/stvit
 	$(BIN)/mypy

@@ -1,1 +1,1 @@
-"""Recipes as package data: `importlib.resources.files("stvit.configs") / "cls" / "<recipe>.yaml"`."""
+"""Recipes: `importlib.resources.files("stvit.configs") / "cls" / "NAME.yaml"`."""

@@ -96,7 +96,7 @@ _SECTION = re.compile(r" *(Args|Attributes|Examples?|Notes?|Raises|Returns|Shape
 
 
 def _copy_module(path: Path, target: Path) -> None:
-    """Copies a module, with the indented lists and citations in its docstrings as Markdown."""
+    """Copies a module, with lists and citations of its docstrings as Markdown."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     docstrings = [
@@ -112,7 +112,10 @@ def _copy_module(path: Path, target: Path) -> None:
 
 
 def _mark_lists(lines: list[str]) -> list[str]:
-    """Turns `name: text` lines below a sentence that ends in a colon into a list, other indented lines into code."""
+    """Turns indented lines of a docstring into lists and code.
+
+    Lines `name: text` below a sentence that ends in a colon become a list, other indented lines code.
+    """
     marked: list[str] = []
     position = 0
     while position < len(lines):
@@ -147,7 +150,7 @@ def _is_item(line: str, first: str) -> bool:
 
 
 def find_modules(package: Path) -> list[str]:
-    """Returns the modules of a package that list public names in `__all__`, by their dotted names."""
+    """Returns the dotted names of the modules that have an `__all__`."""
     found = []
     for path in sorted(package.rglob("*.py")):
         names = path.relative_to(package.parent).with_suffix("").parts
@@ -166,7 +169,7 @@ def _public_names(path: Path) -> list[str]:
 
 
 def write_reference(folder: Path) -> None:
-    """Writes a page for each group of modules; each public module appears on one page."""
+    """Writes a page for each group of modules. Each public module is on one page."""
     left = find_modules(BUILD / "package/stvit")
     for page, (title, introduction, prefixes) in REFERENCE.items():
         modules = [name for name in left if any(name == p or name.startswith(p + ".") for p in prefixes)]
@@ -178,7 +181,7 @@ def write_reference(folder: Path) -> None:
 
 
 def write_commands(path: Path) -> None:
-    """Writes the reference of the commands: their descriptions and flags, from the programs themselves."""
+    """Writes the descriptions and flags of the commands, taken from the programs."""
     lines = [
         "# Commands",
         "",
@@ -270,7 +273,7 @@ def _escape(text: str) -> str:
 
 
 def write_notebook(source: Path, target: Path) -> None:
-    """Writes a notebook as a page: its text, its code, and the outputs that are stored in it."""
+    """Writes a notebook as a page: text, code and stored outputs."""
     notebook = json.loads(source.read_text(encoding="utf-8"))
     lines = []
     pictures = target.parent / "tutorial_files"
@@ -324,7 +327,7 @@ def _loaded_files(site: Path) -> Iterator[tuple[Path, str]]:
 
 
 def find_missing_files(site: Path) -> list[str]:
-    """Returns a line for each picture, script or style sheet of a page that does not exist."""
+    """Returns a line for each missing picture, script and style sheet."""
     problems = []
     for page, url in _loaded_files(site):
         parts = urlsplit(url)
@@ -338,7 +341,7 @@ def find_missing_files(site: Path) -> list[str]:
 
 
 def find_foreign_assets(site: Path) -> list[str]:
-    """Returns a line for each file that a page or a style sheet loads from another host."""
+    """Returns a line for each file that pages load from another host."""
     problems = [
         f"{page.relative_to(site)}: {url} is on another host; copy it to docs/"
         for page, url in _loaded_files(site)

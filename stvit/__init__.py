@@ -1,4 +1,4 @@
-"""Super Token Vision Transformer (STViT): super token attention and its timm-style backbones.
+"""Super Token Vision Transformer (STViT): operator and timm-style backbones.
 
 Importing this package registers the models in timm: `import stvit; timm.create_model("stvit_small")`.
 """
@@ -24,7 +24,10 @@ __version__ = "0.1.0"
 
 
 def _is_command() -> bool:
-    """Returns whether Python runs a command: `stvit`, `python -m stvit.tools.NAME` or `python tools/NAME.py`."""
+    """Returns whether Python runs a command of this package.
+
+    That is `stvit`, `python -m stvit.tools.NAME` or `python tools/NAME.py`.
+    """
     program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("-c")
     if str(program) == "-m":  # Python replaces it by the path of the module after importing the package
         return any(argument.startswith("stvit.tools.") for argument in sys.orig_argv[:9])

@@ -1,4 +1,4 @@
-"""The `stvit` command: `stvit train`, `stvit validate`, ... run the programs of this folder."""
+"""The `stvit` command: its subcommands are the programs of this folder."""
 
 import importlib
 import sys

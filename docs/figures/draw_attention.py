@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the figure of "How it works": super token attention on a picture of 48x32 pixels, for light and dark pages.
+"""Draws the figure of "How it works", for light and dark pages.
+
+It shows super token attention on a picture of 48x32 pixels.
 
     python docs/figures/draw_attention.py
 

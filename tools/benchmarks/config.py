@@ -1,4 +1,7 @@
-"""Flags of tools/benchmark.py. This module does not import PyTorch, so that --help is fast."""
+"""Flags of tools/benchmark.py.
+
+This module does not import PyTorch, so that --help is fast.
+"""
 
 from dataclasses import dataclass
 

@@ -79,7 +79,10 @@ class ShardDataset(IterableDataset):
 
 
 def _patch_reader(bad_images: BadImages) -> None:
-    """Makes timm's shard reader open images by `stvit.images` and record images that it cannot read."""
+    """Makes timm's shard reader open images with `stvit.images`.
+
+    It records images that it cannot read.
+    """
 
     def skip_sample(sample: dict[str, Any], error: Exception) -> None:
         bad_images.add(f"{sample.get('__key__')} of {sample.get('__url__')}", describe_problem(error))

@@ -53,7 +53,7 @@ def patch_shard_reader(
 
 
 def patch_posterize() -> None:
-    """Makes the augmentation Posterize keep at least 1 bit per color, in this process.
+    """Makes the augmentation Posterize keep at least 1 bit per color.
 
     Reason: at full strength timm asks Pillow for 0 bits, which Pillow 13 rejects.
     Version: 1.0.31

@@ -26,6 +26,7 @@ __all__ = ["find_masks", "measure", "open_truth", "reduce_to_map", "require_slic
 
 
 def require_slic() -> None:
+    """Raises a `CommandError` if scikit-image, which has SLIC, is not installed."""
     try:
         import skimage.segmentation  # noqa: F401
     except ImportError as error:
@@ -33,6 +34,15 @@ def require_slic() -> None:
 
 
 def find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Returns the mask of each image.
+
+    Args:
+        folder: Contains NAME.png or NAME_mask.png for an image NAME.jpg.
+        images: Images in any folder.
+
+    Raises:
+        CommandError: If an image has no mask.
+    """
     found = []
     for image in images:
         candidates = [folder / f"{image.stem}{end}" for end in (".png", "_mask.png")]
@@ -45,6 +55,11 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
 
 
 def open_truth(path: Path, image: Image.Image) -> np.ndarray:
+    """Returns the values of a mask, (H, W).
+
+    Raises:
+        ImageError: If the file cannot be read or does not have one value per pixel of the image.
+    """
     mask = open_mask(path)
     if mask.ndim != 2 or mask.shape != (image.height, image.width):
         raise ImageError(

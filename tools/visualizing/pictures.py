@@ -33,6 +33,11 @@ PICTURES = ("boundaries", "mean_colors", "association", "attention")
 
 
 def compute_view(loaded: LoadedModel, image: Image.Image, stage: int, config: DrawConfig) -> visualize.SuperTokens:
+    """Returns the super tokens of a stage over an image.
+
+    Raises:
+        CommandError: If the model cannot process the image, or the block does not exist.
+    """
     with explain_errors():
         return visualize.super_tokens(loaded.model, fit(image, config.img_size), stage, config.block)
 
@@ -105,6 +110,11 @@ def draw_checkpoints(
 
 
 def save(picture: Image.Image, path: Path) -> None:
+    """Writes a picture as PNG, and the folders that it needs.
+
+    Raises:
+        CommandError: If the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
