@@ -59,7 +59,7 @@ test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quar
 
 # mypy checks the installed layout, with adapters, configs and tools inside stvit. Otherwise the imports between these
 # folders would have the type Any.
-lint: setup  ## Check style and types
+lint: setup  ## Check style, spelling, docstrings and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

@@ -48,7 +48,7 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:
-    """Replaces the forward method of a model by one that replays CUDA graphs, or restores it.
+    """Makes a model replay CUDA graphs, or restores its own forward method.
 
     The class, the state dict and the other methods of the model do not change. Copies and pickled models have graphs
     of their own. TorchScript, torch.compile and exporters see the original forward method.
@@ -237,7 +237,7 @@ class CudaGraphs:
         return self._state
 
     def _release_if_moved(self) -> None:
-        """Releases the graphs of a model whose weights were replaced, for example by `model.cpu()`."""
+        """Releases the graphs of a model after, for example, `model.cpu()`."""
         if self._state is not None and not self._state.is_current():
             self.clear()
 
@@ -276,7 +276,10 @@ def _is_busy() -> bool:
 
 @contextmanager
 def _busy() -> Iterator[None]:
-    """Context in which this thread captures. Models inside the captured model then run as usual."""
+    """Marks this thread as capturing.
+
+    Models inside the captured model then run as usual.
+    """
     _THREAD.is_capturing = True
     try:
         yield
@@ -631,7 +634,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _depends_on_values(name: str, args: tuple[Any, ...]) -> bool:
-    """Returns whether the output shape of an operation depends on values. Indices are known by their dtype."""
+    """Returns whether the output shape of an operation depends on values.
+
+    Masks and indices differ in their dtype.
+    """
     if not name.startswith("aten.index"):
         return True
     return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:]))

@@ -386,7 +386,11 @@ class TiledConvMlp(nn.Module):
 
     @torch.jit.unused
     def why_not_fused(self, x: torch.Tensor) -> str:
-        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if they are fused."""
+        """Returns why the layers are called one by one, or "" if they are fused.
+
+        Args:
+            x: Input (B, C, H, W).
+        """
         if not layers.is_plain(self.conv, FoldedResidualConv):
             return "the convolution is not a plain FoldedResidualConv"
         return why_not_fused_mlp(x, self.fc1, self.act, self.conv, self.fc2)
@@ -471,7 +475,7 @@ class OptimizedBlock(STViTBlock):
         return self._in_place(x) if self.__dict__["_is_in_place"] else super()._forward(x)
 
     def _state(self, x: torch.Tensor) -> tuple[Any, ...]:
-        """Returns everything that may change the result of `why_not_in_place` without gradients, for comparison."""
+        """Returns all that the result of `why_not_in_place` without gradients depends on."""
         modules = self.__dict__.get("_watched")
         if modules is None:
             modules = self.__dict__["_watched"] = tuple(self.modules())
@@ -499,7 +503,11 @@ class OptimizedBlock(STViTBlock):
 
     @torch.jit.unused
     def why_not_in_place(self, x: torch.Tensor) -> str:
-        """Returns why the block does not add in place for an input (B, C, H, W), or "" if it does."""
+        """Returns why the block does not add in place, or "" if it does.
+
+        Args:
+            x: Input (B, C, H, W).
+        """
         if torch.compiler.is_compiling():
             return "the model is being compiled or exported"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -544,7 +552,10 @@ class OptimizedBlock(STViTBlock):
 
 
 class OptimizedStem(Stem):
-    """Stem in which one kernel adds the bias, activates and normalizes, on a GPU and without gradients."""
+    """Stem in which one kernel adds the bias, activates and normalizes.
+
+    The kernel runs on a GPU and without gradients.
+    """
 
     @classmethod
     def convert(cls, stem: nn.Module) -> None:

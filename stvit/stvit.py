@@ -112,7 +112,7 @@ class Stem(nn.Sequential):
 
 
 def why_not_activate(x: torch.Tensor, backend: str, conv: nn.Module, act: nn.Module | None = None) -> str:
-    """Returns why a convolution and the activation after it are called one by one, or ""."""
+    """Returns why a convolution and its activation are called one by one, or ""."""
     if not layers.is_plain(conv, nn.Conv2d) or conv.bias is None:
         return "the convolution is not plain or has no bias"
     if act is None or not layers.is_plain(act, PixelAct) or not layers.is_gelu(act.act):  # type: ignore[arg-type]
@@ -148,7 +148,11 @@ class ResidualDepthwiseConv(nn.Module):
 
     @torch.jit.unused
     def why_not_fused(self, x: torch.Tensor) -> str:
-        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if one kernel runs."""
+        """Returns why the layers are called one by one, or "" if one kernel runs.
+
+        Args:
+            x: Input (B, C, H, W).
+        """
         if not layers.is_depthwise(self.conv):
             return "the convolution is not a plain depthwise 3x3 convolution"
         reason = layers.why_not_fused(x, self.backend, (self.conv.weight, self.conv.bias))
@@ -191,7 +195,11 @@ class ConvMlp(nn.Module):
 
     @torch.jit.unused
     def why_not_fused(self, x: torch.Tensor) -> str:
-        """Returns why the layers are called one by one for an input (B, C, H, W), or "" if they are fused."""
+        """Returns why the layers are called one by one, or "" if they are fused.
+
+        Args:
+            x: Input (B, C, H, W).
+        """
         if not layers.is_plain(self.drop1, nn.Dropout) or (self.training and self.drop1.p > 0):
             return "there is dropout after the activation"
         if not layers.is_plain(self.conv, ResidualDepthwiseConv):
@@ -202,7 +210,7 @@ class ConvMlp(nn.Module):
 def why_not_fused_mlp(
     x: torch.Tensor, fc1: nn.Module, act: nn.Module, conv: ResidualDepthwiseConv, fc2: nn.Module
 ) -> str:
-    """Returns why the layers of an MLP are called one by one for an input (B, C, H, W), or "" if they are fused."""
+    """Returns why the layers of an MLP are called one by one, or ""."""
     if not layers.is_pointwise(fc1) or not layers.is_pointwise(fc2):
         return "fc1 or fc2 is not a plain 1x1 convolution"
     if not layers.is_plain(act, PixelAct) or not layers.is_gelu(act.act):  # type: ignore[arg-type]
@@ -295,7 +303,10 @@ class STViTBlock(nn.Module):
         return _add_branch(x, self.ls2(self.mlp(self.norm2(x))), self.drop_path2)
 
     def _encode_position(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the position encoding of x and its normalization, in one kernel if possible."""
+        """Returns the position encoding of x and its normalization.
+
+        One kernel computes both if possible.
+        """
         if not self.why_not_fused(x):
             conv, norm = self.cpe.conv, self.norm1
             return layers.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)  # type: ignore
@@ -304,7 +315,11 @@ class STViTBlock(nn.Module):
 
     @torch.jit.unused
     def why_not_fused(self, x: torch.Tensor) -> str:
-        """Returns why `cpe` and `norm1` are called one by one for an input (B, C, H, W), or "" if one kernel runs."""
+        """Returns why `cpe` and `norm1` are called one by one, or "".
+
+        Args:
+            x: Input (B, C, H, W).
+        """
         norm: Any = self.norm1
         if not layers.is_plain(norm, LayerNorm2d) or norm.weight is None or norm.bias is None:
             return "the normalization is not a plain LayerNorm2d with weight and bias"
@@ -314,7 +329,10 @@ class STViTBlock(nn.Module):
         return reason or self.cpe.why_not_fused(x)
 
     def _add_attention(self, x: torch.Tensor, normalized: torch.Tensor) -> torch.Tensor:
-        """Adds the attention branch to x. The kernel that upsamples super tokens adds to x if possible."""
+        """Adds the attention branch to x.
+
+        The kernel that upsamples super tokens adds to x if possible.
+        """
         if (
             layers.is_plain(self.attn, SuperTokenAttention)
             and layers.is_plain(self.ls1, nn.Identity)

@@ -95,10 +95,12 @@ def test_commands_without_make_are_those_of_make() -> None:
         text = (ROOT / document).read_text(encoding="utf-8")
         for command in re.findall(r"^(?:OMP_NUM_THREADS=1 )?\.venv/bin/python .*$", text, re.MULTILINE):
             # make links the package for mypy where this installs it: Windows needs rights for links.
-            made = command.split(" && ")[-1].replace("python -m ruff", "ruff").replace("python -m mypy", "mypy")
+            made = command.split(" && ")[-1]
+            for module, program in {"ruff": "ruff", "mypy": "mypy", "codespell_lib": "codespell"}.items():
+                made = made.replace(f"python -m {module}", program)
             assert re.search(rf"^\t{re.escape(made)} *$", makefile, re.MULTILINE), command
             shown += 1
-    assert shown == 8
+    assert shown == 10
 
 
 def test_links_exist() -> None:

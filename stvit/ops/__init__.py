@@ -192,7 +192,10 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.unused
     def can_add(self, residual: torch.Tensor, x: torch.Tensor) -> bool:
-        """Returns whether `add_to` accepts these tensors: there are super tokens, and the Triton kernels can run."""
+        """Returns whether `add_to` accepts these tensors.
+
+        The block must have super tokens, and the Triton kernels must be able to run.
+        """
         return (
             self.stoken_size != (1, 1)
             and not isinstance(x, torch.fx.Proxy)
@@ -205,7 +208,7 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.unused
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns residual + scale * self(x). The kernel that upsamples adds the residual.
+        """Returns residual + scale * self(x), added by the kernel that upsamples.
 
         Args:
             residual: Map (B, dim, H, W), see `can_add`.
@@ -230,7 +233,7 @@ class SuperTokenAttention(nn.Module):
         return self.proj_drop(tokens)
 
     def mix(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns the attention-weighted sums of the values, before the projection, (B, dim, Hs, Ws)."""
+        """Returns the attention before its projection, (B, dim, Hs, Ws)."""
         B, C, Hs, Ws = tokens.shape
         q, k, v = self.project(tokens)  # (B, heads, Hs * Ws, dim / heads)
         if self.fused_attn:

@@ -93,12 +93,19 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def is_autocast(x: torch.Tensor) -> bool:
-    """Returns whether autocast is on for the device of x. PyTorch raises an error for the device "meta"."""
+    """Returns whether autocast is on for the device of x.
+
+    PyTorch raises an error for the device "meta".
+    """
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def describe_context() -> tuple[str, str]:
-    """Returns the forced backend and why PyTorch does not support custom operators here, or "" for each."""
+    """Returns the two choices that do not depend on the input.
+
+    Returns:
+        The forced backend and why PyTorch does not support custom operators here, or "" for each.
+    """
     return _forced_backend(), _why_not_in_this_context()
 
 

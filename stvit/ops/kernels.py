@@ -646,7 +646,7 @@ def upsample(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Computes residual + scale * (weighted sum of the nine neighbor tokens) for each pixel.
+    """Computes residual + scale * (weighted sum of nine tokens) for each pixel.
 
     Args:
         tokens: Super tokens (B, Hs, Ws, C).

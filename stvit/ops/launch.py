@@ -38,5 +38,8 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def block_of_channels(C: int, widest: int) -> int:
-    """Returns the smallest power of two from 16 to `widest` that covers C channels, or `widest`."""
+    """Returns the smallest power of two from 16 on that covers C channels.
+
+    It is at most `widest`.
+    """
     return min(max(16, next_power_of_2(C)), widest)

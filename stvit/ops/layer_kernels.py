@@ -45,7 +45,7 @@ def _normal_cdf(x, IS_EXACT: tl.constexpr):
 
 @triton.jit
 def _gelu_slope(x, cdf):
-    """Returns the derivative of GELU at x, from the normal distribution function at x."""
+    """Returns the derivative of GELU at x from the normal distribution there."""
     return cdf + x * (0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817))
 
 
@@ -67,7 +67,11 @@ def _load_weights(weight_ptr, c, C):
 
 @triton.jit
 def _find_strips(strips, rows, H, W, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns the first pixel of each strip, its row and column, and which strips exist, (S,) each."""
+    """Locates strips of pixels.
+
+    Returns:
+        The first pixel of each strip, its row and column, and which strips exist, (S,) each.
+    """
     strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     columns = tl.cdiv(W, WIDTH)
     chunks = tl.cdiv(H, rows)
@@ -79,7 +83,10 @@ def _find_strips(strips, rows, H, W, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr)
 
 @triton.jit
 def _load_pixel(ptr, at, is_row, x, W, c, C):
-    """Loads one pixel of each strip as float32, (S, channels). Pixels outside the map are zero."""
+    """Loads one pixel of each strip as float32, (S, channels).
+
+    Pixels outside the map are zero.
+    """
     mask = (is_row & (x >= 0) & (x < W))[:, None] & (c < C)[None, :]
     return tl.load(ptr + (at * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -100,7 +107,7 @@ def _store_pixel(ptr, at, is_row, x, W, c, C, value):
 
 @triton.jit
 def _normalize(value, weight, bias, is_channel, C, eps):
-    """Returns the layer normalization over the channels of each row, (rows, channels)."""
+    """Returns each row normalized over its channels, (rows, channels)."""
     mean = tl.sum(value, axis=1) / C
     centered = tl.where(is_channel, value - mean[:, None], 0.0)
     variance = tl.sum(centered * centered, axis=1) / C
@@ -239,7 +246,7 @@ def depthwise_backward_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Computes all gradients of `depthwise_kernel` in one pass over the gradient and the input.
+    """Computes all gradients of `depthwise_kernel` in one pass.
 
     The weight gradient pairs each pixel of the input with the nine gradients that its own gradient needs.
     """
@@ -345,7 +352,10 @@ def norm_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Computes all gradients of a layer normalization over channels. Mean and variance are computed again."""
+    """Computes all gradients of a layer normalization over channels.
+
+    Mean and variance are computed again.
+    """
     c = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     is_channel = (c < C)[None, :]
@@ -494,7 +504,7 @@ def depthwise(
     shift: torch.Tensor | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a residual depthwise convolution, after GELU or before a layer normalization.
+    """Runs a residual depthwise convolution, after GELU or before LayerNorm.
 
     The result is a + depthwise(a) + bias + shift, where a is x or gelu(x).
 
@@ -644,7 +654,11 @@ def norm_backward(
 
 
 def _share_rows(x: torch.Tensor, block_r: int, max_programs: int) -> tuple[int, int]:
-    """Returns the number of programs for blocks of rows, and the number of blocks of each program."""
+    """Shares blocks of rows among programs.
+
+    Returns:
+        The number of programs and the number of blocks of each program.
+    """
     blocks = cdiv(x.numel() // x.shape[-1], block_r)
     steps = cdiv(blocks, max_programs)
     return cdiv(blocks, steps), steps

@@ -50,7 +50,9 @@ CPU_PRODUCT_CHANNELS = 256
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Returns whether calling a module does nothing but run the forward method of one of the given classes.
+    """Returns whether a module is of one of the given classes and unchanged.
+
+    Calling a plain module does nothing but run the forward method of its class.
 
     Subclasses, hooks, parametrizations, pruning, LoRA wrappers and patched forward methods are not plain.
     """
@@ -88,7 +90,10 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 
 def is_depthwise(conv: nn.Module) -> bool:
-    """Returns whether a module is a plain depthwise 3x3 convolution with a bias and a padding of one pixel."""
+    """Returns whether a module is a plain depthwise 3x3 convolution.
+
+    It must have a bias, a stride of 1 and a padding of one pixel.
+    """
     return bool(
         is_plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
@@ -141,7 +146,10 @@ def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tens
 
 
 def why_not_residual(x: torch.Tensor) -> str:
-    """Returns why a residual kernel must not process x, or "". It would round the residual to the dtype of autocast."""
+    """Returns why a kernel must not add to x, or "".
+
+    The kernel would round the residual to the dtype of autocast.
+    """
     return f"autocast computes in {compute_dtype(x)}, the input is {x.dtype}" if compute_dtype(x) != x.dtype else ""
 
 
@@ -206,7 +214,7 @@ def depthwise_reference(
 
 
 def norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """Returns the layer normalization of x (B, C, H, W) over the channels, in the dtype of x."""
+    """Returns x (B, C, H, W), normalized over the channels, in the dtype of x."""
     x = x.permute(0, 2, 3, 1)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps).permute(0, 3, 1, 2)
 
@@ -220,13 +228,22 @@ def mlp_reference(
     weight2: torch.Tensor,
     bias2: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns the MLP of `stvit.stvit.ConvMlp`, (B, C, H, W); the arguments are those of `mlp`."""
+    """Returns the result of `stvit.stvit.ConvMlp`, (B, C, H, W).
+
+    The arguments are those of `mlp`.
+    """
     hidden = _product(x, weight1, bias1)
     return _product(depthwise_reference(hidden, weight, bias, True), weight2, bias2)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Returns a 1x1 convolution of a map (B, C, H, W) with weights (D, C) and bias (D,)."""
+    """Returns a 1x1 convolution of x.
+
+    Args:
+        x: Map (B, C, H, W).
+        weight: Weights (D, C).
+        bias: Bias (D,).
+    """
     bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype), bias).permute(0, 3, 1, 2)
 
@@ -266,7 +283,10 @@ def _kernels(x: torch.Tensor) -> ModuleType:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Permutes a map (B, C, H, W) to contiguous (B, H, W, C). Maps in channels_last are not copied."""
+    """Permutes a map (B, C, H, W) to contiguous (B, H, W, C).
+
+    Maps in channels_last are not copied.
+    """
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -276,7 +296,7 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_like(x: torch.Tensor, C: int | None = None) -> torch.Tensor:
-    """Allocates a map in channels_last with the shape of x (B, C, H, W), or with other channels."""
+    """Allocates a channels_last map of the size of x (B, C, H, W)."""
     B, channels, H, W = x.shape
     return x.new_empty(B, H, W, C or channels).permute(0, 3, 1, 2)
 
@@ -315,7 +335,11 @@ def _depthwise_backward_fake(
 
 
 def _split_sums(sums: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of weights (C, 1, 3, 3) and bias (C,) from the sums of `_depthwise_backward`."""
+    """Splits the sums of `_depthwise_backward` into gradients.
+
+    Returns:
+        Gradients of the weights (C, 1, 3, 3) and of the bias (C,).
+    """
     return sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype)
 
 
@@ -638,5 +662,10 @@ def mlp(
 
 
 def activate(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Returns gelu(x + bias) in channels_last, for the result x (B, C, H, W) of a convolution without its bias (C,)."""
+    """Returns gelu(x + bias) in channels_last, (B, C, H, W).
+
+    Args:
+        x: Result (B, C, H, W) of a convolution without its bias.
+        bias: Bias (C,).
+    """
     return _activate(x, bias)

@@ -9,7 +9,7 @@ __all__ = ["operator"]
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Decorator: defines an operator that allocates its results and changes no argument.
+    """Defines an operator that allocates its results and changes no argument.
 
     Unlike `torch.library.custom_op`, it does not compare the results with the arguments in each call. With torch 2.11
     this took a third of a millisecond, ten times as long as a launch. `torch.library.opcheck` checks the same once, in

@@ -125,7 +125,7 @@ def upsample_add(
     h: int,
     w: int,
 ) -> torch.Tensor:
-    """Returns residual + scale * (association-weighted sum of tokens) for each pixel, (B, C, H, W).
+    """Returns residual + scale * (weighted sum of tokens), (B, C, H, W).
 
     Args:
         tokens: Super tokens (B, C, Hs, Ws). Their dtype is that of the products.
@@ -343,7 +343,7 @@ def add_super_tokens(
     stoken_size: tuple[int, int],
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns residual + scale * `upsample_super_tokens`, without a pass over the upsampled map.
+    """Returns residual + scale * `upsample_super_tokens`, in one kernel.
 
     Args:
         residual: Map (B, C, H, W).

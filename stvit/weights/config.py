@@ -204,7 +204,7 @@ def limit_parameters(limit: int | None) -> Iterator[None]:
 
 
 class TensorLimit(TorchDispatchMode):
-    """Context manager that limits the tensors computed while a model is built on the meta device.
+    """Limits the tensors computed while a model is built on the meta device.
 
     Models compute position indices and other tables whose size grows with the square of the image's area. On the meta
     device these take no memory.

@@ -1,4 +1,4 @@
-"""Times the block sizes of tools/benchmarks/candidates.py, in a process of its own."""
+"""Times the block sizes of tools/benchmarks/candidates.py in its own process."""
 
 import itertools
 import os
@@ -20,7 +20,10 @@ CANDIDATE_SECONDS = 0.05  # limit of the launches in a graph, for slow candidate
 
 
 class CandidateCompiler:
-    """Runs every n-th candidate once, which fills Triton's cache on the disk for the process that measures."""
+    """Runs every n-th candidate once.
+
+    This fills Triton's cache on the disk for the process that measures.
+    """
 
     def __init__(self, part: int, parts: int) -> None:
         """Takes the candidates part, part + parts, part + 2 * parts and so on."""
@@ -78,7 +81,10 @@ class CandidateTimer:
         }
 
     def measure(self) -> dict[str, Any]:
-        """Returns microseconds and the ratio to the floor of the candidate that `peek` named.
+        """Measures the candidate that `peek` named.
+
+        Returns:
+            Microseconds and their ratio to the floor.
 
         On a GPU an error that the device keeps ends the process.
         """

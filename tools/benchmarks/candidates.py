@@ -98,7 +98,7 @@ def _depthwise(device: str) -> Iterator[Candidate]:
 
 
 def _norm(device: str) -> Iterator[Candidate]:
-    """Yields the position encoding with its normalization, and the gradient of the normalization."""
+    """Yields the normalized position encoding and the normalization's gradient."""
     from stvit.ops import layer_kernels
 
     for B, C, size in _shapes(device):

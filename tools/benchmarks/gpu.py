@@ -51,7 +51,7 @@ def benchmark(config: GpuConfig) -> Iterator[list[Row]]:
 
 
 def _quick(run: Run) -> Iterator[list[Row]]:
-    """Yields the tables of models, of training and of latency, without compiled steps."""
+    """Yields the tables that need no compiled steps."""
     sizes = run.sizes
     ours, peers = sizes.model, sizes.peers
     graphs = ["graphs"] if run.is_gpu else []
@@ -211,7 +211,10 @@ def _row(run: Run, job: Job) -> Row:
 
 
 def _time_candidates(run: Run) -> list[Row]:
-    """Returns a row for each candidate. After a crash a new process goes on with the next candidate."""
+    """Returns a row for each candidate.
+
+    After a crash a new process goes on with the next candidate.
+    """
     rows: list[Row] = []
     left_after = (1 - CANDIDATES_SHARE) * run.left()
     crashes = 0
@@ -254,7 +257,7 @@ def _time_candidates(run: Run) -> list[Row]:
 
 
 def _defaults_and_fastest(rows: list[Row]) -> list[Row]:
-    """Returns the default and the fastest candidate of each kernel and shape, and all that failed."""
+    """Selects the default, the fastest and all failed candidates of each shape."""
     shown = []
     for row in rows:
         times = [other["microseconds"] for other in rows if _same_shape(row, other) and other["microseconds"] != ""]

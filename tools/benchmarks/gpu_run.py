@@ -1,4 +1,4 @@
-"""The state of a run of `stvit benchmark gpu`: its clock, its processes and its files."""
+"""State of a run of `stvit benchmark gpu`: clock, processes and files."""
 
 import importlib.util
 import multiprocessing.connection
@@ -106,7 +106,7 @@ class Job:
 
 
 class Run:
-    """State of a run: its clock, its processes, its folder and the text of its summary."""
+    """State of a run: its clock, processes, folder and summary."""
 
     def __init__(self, config: GpuConfig) -> None:
         """Checks the flags and starts the clock.
@@ -147,7 +147,10 @@ class Run:
         return self._start + 60 * self.config.minutes - MARGIN - time.monotonic()
 
     def fits(self, name: str, seconds: float = MIN_SECONDS) -> bool:
-        """Returns whether so many seconds remain, and reports the table as skipped otherwise."""
+        """Returns whether so many seconds remain.
+
+        Otherwise it reports the table as skipped.
+        """
         if self.left() >= seconds:
             return True
         self.note(f"{name}: skipped, it takes at least {seconds:.0f} s and {max(0.0, self.left()):.0f} s are left")
@@ -194,7 +197,10 @@ class Run:
                 job.close()
 
     def measure(self, jobs: Sequence[Job]) -> None:
-        """Measures prepared steps in turns, in as many rounds as fit in half of the remaining time."""
+        """Measures prepared steps in turns.
+
+        It takes as many rounds as fit in half of the remaining time.
+        """
         ready = [job for job in jobs if job.remote is not None]
         turn = self.sizes.turn_seconds
         estimate = sum(max(turn, job.info["step_seconds"]) + job.info["step_seconds"] + 0.05 for job in ready)
@@ -256,7 +262,10 @@ class Run:
         return time.monotonic() - self._start
 
     def write_summary(self) -> None:
-        """Writes summary.md, which contains all tables, skipped ones and the first lines of the profiles."""
+        """Writes summary.md.
+
+        It contains all tables, the names of skipped ones and the first lines of the profiles.
+        """
         lines = [f"# {self.origin['device']}", ""]
         lines += [f"- {key}: {value}" for key, value in self.origin.items() if key != "device"]
         lines += [f"- seconds: {self.seconds():.0f}"]
@@ -297,7 +306,10 @@ def _prepare_again(job: Job, seconds: float) -> None:
 
 
 def _receive(job: Job, seconds: float) -> None:
-    """Takes the result of `prepare`. The process stays after an error, for a second try."""
+    """Takes the result of `prepare`.
+
+    The process stays after an error, for a second try.
+    """
     assert job.remote is not None
     try:
         job.info = job.remote.receive(seconds)
@@ -322,7 +334,7 @@ def _origin(config: GpuConfig, device: torch.device) -> Row:
 
 
 def _to_print(rows: list[Row]) -> tuple[list[Row], str]:
-    """Splits rows into the columns that differ, with short texts, and a text with the other ones."""
+    """Splits rows into the columns that differ and a text with the other ones."""
     names = list(rows[0])
     same = [name for name in names if len(rows) > 1 and len({str(row[name]) for row in rows}) == 1]
     constants = ", ".join(f"{name} {rows[0][name]}" for name in same if rows[0][name] != "")

@@ -92,7 +92,7 @@ def take_turns(
 
 
 def time_turn(step: Callable[[], Any], device: torch.device, min_seconds: float = 0.0) -> list[float]:
-    """Runs a step at least once, until `min_seconds` have passed, and returns the seconds of each run."""
+    """Runs a step for `min_seconds` or longer and returns the seconds of each run."""
     times: list[float] = []
     turn = time.perf_counter()
     while not times or time.perf_counter() - turn < min_seconds:

@@ -306,7 +306,7 @@ def _onnxruntime_step(module: nn.Module, image: torch.Tensor, case: Case) -> Cal
 
 
 def optimized(module: Any, case: Case) -> nn.Module:
-    """Returns the module after `optimize_for_inference`; a detector after its `fuse()`."""
+    """Returns an optimized copy of a model, or a detector after its `fuse()`."""
     if is_detector(case.model):
         return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:

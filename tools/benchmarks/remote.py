@@ -1,4 +1,7 @@
-"""Objects in processes of their own, so that a crash or a full memory ends one measurement and not all of them."""
+"""Objects in processes of their own.
+
+A crash or a full memory then ends one measurement and not all of them.
+"""
 
 import multiprocessing
 import os
@@ -88,7 +91,10 @@ class Remote:
         self.connection.close()
 
     def close(self, seconds: float = END_SECONDS) -> None:
-        """Ends the process. It is killed if it is busy, or if it does not end by itself within `seconds`."""
+        """Ends the process.
+
+        It is killed if it is busy or does not end by itself within `seconds`.
+        """
         self.connection.close()
         if not self._is_busy:
             self._process.join(max(0.0, seconds))

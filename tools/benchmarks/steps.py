@@ -1,4 +1,7 @@
-"""Steps of models that `stvit benchmark gpu` measures, each in a process of its own."""
+"""Steps of models that `stvit benchmark gpu` measures.
+
+Each runs in a process of its own.
+"""
 
 import gc
 import time
@@ -42,7 +45,9 @@ class PreparedStep:
         self._step: Callable[[], Any] | None = None
 
     def prepare(self) -> dict[str, Any]:
-        """Creates the model, compiles and runs it. A second call after an error tries again.
+        """Creates the model, compiles and runs it.
+
+        A second call after an error tries again.
 
         Returns:
             `prepare_seconds`, `step_seconds`, `relative_error` to float32 ("" if unknown), and on a GPU the peak memory
@@ -89,7 +94,7 @@ class PreparedStep:
         return times
 
     def profile(self, steps: int = 3, rows: int = 25) -> str:
-        """Returns a table of the slowest kernels of a step; on a CPU, of the slowest operators."""
+        """Returns a table of the slowest kernels, or of operators on a CPU."""
         assert self._step is not None
         is_gpu = self.device.type == "cuda"
         self._step()
@@ -172,7 +177,10 @@ def prepare_inference(
 
 
 def prepare_training(case: Case, module: nn.Module, image: torch.Tensor) -> tuple[Callable[[], Any], float | str]:
-    """Returns the training step of a case and the relative error of its gradient to float32.
+    """Prepares the training step of a case.
+
+    Returns:
+        The step and the relative error of its gradient to float32.
 
     The error of compiled steps and of detectors is not measured; it is "".
 
@@ -230,7 +238,7 @@ def _run_in_float32(case: Case, module: nn.Module, image: torch.Tensor) -> torch
 
 
 def _reference(case: Case, module: nn.Module) -> nn.Module:
-    """Returns the module to compare with: the published formulation, which no kernel of ours runs."""
+    """Returns the published formulation, which none of our kernels run."""
     return published(module) if is_ours(case.model) and case.way != "published" else module
 
 

@@ -70,7 +70,10 @@ def atomic_replace_dir(fresh: Path, folder: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with its contents, or a link without the folder that it points to. Errors are ignored."""
+    """Removes a folder with its contents and ignores errors.
+
+    Of a link, only the link is removed.
+    """
     if path.is_symlink():
         path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +116,9 @@ def read_utf8(path: Path, max_bytes: int = 64 << 20) -> str:
 
 
 def _create_locked(path: Path) -> int | None:
-    """Creates an empty file in place of whatever has its name, except a folder or a locked file.
+    """Creates an empty file in place of another one.
+
+    Folders and locked files are not replaced.
 
     Returns:
         Descriptor that holds the lock; None on Windows, which does not remove a file that another process has open.

@@ -58,7 +58,10 @@ def find_mismatch(value: Any, like: Any, name: str = "") -> str | None:
 
 
 def _is_too_large(value: Any) -> bool:
-    """Returns whether a whole number does not fit into 64 bits, so that tensors and floats cannot hold it."""
+    """Returns whether a whole number does not fit into 64 bits.
+
+    Tensors and floats cannot hold it.
+    """
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
