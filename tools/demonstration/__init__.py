@@ -1,1 +1,1 @@
-"""The page of the command tools/demo.py: models, computing processes, page and server."""
+"""Page of tools/demo.py: models, computing processes and server."""

@@ -1,4 +1,4 @@
-"""Runs models in other processes, so that a slow or large one cannot stop the page."""
+"""Runs models in other processes: a slow or large one cannot stop the page."""
 
 import importlib
 from collections.abc import Callable

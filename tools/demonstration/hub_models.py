@@ -1,4 +1,4 @@
-"""Downloads models that users type into the page, and limits their size and arguments."""
+"""Downloads the models that users name, and limits size and arguments."""
 
 import threading
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The models of the page: the list that users choose from, and the models in memory."""
+"""Models of the page: the list to choose from, and the models in memory."""
 
 import re
 import threading
@@ -83,7 +83,7 @@ class ModelList:
 
 
 def _find_runs(root: str) -> list[str]:
-    """Returns the run directories in a folder: classifiers, and detectors of Ultralytics."""
+    """Returns the run directories of classifiers and detectors in a folder."""
     if not root:
         return []
     folder = Path(root).expanduser()

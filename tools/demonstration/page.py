@@ -95,7 +95,7 @@ class TokensTab:
 
     @property
     def view(self) -> list[Any]:
-        """Components that show the selected token: its description and the three pictures."""
+        """Components of the selected token: its description and three pictures."""
         return [self.words, self.tokens, self.association, self.attention]
 
 
@@ -265,13 +265,19 @@ class Page:
         return [gr.Button(interactive=session.image is not None)] * 3
 
     def on_classify(self, session: Session, name: Any) -> Any:
-        """Returns the classes and a note, or nothing if the user has changed the image meanwhile."""
+        """Returns the classes and a note.
+
+        It returns nothing if the user has changed the image meanwhile.
+        """
         image = _require_image(session)
         result, is_random = self.computer.run(classify, name, image)
         return (result, _note(is_random)) if session.image is image else (None, None)
 
     def on_detect(self, session: Session, name: Any, confidence: Any) -> Any:
-        """Returns a picture and a sentence, or nothing if the user has changed the image meanwhile."""
+        """Returns a picture and a sentence.
+
+        It returns nothing if the user has changed the image meanwhile.
+        """
         image = _require_image(session)
         confidence = min(max(_parse_number(confidence), 0.0), 1.0)
         (picture, words), is_random = self.computer.run(detect, name, image, confidence, self.limits.img_size)
@@ -329,7 +335,10 @@ def _add_button(label: str, elem_id: str) -> Any:
 
 
 def _add_picture(caption: str, elem_id: str) -> Any:
-    """Adds a picture below its caption. Gradio would draw the caption over the picture."""
+    """Adds a picture below its caption.
+
+    Gradio would draw the caption over the picture.
+    """
     gr.Markdown(caption)
     look: dict[str, Any] = {"show_label": False, "buttons": ["download", "fullscreen"], "elem_classes": "result"}
     return gr.Image(label=caption, interactive=False, elem_id=elem_id, format="png", **look)

@@ -156,7 +156,7 @@ def check_event(page: Any, folder: Path, message: Any) -> dict[str, Any]:
 
 
 def check_end(message: Any) -> dict[str, Any]:
-    """Returns the message that cancels or resets an event, reduced to the keys that the page sends.
+    """Reduces the message that cancels or resets an event to the page's keys.
 
     Args:
         message: Parsed JSON of `cancel` or `reset`.
@@ -327,7 +327,10 @@ class Guard:
             )
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets the page answer. An error that Gradio does not catch becomes one line in the log."""
+        """Lets the page answer.
+
+        An error that Gradio does not catch becomes one line in the log.
+        """
         is_answered = False
 
         async def note(message: MutableMapping[str, Any]) -> None:
@@ -378,7 +381,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _repeat(body: bytes, receive: Receive) -> Receive:
-    """Returns a function that returns the body first, and then the messages of `receive`."""
+    """Returns a function that first returns the body, then calls `receive`."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def repeat() -> MutableMapping[str, Any]:

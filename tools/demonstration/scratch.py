@@ -25,7 +25,7 @@ _GRACE_S = 60.0
 
 @contextmanager
 def private_folder(prefix: str) -> Iterator[Path]:
-    """Context manager: creates a folder that only this user can read, and removes it on exit.
+    """Creates a folder that only this user can read, and removes it on exit.
 
     The folder contains a file `lock`, which shows whether its process still runs. A killed process leaves its folder
     behind. The next process removes it.

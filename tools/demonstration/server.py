@@ -94,7 +94,7 @@ def _listen_error(host: str, port: int, error: Exception) -> CommandError:
 
 
 def _create_theme() -> Any:
-    """Returns Gradio's theme with more contrast and with fonts of the reader's machine.
+    """Returns Gradio's theme with more contrast and the reader's own fonts.
 
     The page loads nothing from other servers.
     """
@@ -145,7 +145,10 @@ def _set_environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def end_by_signals() -> Iterator[None]:
-    """Context manager: SIGTERM and SIGHUP end the program like Ctrl-C, so that it removes its files."""
+    """Makes SIGTERM and SIGHUP end the program like Ctrl-C.
+
+    The program then removes its files.
+    """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # A program under nohup must ignore SIGHUP.
     handlers = {

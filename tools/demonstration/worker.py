@@ -142,7 +142,7 @@ class Worker:
 
 
 def _serve(connection: Connection, max_bytes: int | None, setup: Callable[[], None]) -> None:
-    """Runs in the process: answers calls until the other end of the connection is closed."""
+    """Answers calls in the process until the connection is closed."""
     # A terminal sends these signals to all its processes. The parent ends this process.
     for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
