@@ -15,6 +15,7 @@ WORDS = {"Of", "What", "Whether", "Where", "Without"}
 LIMIT = 80
 # Functions that everybody knows, and methods that the base class describes.
 _KNOWN = {"error", "extra_repr", "forward", "main", "print_help"}
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def find_problems(path: Path) -> Iterator[str]:
@@ -27,9 +28,9 @@ def find_problems(path: Path) -> Iterator[str]:
     yield from _check(tree, path, is_public=True, name=path.stem)
 
 
-def _check(node: ast.AST, path: Path, is_public: bool, name: str) -> Iterator[str]:
+def _check(node: ast.Module | _Definition, path: Path, is_public: bool, name: str) -> Iterator[str]:
     place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {name}"
-    text = ast.get_docstring(node)  # type: ignore[arg-type]
+    text = ast.get_docstring(node)
     if text is None:
         if is_public:
             yield f"{place} has no docstring"
@@ -40,7 +41,7 @@ def _check(node: ast.AST, path: Path, is_public: bool, name: str) -> Iterator[st
         if first.split(" ")[0] in WORDS:
             yield f"{place}: the first line begins with {first.split(' ')[0]!r}; say what the object does or returns"
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, _Definition):
             is_described = is_public and not child.name.startswith("_") and child.name not in _KNOWN
             is_described &= isinstance(node, ast.Module | ast.ClassDef) and not _is_overload(child)
             yield from _check(child, path, is_described, child.name)
