@@ -39,11 +39,6 @@ file in --output. Tables that do not fit in the time are skipped. It needs only 
 GPU everything runs at tiny sizes.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
-
 import argparse
 import importlib
 import logging

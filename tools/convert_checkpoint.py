@@ -16,11 +16,6 @@ training script or of tools/train_cls.py, or a file with only weights. The model
 - No code in a checkpoint is run. A checkpoint that needs code is refused.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the command without a traceback
-
 import argparse
 import logging
 import sys

@@ -19,11 +19,6 @@ longer than --max-seconds ends its process. The next request starts a new one. E
 and the memory of its models.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C ends the command without a traceback
-
 import sys
 from collections.abc import Sequence
 from contextlib import closing

@@ -22,11 +22,6 @@ The command opens each file with its own runtime and compares it with the PyTorc
 differs is not written. With data, the command also compares the accuracy on the validation images.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
-
 import logging
 import sys
 from collections.abc import Sequence

@@ -18,11 +18,6 @@ by its commit and compares every tensor and checksum. Pushing the same files aga
 changes no file and can be repeated. The token is that of `hf auth login` or HF_TOKEN.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the command without a traceback
-
 import argparse
 import logging
 import sys

@@ -20,11 +20,6 @@ The run directory <output>/<experiment>/ contains:
     checkpoints/            states from which --resume auto continues
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
-
 import logging
 import sys
 from collections.abc import Sequence

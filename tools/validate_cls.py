@@ -15,11 +15,6 @@ writes them to results.json, the accuracy of each class to per_class.csv, and th
 to confusion.png.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C ends the command without a traceback
-
 import logging
 import sys
 from collections.abc import Sequence

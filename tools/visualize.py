@@ -22,11 +22,6 @@ superpixels. It writes boundary recall and undersegmentation error to OUTPUT/mea
 OUTPUT/IMAGE/stageS_measures.png. SLIC needs scikit-image: pip install 'stvit[visualize]'.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C ends the command without a traceback
-
 import argparse
 import sys
 from collections.abc import Sequence

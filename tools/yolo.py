@@ -22,11 +22,6 @@ Additional arguments:
     trust=true           opens local checkpoints that contain more than a detector; this runs their code
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C ends the command without a traceback
-
 import argparse
 import os
 import sys
