@@ -24,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # Triton makes its own library for its interpreter or for a compiler at the moment it is imported, once for a process.
-# Without a GPU that is the interpreter, for the kernels of tests/test_triton.py; nothing else is to know of it.
+# Without a GPU that is the interpreter, for the kernels' tests (fixture `interpreter`); nothing else is to know of it.
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -170,3 +170,30 @@ def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
     monkeypatch.setattr(LOGGER, "propagate", True)
     caplog.set_level(logging.INFO)
     return caplog
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton's kernels: tests/test_triton.py and tests/test_fused_layers.py
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[None]:
+    """Lets the backend be chosen automatically. Without a GPU, Triton interprets the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("STVIT_OPS_BACKEND", raising=False)
+        # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than the tests expect.
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        if not torch.cuda.is_available():
+            # Triton reads it when the kernels are imported.
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fills newly allocated tensors with NaN, so that unwritten results are noticed."""
+    # Only warnings, because cuBLAS is not deterministic. No test depends on cuBLAS.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device="cuda" if torch.cuda.is_available() else "cpu").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -27,8 +27,7 @@ pytest.importorskip("triton")
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-if HAS_GPU:
-    pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.usefixtures("interpreter"), *([pytest.mark.gpu] if HAS_GPU else [])]
 
 # A few times the rounding error of each dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -48,25 +47,6 @@ def cases() -> Iterator[Any]:
 
 
 each_case = pytest.mark.parametrize(("shape", "dtype"), list(cases()))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("STVIT_OPS_BACKEND", raising=False)
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        if not HAS_GPU:
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Fills newly allocated tensors with NaN, so that unwritten results are noticed."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:

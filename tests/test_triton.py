@@ -42,6 +42,7 @@ pytest.importorskip("triton")
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 # Marks a test that `-m gpu` selects where there is a GPU. Without a GPU the test runs in `make test`, interpreted.
 also_on_gpu: Callable[[Any], Any] = pytest.mark.gpu if HAS_GPU else lambda test: test
@@ -79,28 +80,6 @@ LARGE = [  # dtypes, batch, channels, map size, cell size; the first two are sta
     (("float32", "bfloat16"), 3, 192, (317, 211), (8, 8)),
     (("float16",), 1, 64, (1031, 997), (16, 16)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("STVIT_OPS_BACKEND", raising=False)
-        # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than what the tests expect.
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        if not HAS_GPU:
-            # Triton reads it when the kernels are imported, see conftest.py.
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Fills newly allocated tensors with NaN, so that unwritten results are noticed."""
-    # Only warnings, because cuBLAS is not deterministic. No test depends on cuBLAS.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
