@@ -297,6 +297,7 @@ def test_trouble_is_one_clear_line(
         ([data, weights, "--model=test_stvti"], "unknown model 'test_stvti', did you mean test_stvit"),
         ([data, weights, "--model=stvit_small"], "mismatches; these are weights of test_stvit"),
         ([data, weights, "--model=test_stvit", "--in-chans=1", "--num-classes=5"], "the weights have 4 classes"),
+        ([data, last, "--model=stvit_small"], "last, which is a test_stvit; remove --model"),
         ([data, last, "--use-ema"], "are for a file of weights; remove the flag"),
         ([data, last, "--official-crop", "--crop-pct=0.9"], "remove --crop-pct and --interpolation"),
         ([data, last, "--real-labels"], "expected the 50,000 validation images of ImageNet, got 20"),

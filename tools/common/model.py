@@ -64,7 +64,7 @@ def open_model(source: ModelSource, **model_kwargs: Any) -> OpenedModel:
         **model_kwargs: Arguments of the model that the command needs; `source.model_kwargs` override them.
 
     Raises:
-        CommandError: If the weights do not exist, cannot be read or do not fit the model.
+        CommandError: If the weights do not exist, cannot be read, do not fit the model or are those of another one.
     """
     name, weights, is_ema, recipe = _find_weights(source)
     model = create_model(
@@ -76,6 +76,7 @@ def open_model(source: ModelSource, **model_kwargs: Any) -> OpenedModel:
         img_size=source.img_size or recipe.get("img_size"),
         model_kwargs={**(recipe.get("model_kwargs") or {}), **model_kwargs, **source.model_kwargs},
     )
+    _check_architecture(source, model)
     return OpenedModel(model, name, is_ema, recipe)
 
 
@@ -101,6 +102,22 @@ def _find_weights(wanted: ModelSource) -> tuple[str, dict[str, Any] | None, bool
             content = read_checkpoint(source.path)
         weights, is_ema = pick_weights(content, source.path, wanted.use_ema)
     return model, weights, is_ema, recipe
+
+
+def _check_architecture(source: ModelSource, model: Any) -> None:
+    """Refuses a --model that differs from the architecture that the checkpoint stores.
+
+    Raises:
+        CommandError: If they differ.
+    """
+    if source.checkpoint is None or source.model is None:
+        return
+    found = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if found is not None and found != source.model.partition(".")[0]:
+        raise CommandError(
+            f"--model {source.model} does not match --checkpoint {source.checkpoint}, which is a {found}; "
+            "remove --model"
+        )
 
 
 def find_source(checkpoint: str, model: str | None = None) -> Source:
