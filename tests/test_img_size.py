@@ -111,7 +111,7 @@ def test_sizes_of_other_models(model: str, img_size: int, said: str | None, caps
         assert status == 0 and f" {img_size} " in out
     else:
         assert status == 1
-        assert said in err.splitlines()[-1] and "unforeseen" not in err
+        assert said in err.splitlines()[-1] and "unexpected" not in err
 
 
 def test_every_command_names_the_flag(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,4 +124,4 @@ def test_every_command_names_the_flag(run: Path, tmp_path: Path, capsys: pytest.
     for main, flags in commands.items():
         assert main([*flags, "--img-size=8"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "--img-size" in line and "unforeseen" not in line
+        assert "--img-size" in line and "unexpected" not in line

@@ -52,7 +52,7 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     assert train_cls.main([*SHORT, *flags]) == 1
     err = capsys.readouterr().err
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "unforeseen" not in err and "Traceback" not in err, err
+    assert len(lines) == 1 and "unexpected" not in err and "Traceback" not in err, err
     return lines[0]
 
 

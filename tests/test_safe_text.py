@@ -221,7 +221,7 @@ def test_traceback_contains_no_secret(
     monkeypatch.setattr(classification, "prepare", fail)
     assert train_cls.main(["--model=test_stvit", f"--data-dir={digits_folder}"]) == 1
     said = capsys.readouterr().err
-    assert "unforeseen LookupError: server said hf_***; please report it" in said
+    assert "unexpected LookupError: server said hf_***; please report it" in said
     monkeypatch.setenv("STVIT_TRACEBACK", "1")
     assert train_cls.main(["--model=test_stvit", f"--data-dir={digits_folder}"]) == 1
     said = capsys.readouterr().err

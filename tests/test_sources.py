@@ -46,7 +46,7 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str, command: Callable[[li
     assert status in (1, 2)
     err = capsys.readouterr().err
     lines = [line for line in err.replace("\r", "\n").splitlines() if "error: " in line]
-    assert len(lines) == 1 and "unforeseen" not in err and "Traceback" not in err, err
+    assert len(lines) == 1 and "unexpected" not in err and "Traceback" not in err, err
     return lines[0]
 
 

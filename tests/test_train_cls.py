@@ -547,14 +547,14 @@ def test_one_class_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[
     assert "only one class, 'digit_0'" in refused(capsys, f"--data-dir={own_digits_folder}")
 
 
-def test_unforeseen_error_is_one_line_too(
+def test_unexpected_error_is_one_line_too(
     digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
     monkeypatch.setattr(classification, "evaluate", fail)
-    assert "unforeseen ZeroDivisionError: by chance; please report it" in refused(capsys, f"--data-dir={digits_folder}")
+    assert "unexpected ZeroDivisionError: by chance; please report it" in refused(capsys, f"--data-dir={digits_folder}")
     monkeypatch.setenv("STVIT_TRACEBACK", "1")
     assert train_cls.main([*SHORT, f"--data-dir={digits_folder}"]) == 1
     said = capsys.readouterr().err

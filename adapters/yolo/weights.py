@@ -1,6 +1,6 @@
 """Loads pretrained weights into a detector.
 
-The backbone gets weights of a timm model, neck and head those of Ultralytics.
+The backbone takes the weights of a timm model. Neck and head take the weights of Ultralytics' YOLO26.
 """
 
 from copy import deepcopy
@@ -34,7 +34,9 @@ def find_backbone(model: Any) -> TimmBackbone | None:
 
 
 def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
-    """Loads pretrained weights into a backbone, either all or none.
+    """Loads pretrained weights into a backbone.
+
+    If a tensor is missing or does not fit, an error is raised and the backbone is not changed.
 
     Args:
         backbone: Backbone to load into.
@@ -65,7 +67,7 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
     if unfit or not target:
         raise RuntimeError(
             f"pretrained_backbone={str(source)!r} does not fit {backbone.name}: {len(unfit)} of {len(target)} tensors "
-            f"are missing or have another shape: {', '.join(unfit[:5])}"
+            f"are missing or have another shape: {', '.join(unfit[:5])}; pass weights of {backbone.name}"
         )
     backbone.net.load_state_dict({key: weights[key] for key in target})
     LOGGER.info(f"Loaded {len(target)}/{len(target)} tensors of the backbone {backbone.name} from {source}")
@@ -73,18 +75,18 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
 
 
 def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool = False) -> list[str]:
-    """Loads Ultralytics' YOLO26 weights into the layers from Ultralytics.
+    """Loads YOLO26 weights into the layers that a model shares with YOLO26.
 
     Args:
         model: Detector from a model file of this package.
         source: Checkpoint of the same scale, such as 'yolo26s.pt', or a loaded model.
-        trust: Whether to open a file with more than a detector. Opening such a file runs its code.
+        trust: Whether to open a file that contains other objects than a detector. Opening such a file can run its code.
 
     Returns:
         Names of the loaded tensors.
 
     Raises:
-        ValueError: If the scale or the generation of YOLO differs, or no tensor fits.
+        ValueError: If the weights are not of YOLO26 or have another scale, or no tensor fits.
         RuntimeError: If the checkpoint cannot be read.
     """
     weights = source if isinstance(source, nn.Module) else _load_detector(source, trust)
@@ -92,12 +94,19 @@ def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool 
     if isinstance(weights.model[-1], Detect) and isinstance(model.model[-1], Detect):  # type: ignore[index]
         families = [(config.get("end2end"), config.get("reg_max")) for config in configs]
         if families[0] != families[1]:
-            raise ValueError(f"stock_weights={_label(source)} is of another generation of YOLO than the model")
+            raise ValueError(
+                f"stock_weights={_label(source)} is of another generation of YOLO than the model; pass a YOLO26 "
+                "checkpoint such as yolo26s.pt"
+            )
     scales = [config.get("scale", "") for config in configs]
     if scales[0] != scales[1]:
-        raise ValueError(f"stock_weights={_label(source)} has scale {scales[1]!r}, but the model has {scales[0]!r}")
+        raise ValueError(
+            f"stock_weights={_label(source)} has scale {scales[1]!r}, but the model has {scales[0]!r}; pass weights of "
+            "the model's scale"
+        )
     aligned = align(weights, model)
-    # A new model has placeholders as class names. With the names of the weights Ultralytics keeps the order of classes.
+    # The class names of a new model are placeholders. With the names from the weights, `BaseModel.load` can match
+    # classes by name later.
     names = dict(getattr(weights, "names", {}))
     if len(names) == len(model.names):
         model.names = names
@@ -136,9 +145,10 @@ def _load_detector(source: str | Path, trust: bool) -> Any:
 
 
 def align(weights: nn.Module, model: nn.Module) -> nn.Module:
-    """Returns trained weights with their layers at the indices of another model.
+    """Returns a trained model with its layers reordered like those of another model.
 
-    `BaseModel.load` matches tensors by name, and names contain the index of the layer.
+    `BaseModel.load` matches tensors by name, and each name contains the index of a layer. A layer that the trained
+    model does not have becomes `nn.Identity`.
 
     Args:
         weights: Trained model.
@@ -187,7 +197,8 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
                 value.copy_(own[key])
         layers: Any = aligned.model
         if not any(key.startswith(f"model.{len(layers) - 1}.") for key in keys):
-            layers[-1] = nn.Identity()  # or Ultralytics would give a head for other classes the width of a random head
+            # The head of `weights` is random. `BaseModel.load` would rebuild the classification branch in its width.
+            layers[-1] = nn.Identity()
     if keys is None or keys:
         model.load(aligned, verbose=keys is None)  # the log would count random tensors as loaded
     source, target = find_backbone(weights), find_backbone(model)
@@ -199,9 +210,9 @@ def transfer(weights: nn.Module, model: BaseModel, keys: list[str] | None = None
 
 
 def _adapt_images(source: TimmBackbone, target: TimmBackbone) -> None:
-    """Adapts the first convolution to other image channels like timm.
+    """Adapts the first convolution to another number of image channels, as timm does.
 
-    Ultralytics would leave it random.
+    Ultralytics would leave its weights random.
     """
     if source.in_chans == target.in_chans:
         return
@@ -209,12 +220,13 @@ def _adapt_images(source: TimmBackbone, target: TimmBackbone) -> None:
         weight = source.net.get_parameter(f"{name}.weight").detach()
         if source.in_chans == 3:
             adapted = adapt_input_conv(target.in_chans, weight)
-        else:  # equal shares of the response to a gray image
+        else:  # timm adapts 3 channels only; here each new channel gets an equal share of the summed weights
             adapted = weight.sum(1, keepdim=True).repeat(1, target.in_chans, 1, 1) / target.in_chans
         target.net.get_parameter(f"{name}.weight").data.copy_(adapted)
 
 
 def _check_arrival(source: TimmBackbone, target: TimmBackbone) -> None:
+    """Checks that all tensors of the backbone were copied, and logs their number."""
     first = {f"{name}.weight" for name in _first_convs(target)} if source.in_chans != target.in_chans else set()
     here, there = target.net.state_dict(), source.net.state_dict()
     lost = [
@@ -232,9 +244,10 @@ def _first_convs(backbone: TimmBackbone) -> list[str]:
 
 
 def _stock_layers(model: nn.Module) -> list[int]:
-    """Returns the row in Ultralytics' model file for each layer; -1 for none.
+    """Returns the row number of each layer in Ultralytics' model file.
 
-    The rows of a model without this information are 0, 1, 2 and so on.
+    A layer that Ultralytics' file does not have gets -1. If the model does not store the numbers, its layers are
+    numbered from 0.
     """
     layers: Any = getattr(model, "model", ())
     stock = getattr(model, "yaml", {}).get("stock_layers")
@@ -244,7 +257,7 @@ def _stock_layers(model: nn.Module) -> list[int]:
 
 
 def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[str, dict[str, Any]]:
-    """Returns name and arguments of the timm model with the weights of a source.
+    """Returns the name and arguments with which timm loads the weights of a source.
 
     Raises:
         ValueError: If the source does not exist or belongs to another model.
@@ -272,9 +285,9 @@ def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[
 
 
 def _count_classes(path: Path, backbone: TimmBackbone) -> int:
-    """Returns the number of classes in a file of weights, or 0.
+    """Returns the number of classes in a file of weights; 0 without a classifier.
 
-    With this number timm checks all keys of the file.
+    timm must create the model with this number. Otherwise timm would ignore missing keys in the file.
     """
     try:
         check_file(path)

@@ -23,7 +23,8 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "reference", "triton")
-_HIDES_EXPORT = torch.__version__ < "2.8"  # a comparison of versions takes longer than a launch
+# Computed once, because comparing versions takes longer than launching a kernel.
+_HIDES_EXPORT = torch.__version__ < "2.8"
 
 
 def can_run_triton(x: torch.Tensor | None = None) -> bool:
@@ -35,9 +36,9 @@ def why_not_triton(x: torch.Tensor | None = None) -> str:
     """Returns why the Triton kernels cannot run on a tensor, or "" if they can.
 
     The kernels need Triton with a C compiler, an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and float32,
-    bfloat16 or float16. They are custom operators, which PyTorch does not support in ONNX, in TorchScript, in the
-    transforms of torch.func, and in forward-mode differentiation. If TRITON_INTERPRET=1 is set before Python starts,
-    Triton interprets the kernels on the CPU, which is meant for tests.
+    bfloat16 or float16. The kernels are custom operators. PyTorch does not support custom operators in ONNX export,
+    TorchScript, the transforms of torch.func, and forward-mode differentiation. For tests, set TRITON_INTERPRET=1
+    before Python starts: Triton then interprets the kernels on the CPU.
 
     Args:
         x: Tensor of any shape; None for a float32 tensor on the current device.
@@ -88,23 +89,24 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of matrix products with x, which depends on autocast."""
+    """Returns the dtype of matrix products with x: autocast's, or that of x."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def is_autocast(x: torch.Tensor) -> bool:
-    """Returns whether autocast is on for the device of x.
+    """Returns whether x is on a CPU or a CUDA device for which autocast is on.
 
-    PyTorch raises an error for the device "meta".
+    For other devices the result is False, because `torch.is_autocast_enabled` raises an error for some, such as "meta".
     """
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def describe_context() -> tuple[str, str]:
-    """Returns the two choices that do not depend on the input.
+    """Returns everything, apart from the input, that can change the backend.
 
     Returns:
-        The forced backend and why PyTorch does not support custom operators here, or "" for each.
+        The value of STVIT_OPS_BACKEND, and the reason why PyTorch does not support custom operators here. Each is ""
+        if there is none.
     """
     return _forced_backend(), _why_not_in_this_context()
 
@@ -113,11 +115,14 @@ def import_kernels(x: torch.Tensor, module: str) -> ModuleType:
     """Imports and returns a module of kernels that will run on x.
 
     Raises:
-        ValueError: If the kernels cannot run on x. A program that was exported on another machine can cause this.
+        ValueError: If the kernels cannot run on x. This happens if a program exported on a GPU runs on another machine.
     """
     reason = why_no_kernels(x.device.type, x.device.index, x.dtype)
     if reason:
-        raise ValueError(f"the Triton operators cannot run: {reason}")
+        raise ValueError(
+            f"the Triton operators cannot run: {reason}; if this is an exported program, export it again with "
+            "STVIT_OPS_BACKEND=reference"
+        )
     return import_module(module)
 
 
@@ -150,9 +155,10 @@ def _why_not_in_this_context() -> str:
 
 
 def _is_in_hidden_onnx_export() -> bool:
-    """Returns whether `torch.onnx.export(dynamo=True)` is running.
+    """Returns whether `torch.onnx.export(dynamo=True)` of torch < 2.8 is running.
 
-    torch < 2.8 shows this only in the call stack.
+    There, `torch.onnx.is_in_onnx_export` returns False, so this function searches the call stack. With newer versions
+    the result is always False.
     """
     frame: FrameType | None = sys._getframe() if _HIDES_EXPORT else None
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx._internal.exporter"):

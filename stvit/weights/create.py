@@ -1,7 +1,7 @@
 """Creates models with pretrained weights.
 
-A file of weights or a config.json may come from anybody. Neither can run code or fill the memory: the structure of the
-file, the fields of config.json and the size of the model are checked before a model is built.
+Files of weights and config.json are not trusted. Loading them cannot run code and cannot use all memory. Before a
+model is built, this module checks the structure of the file, the fields of config.json and the size of the model.
 """
 
 import logging
@@ -44,12 +44,13 @@ __all__ = ["build_model", "check_source", "create_model", "verify"]
 
 _logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
-# timm prefers a safetensors file to a pickle: one of these names, else one with the same stem.
+# If a repository has a pickle and a safetensors file, timm loads the latter. This is its name for each pickle. For
+# other pickles, only the suffix differs.
 _SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
-# Largest model that is built from a config.json without its weights.
+# Largest number of parameters of a model that is built from a config.json without loading weights.
 _MAX_PARAMETERS = 1 << 30
 # Suffixes of the files in a folder that timm takes for weights.
 _SUFFIXES = {".bin", ".pth", ".safetensors", ".tar"}
@@ -60,13 +61,14 @@ def create_model(model_name: str, pretrained: bool = False, *, verify: bool = Fa
 
     A file (`pretrained_cfg_overlay=dict(file=…)`) may have a prefix such as Lightning's `model.` in its keys.
 
-    Models of this package also explain their failures when `timm.create_model` is called directly. The exception is
-    `hf-hub:org/name`: there timm reads the configuration before it calls the model.
+    Models of this package raise the same errors if you call `timm.create_model` yourself, except for `hf-hub:org/name`:
+    timm then reads config.json before it calls this package.
 
     Args:
         model_name: Name as timm takes it: 'stvit_small.in1k', 'hf-hub:org/name', 'local-dir:folder'.
         pretrained: Whether to load pretrained weights.
-        verify: Whether to compare the sha256 of the downloaded files with the Hub. A download only compares sizes.
+        verify: Whether to compare the sha256 of the downloaded files with the Hub. If False, only the file sizes are
+            compared, during the download.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
@@ -127,7 +129,7 @@ def build_model(model_cls: type[_Model], variant: str, pretrained: bool, **kwarg
     saved_args = kwargs.get("pretrained_model_args")  # from config.json
     limit = check_source(variant, cfg, saved_args, pretrained, cache_dir)
     check_model_args({key: kwargs[key] for key in ("features_only", "out_indices") if key in kwargs})
-    # An error about any other argument is a mistake of the caller.
+    # Arguments from config.json. An error about another argument is the caller's mistake and is raised unchanged.
     names = [key for key, value in (saved_args or {}).items() if kwargs.get(key) == value]
     with (
         explain_config_errors(variant, cfg, cache_dir, names),
@@ -150,13 +152,15 @@ def _locate(model_name: str) -> dict[str, Any]:
 
 
 def _locate_in_namespace(variant: str, pretrained_cfg: Any) -> dict[str, str]:
-    """Returns the location of a tag's weights that STVIT_HUB_NAMESPACE sets.
-
-    The location consists of fields of timm's `PretrainedCfg`.
+    """Returns the Hub repository of a tag if STVIT_HUB_NAMESPACE is set.
 
     Args:
         variant: Name of the model.
-        pretrained_cfg: A tag; None for the default tag. Any other configuration contains its own location.
+        pretrained_cfg: A tag; None for the default tag. A dict or `PretrainedCfg` has its own location.
+
+    Returns:
+        The field `hf_hub_id` for timm's `PretrainedCfg`. It is empty if the variable is not set, or if `pretrained_cfg`
+        is not a tag.
     """
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if not namespace or not isinstance(pretrained_cfg, str | None):
@@ -167,9 +171,10 @@ def _locate_in_namespace(variant: str, pretrained_cfg: Any) -> dict[str, str]:
 def _check_other_model(
     model_name: str, cfg: Mapping[str, Any], pretrained: bool, cache_dir: str | Path | None
 ) -> int | None:
-    """Calls `check_source` for a model of timm.
+    """Checks weights and config.json of a model that is not from this package.
 
-    Models of this package call it themselves.
+    For models of this package, `build_model` calls `check_source`. A model that config.json describes is also built on
+    the meta device first, where it needs no memory.
 
     Returns:
         Largest number of parameters of the model; None for no limit.
@@ -225,7 +230,8 @@ def check_source(
         cache_dir: Cache of downloads; None for huggingface_hub's.
 
     Returns:
-        Largest number of parameters that a model with these weights can have; None for no limit.
+        Largest number of parameters that the model may have: twice the number in the file plus `SPARE_PARAMETERS`, or
+        `_MAX_PARAMETERS` for a config.json without weights; None for no limit.
 
     Raises:
         PretrainedError: If a field of the configuration has a wrong type or range, or the file of weights is damaged or
@@ -249,7 +255,7 @@ def check_source(
 def _find_weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> list[Path]:
     """Returns the files of weights that timm may read.
 
-    Missing files are omitted, because timm reports them.
+    Files on the Hub are downloaded. Missing local files are left out, because timm reports them.
     """
     source, hub_id = cfg.get("source"), cfg.get("hf_hub_id")
     if cfg.get("custom_load") or (not source and cfg.get("state_dict")):
@@ -264,7 +270,7 @@ def _find_weight_files(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> 
     if not hub_id:
         return []
     name = cfg.get("hf_hub_filename") or "pytorch_model.bin"
-    if not source and name.endswith(".safetensors"):  # published weights in a format without code
+    if not source and name.endswith(".safetensors"):  # a registered model; safetensors contain no code
         return []
     if name.endswith(".bin"):
         try:
@@ -281,12 +287,11 @@ def _download(hub_id: str, name: str, cache_dir: str | Path | None) -> str:
 
 
 def _strip_file(model_name: str, file: str | Path) -> dict[str, Any]:
-    """Reads a file whose keys have a prefix such as Lightning's `model.`.
+    """Reads a file and removes a prefix such as Lightning's `model.` from its keys.
 
-    Returns the weights without the prefix, as a field of a `PretrainedCfg`.
-
-    Returns an empty dictionary for a file without a prefix, and for models of this package, which remove prefixes
-    themselves.
+    Returns:
+        The weights without the prefix, as the field `state_dict` of timm's `PretrainedCfg`. The result is empty if the
+        keys have no prefix, and for models of this package, which remove prefixes later.
 
     Raises:
         PretrainedError: If the model's tensors are under several prefixes.

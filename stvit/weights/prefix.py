@@ -16,21 +16,22 @@ def strip_prefix(state_dict: Mapping[str, Any], names: Collection[str]) -> tuple
     """Removes a prefix from the keys of a state dict.
 
     Lightning writes `model.stem.0.weight` for a model in its attribute `model`. Other programs write `module.`,
-    `backbone.`, `ema.module.` or `net._orig_mod.`. The prefix that most of the model's tensors have is removed.
-    Tensors without this prefix belong to other modules, such as losses and metrics, and are dropped.
+    `backbone.`, `ema.module.` or `net._orig_mod.`. This function finds the prefix under which most tensors of the model
+    are, and removes it. It drops tensors without this prefix, because they belong to other modules, such as losses.
 
     Args:
         state_dict: Tensors by key.
         names: Keys of the model's state dict.
 
     Returns:
-        The state dict without the prefix, and a sentence about the removed prefix and the dropped tensors. A state dict
-        without a prefix, or of another model, is returned unchanged with an empty sentence.
+        The new state dict, and a message about the removed prefix and the dropped tensors. If there is no prefix, or if
+        the state dict belongs to another model, it is unchanged and the message is empty.
 
     Raises:
-        ValueError: If the model's tensors are under several prefixes.
+        ValueError: If two or more prefixes hold equally many of the model's tensors, such as a student and a teacher.
     """
     weights = {key.replace(_COMPILED, ""): value for key, value in state_dict.items()}
+    # Splits each key at every dot. Counts the left part as a prefix if the right part is a key of the model.
     found: Counter[str] = Counter()
     for key in weights:
         start = 0
@@ -44,7 +45,7 @@ def strip_prefix(state_dict: Mapping[str, Any], names: Collection[str]) -> tuple
     prefixes = [prefix for prefix, count in found.items() if count == most]
     prefix = "" if "" in prefixes or not prefixes else prefixes[0]
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if 2 * most < len(inside):  # another model that shares some keys
+    if 2 * most < len(inside):  # most keys are unknown: another model that shares some keys
         return dict(state_dict), ""
     if prefix and len(prefixes) > 1:
         if 2 * most * len(prefixes) < len(weights):  # submodules with equal names, not several models

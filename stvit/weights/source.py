@@ -1,4 +1,4 @@
-"""Names of weights: one parser and one class for every way to write them.
+"""Parses the names by which users select weights.
 
 | text | source |
 |---|---|
@@ -17,13 +17,14 @@ from timm.models import is_model_in_modules, parse_model_name
 
 __all__ = ["NAMESPACE_VARIABLE", "Source", "find_model_folder", "is_own_model"]
 
-# Environment variable with another owner of the published weights on the Hub. Read when a model is created.
+# Environment variable: user or organization on the Hub to load this package's pretrained weights from, instead of
+# "stvit". It is read when a model is created.
 NAMESPACE_VARIABLE = "STVIT_HUB_NAMESPACE"
 
 _HUB = "hf-hub"
 _FOLDER = "local-dir"
 _CONFIG = "config.json"
-# A name such as stvit_small.pth is a missing file, not a tag.
+# timm would read stvit_small.pth as the model stvit_small with the tag pth. Names with these suffixes are files.
 _FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")
 
 
@@ -63,7 +64,7 @@ class Source:
     def parse(cls, text: str | Path, *, allow_bare_repo_id: bool = False) -> "Source":
         """Parses any name of weights: timm model, repository, folder, run or file.
 
-        An existing path wins over a model of the same name.
+        If a path and a timm model have the same name, the path is used.
 
         Args:
             text: Name of the weights.
@@ -91,15 +92,15 @@ class Source:
 
     @classmethod
     def parse_model_name(cls, text: str) -> "Source":
-        """Parses a name like `timm.create_model`.
+        """Parses a name in the same way as `timm.create_model`.
 
-        A name without a prefix is a model or tag of timm, never a path.
+        A name without a prefix is a timm model, with or without a tag. It is never a path.
         """
         return cls._parse_prefix(text) or cls("timm", text)
 
     @classmethod
     def parse_hub(cls, text: object) -> "Source | None":
-        """Returns the source for 'hf-hub:org/name' and the like; None for other text."""
+        """Returns the source for a name with the prefix 'hf-hub:'; None for others."""
         source = cls._parse_prefix(str(text).strip())
         return source if source is not None and source.kind == "hub" else None
 
@@ -127,11 +128,14 @@ class Source:
 
     @property
     def model_name(self) -> str | None:
-        """Name for `timm.create_model`; None for a file, which does not name its model."""
+        """Name for `timm.create_model`; None for a file, whose model is unknown."""
         return None if self.kind == "file" else str(self)
 
     def with_config(self) -> "Source":
-        """Returns the folder instead of a model.safetensors next to a config.json."""
+        """Returns the folder of a model.safetensors if it also has a config.json.
+
+        All other sources are returned unchanged.
+        """
         if self.kind == "file" and self.path.name == "model.safetensors" and (self.path.parent / _CONFIG).is_file():
             return self.folder(self.path.parent)
         return self
@@ -143,11 +147,13 @@ class Source:
 
 
 def find_model_folder(path: Path, part: str = "best") -> Path:
-    """Returns the folder with config.json: the path, or a part of a run directory.
+    """Returns the folder that contains config.json.
+
+    This is `path` itself, or the subfolder `part` if `path` is a run directory.
 
     Args:
-        path: Folder or run directory.
-        part: Folder of the run: 'best', 'last' or 'last_ema'.
+        path: Model folder or run directory.
+        part: Subfolder of the run directory: 'best', 'last' or 'last_ema'.
 
     Raises:
         ValueError: If neither folder has a config.json.
@@ -155,7 +161,7 @@ def find_model_folder(path: Path, part: str = "best") -> Path:
     for folder in (path, path / part):
         if (folder / _CONFIG).is_file():
             return folder
-    raise ValueError(f"no config.json in {path} or {path / part}")
+    raise ValueError(f"no config.json in {path} or {path / part}; pass a run directory, or a folder with config.json")
 
 
 def is_own_model(architecture: str | None) -> bool:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 class CommandError(Exception):
     """An error that the user can fix.
 
-    The message is one line: what is wrong and what to do. Secrets and control characters in the message are replaced,
-    whatever names and arguments it contains.
+    The message is one line: what is wrong and what to do. Secrets and control characters in it are replaced, because
+    file names and arguments may contain them.
 
     Attributes:
         status: Exit status of the command.
@@ -42,7 +42,10 @@ class CommandError(Exception):
 
 
 class OneProcessError(CommandError):
-    """An error that only one process may see, such as an unreadable image."""
+    """An error that occurs in one process only, such as an unreadable image.
+
+    Every process prints such errors. Other errors of the user occur in all processes, and only process 0 prints them.
+    """
 
 
 class Interrupted(CommandError):
@@ -56,8 +59,9 @@ class Interrupted(CommandError):
 def run(command: Callable[[T], None], args: T) -> int:
     """Runs a command, prints its error in one line, and returns the exit status.
 
-    With several processes (torchrun sets RANK), only the primary one prints errors. The others print only errors of
-    their own images. Standard output contains no secrets and no escape sequences.
+    With several processes (torchrun sets RANK), only process 0 prints a `CommandError`. Every process prints a
+    `OneProcessError` and errors that are not a `CommandError`. Secrets and escape sequences are removed from standard
+    output.
     """
     _import_models()
     print_any_text()
@@ -68,7 +72,8 @@ def run(command: Callable[[T], None], args: T) -> int:
 def _import_models() -> None:
     """Registers the models in timm; see stvit/__init__.py.
 
-    Ctrl-C ends the process without a traceback while it imports PyTorch, and raises KeyboardInterrupt afterwards.
+    While PyTorch is imported, Ctrl-C ends the process without a traceback. After the import, Ctrl-C raises
+    KeyboardInterrupt again.
     """
     if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -103,7 +108,8 @@ def _run(command: Callable[[T], None], args: T) -> int:
             print(f"{prefix}{lost_worker}", file=sys.stderr)
         elif _is_out_of_memory(error):
             print(
-                f"{prefix}out of memory: lower --batch-size or pass --grad-checkpointing ({reason(error)})",
+                f"{prefix}out of memory: lower --batch-size or --img-size; stvit train also has --grad-checkpointing "
+                f"({reason(error)})",
                 file=sys.stderr,
             )
         elif _is_lost_process(error):
@@ -111,7 +117,7 @@ def _run(command: Callable[[T], None], args: T) -> int:
                 print(f"{prefix}another process of the run ended; see its error message", file=sys.stderr)
         else:
             print(
-                f"{prefix}unforeseen {type(error).__name__}: {reason(error)}; please report it with the output of the "
+                f"{prefix}unexpected {type(error).__name__}: {reason(error)}; please report it with the output of the "
                 "same command under STVIT_TRACEBACK=1",
                 file=sys.stderr,
             )
@@ -119,9 +125,10 @@ def _run(command: Callable[[T], None], args: T) -> int:
 
 
 def print_any_text() -> None:
-    r"""Makes standard output write characters that its encoding lacks as \x escapes.
+    r"""Lets standard output escape characters that its encoding does not have.
 
-    On Windows, redirected output uses a code page with few characters, but file and class names may have any.
+    Without this, printing such a character is an error. On Windows, redirected output often has an encoding with few
+    characters, but names of files and classes may contain any character. An escape looks like \xe9 or \u4e2d.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -151,7 +158,7 @@ class _SafeOutput:
 def progress_bar(total: int, unit: str, is_shown: bool, done: int = 0) -> tqdm:
     """Returns a progress bar on standard error.
 
-    Without a terminal it prints a line every few seconds.
+    Without a terminal, the bar is updated at most every ten seconds, to keep log files short.
     """
     return tqdm(
         total=total,
@@ -177,7 +184,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return is_cuda or isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-# Cause and remedy when a signal ends a loader worker, by PyTorch's name of the signal.
+# Reason and next step when a signal ends a data loader worker. The keys are the signal names in PyTorch's messages.
 _LOST_WORKERS = {
     "Killed": "most likely the system ended it because memory was full; lower --workers or --batch-size",
     "Bus error": "the shared memory (/dev/shm) was full; enlarge it (docker run --shm-size), or lower --workers",
@@ -196,7 +203,7 @@ def _describe_lost_worker(error: BaseException) -> str | None:
     ended = re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", text)
     if by_signal:
         name = by_signal[2].strip()
-        who, why = f"{by_signal[1]} ({name})", _LOST_WORKERS.get(name, "check the installed libraries, or --workers 0")
+        who, why = f"{by_signal[1]} ({name})", _LOST_WORKERS.get(name, "check the libraries, or pass --workers 0")
     elif ended:
         who, why = ended[1], _LOST_WORKERS["Killed"]
     else:
@@ -245,12 +252,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows default values in the help, except None, empty text and empty lists."""
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default or action.default == 0 else action.help
 
 
 class KeyValues(argparse.Action):
-    """A flag of key=value pairs. Values are Python literals; anything else is text."""
+    """A flag with key=value pairs.
+
+    A value that is a Python literal, such as 0.1 or (8,4,2,1), is parsed. Any other value stays a string.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs: dict[str, Any] = {}

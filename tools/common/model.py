@@ -105,7 +105,7 @@ def _find_weights(wanted: ModelSource) -> tuple[str, dict[str, Any] | None, bool
 
 
 def _check_architecture(source: ModelSource, model: Any) -> None:
-    """Refuses a --model that differs from the architecture that the checkpoint stores.
+    """Refuses a --model that is not the architecture of the checkpoint.
 
     Raises:
         CommandError: If they differ.

@@ -354,7 +354,7 @@ def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         except CommandError as error:  # the page shows messages as HTML
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
         except Exception as error:
-            message = f"unforeseen {type(error).__name__}; the log of the server has details"
+            message = f"unexpected {type(error).__name__}; the log of the server has details"
             raise gr.Error(message, duration=None) from error
 
     return call

@@ -19,10 +19,11 @@ def compare_files(source: SourceModel, files: Mapping[str, Runtime], data: Expor
         source: The model.
         files: Opened files by name.
         data: Validation images.
-        features: Whether the outputs are feature maps. Then the lines contain differences, else accuracies.
+        features: Whether the outputs are feature maps. If True, the lines contain the differences of the maps. If
+            False, they contain the top-1 accuracies.
 
     Raises:
-        CommandError: If no image can be read.
+        CommandError: If no image can be read, or the model has fewer classes than the images.
     """
     loader = data.loader(data.images.val)
     with progress_bar(len(loader), "batch", True) as bar:
@@ -32,6 +33,7 @@ def compare_files(source: SourceModel, files: Mapping[str, Runtime], data: Expor
 
 def _compare_accuracy(source: SourceModel, files: Mapping[str, Runtime], batches: Batches) -> list[str]:
     """Returns a line with the accuracy of the model and of each file."""
+    # Numbers of images, by file name. The key "" is the model itself.
     seen, right, different = 0, dict.fromkeys(["", *files], 0), dict.fromkeys(files, 0)
     for image, target in batches:
         check_targets(target, source.model.num_classes, "validation")
@@ -51,8 +53,12 @@ def _compare_accuracy(source: SourceModel, files: Mapping[str, Runtime], batches
 
 
 def _compare_features(source: SourceModel, files: Mapping[str, Runtime], batches: Batches) -> list[str]:
-    """Returns a line for each file: the differences of its feature maps."""
+    """Returns a line for each file with the differences of its feature maps.
+
+    The difference of a map is its root mean square error, divided by the standard deviation of the model's map.
+    """
     seen = 0
+    # Sums over images, by file name. The key "" holds the variances of the model's maps, the others squared errors.
     sums = {name: torch.zeros(len(source.names), dtype=torch.float64) for name in ["", *files]}
     for image, target in batches:
         seen += len(target)

@@ -1,4 +1,4 @@
-"""The model to export, and what all formats make of it."""
+"""The model to export, its optimized copy, and its torch.export programs."""
 
 import copy
 from typing import Any
@@ -11,14 +11,14 @@ import stvit
 from .errors import explain_failure, silence
 from .sizes import ServedSizes, Size, program_sizes
 
-# Outputs of a model or a file: logits (B, K), or a feature map (B, C, H, W) of each stage.
+# Outputs of a model or a file: one tensor of logits (B, K), or one feature map (B, C, H, W) for each stage.
 Outputs = list[torch.Tensor]
 
 
 class Classifier(nn.Module):
-    """Runs a model in any precision on float32 images, and returns float32.
+    """Converts images from float32 to the model's dtype, and logits back.
 
-    So all files have the same inputs and outputs.
+    The inputs and outputs of every exported file are therefore float32.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -33,7 +33,7 @@ class Classifier(nn.Module):
 class FeatureExtractor(Classifier):
     """A `Classifier` whose model returns a list of feature maps.
 
-    TorchScript needs a class of its own for the type of the output.
+    It is a separate class, because in TorchScript the return type of `forward` is fixed.
     """
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
@@ -49,7 +49,8 @@ class SourceModel:
         channels: Image channels.
         size: Height and width of the images that the model is made for.
         names: Names of the outputs.
-        portable: Folded copy in the precision of the files. It takes and returns float32.
+        portable: Copy to export, with folded layers if torch.fx can trace the model. It computes in float16 for
+            float16 files, otherwise in float32. Inputs and outputs are float32.
     """
 
     def __init__(self, model: Any, features: bool, dtype: str, input_size: tuple[int, int, int]) -> None:
@@ -58,7 +59,8 @@ class SourceModel:
         Args:
             model: The model in float32, on the CPU, in eval mode.
             features: Whether the model returns a list of feature maps.
-            dtype: Precision of the files: float32, float16 or int8. int8 starts from float32.
+            dtype: Precision of the files: float32, float16 or int8. For int8 the copy stays in float32; the ONNX
+                file is quantized later.
             input_size: Channels, height and width of the images.
         """
         self.model = model
@@ -99,7 +101,7 @@ class SourceModel:
             CommandError: If torch.export fails.
         """
         if size not in self._programs:
-            auto = torch.export.Dim.AUTO  # accepts models that fix their size
+            auto = torch.export.Dim.AUTO  # dynamic if possible; a fixed size is no error
             dims = {0: torch.export.Dim("batch", min=1), 2: auto, 3: auto}
             example = torch.randn(2, self.channels, *size)
             with silence(), explain_failure("torch.export"):
@@ -110,10 +112,11 @@ class SourceModel:
         return self._programs[size], program_sizes(self._programs[size])
 
     def widest_program(self) -> tuple[Any, ServedSizes]:
-        """Returns the program that accepts the largest images, and its sizes.
+        """Returns a program without a maximum image size if possible, and its sizes.
 
-        The graph of an image with a single super token differs from that of several. So a program traced with small
-        images accepts only small images.
+        torch.export specializes the graph if an axis of the traced image has only one super token. Such a program
+        accepts only small images. The model is therefore traced at 1, 2 and 4 times its image size, until a program
+        without a maximum is found. Otherwise, the program for the model's own image size is returned.
 
         Raises:
             CommandError: If torch.export fails.

@@ -1,4 +1,4 @@
-"""Measures of super tokens and SLIC superpixels against true masks."""
+"""Measures how well super tokens and SLIC superpixels follow true masks."""
 
 import csv
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def open_truth(path: Path, image: Image.Image) -> np.ndarray:
     if mask.ndim != 2 or mask.shape != (image.height, image.width):
         raise ImageError(
             f"mask {path}: expected one value per pixel of the image, [{image.height}, {image.width}], got shape "
-            f"{list(mask.shape)}"
+            f"{list(mask.shape)}; save the mask with one channel and the size of the image"
         )
     return mask
 
@@ -72,14 +72,20 @@ def open_truth(path: Path, image: Image.Image) -> np.ndarray:
 def measure(view: visualize.SuperTokens, mask: np.ndarray, path: Path, config: DrawConfig) -> list[dict[str, Any]]:
     """Compares super tokens, SLIC superpixels and cells with a mask.
 
+    Cells are the regular grid from which super tokens start. The function also writes a picture with the regions of all
+    methods.
+
     Args:
         view: Super tokens.
-        mask: True segments of the original image.
-        path: Path of the sheet to write.
+        mask: True segment of each pixel, (H, W), in the size of the original image.
+        path: File of the picture.
         config: Settings.
 
     Returns:
-        Measures of each method.
+        One dictionary for each method: number of regions, boundary recall and undersegmentation error.
+
+    Raises:
+        ImageError: If the mask has no boundary, or all of its pixels are void.
     """
     width, height = view.image.size
     truth = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
@@ -119,7 +125,8 @@ def measure(view: visualize.SuperTokens, mask: np.ndarray, path: Path, config: D
 def reduce_to_map(view: visualize.SuperTokens) -> Image.Image:
     """Reduces the image to the resolution of the feature map, (h, w).
 
-    Each pixel of the result is the mean of the pixels to which `SuperTokens.to_image` gives its value.
+    This is the reverse of `SuperTokens.to_image`: each value is the mean color of the image pixels that belong to this
+    pixel of the feature map. At the borders, the image is continued with its outermost pixels.
     """
     pixels, stride = np.asarray(view.image), view.stride
     padding = []
@@ -133,7 +140,10 @@ def reduce_to_map(view: visualize.SuperTokens) -> Image.Image:
 
 
 def _slic(image: Image.Image, number: int) -> np.ndarray:
-    """Returns about `number` SLIC superpixels, (H, W), after a few attempts."""
+    """Returns a map (H, W) of about `number` SLIC superpixels.
+
+    SLIC rarely returns exactly the requested number. Up to eight requests are tried, and the closest result is kept.
+    """
     from skimage.segmentation import slic
 
     pixels = np.asarray(image)
