@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-# The golden files come with the code that rebuilds their inputs, `fill.py`.
+# Tests import `fill.py`, which rebuilds the inputs of the golden files.
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 
-# Ultralytics reads these when it is imported, and the processes that tests start inherit them: no settings but the
-# tests' own, nothing installed or asked of the network behind their back.
+# Ultralytics reads these variables when it is imported, and processes that tests start inherit them. Ultralytics then
+# uses a settings folder for tests, installs no packages and sends no requests.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="stvit-tests-"))
 os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
-# Nor of the public Hub: tests that need one serve it themselves (hub_server).
+# Tests send nothing to the public Hub. Tests that need a Hub start a local one (hub_server).
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# Triton makes its own library for its interpreter or for a compiler at the moment it is imported, once for a process.
-# Without a GPU that is the interpreter, for the kernels' tests (fixture `interpreter`); nothing else is to know of it.
+# Triton chooses between its interpreter and its compiler when it is imported, once per process. Without a GPU, the
+# tests of the kernels need the interpreter (fixture `interpreter`). The variable is set for this import only.
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
             import triton  # noqa: F401
 
 
-# Files of one long test each: begun last they would keep one process waiting for the other.
+# Each of these files has one long test. Started last, it would run while the other test processes are idle.
 LONG_FILES = ("test_timm.py", "test_ultralytics.py")
 
 
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch.cuda can use"))
 
 
-# CI installs everything that the tests need, so that a skipped test hides a mistake there. A GPU is the exception.
+# CI installs everything that the tests need except a GPU. A skipped test there hides a mistake.
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,10 +76,13 @@ def fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def write_digits() -> Callable[[Path, int, int], Path]:
-    """Writes scikit-learn's digits 0 to 3 as PNG files, train/<class>/* and val/<class>/*, so many of each split."""
+    """Returns a function that writes scikit-learn's digits 0 to 3 as PNG files.
+
+    The files are train/<class>/* and val/<class>/*. The arguments are the folder and the numbers of images per split.
+    """
 
     def write_digits(folder: Path, train: int, val: int) -> Path:
-        from sklearn.datasets import load_digits  # a machine for tests on a GPU may lack it
+        from sklearn.datasets import load_digits  # may be missing on a machine for GPU tests
 
         digits = load_digits(n_class=4)
         for i, (pixels, target) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -95,19 +98,22 @@ def write_digits() -> Callable[[Path, int, int], Path]:
 
 @pytest.fixture(scope="session")
 def digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 and 20 digits. Not to be changed: see `own_digits_folder`."""
+    """Folder of 60 and 20 digits. Tests must not change it: see `own_digits_folder`."""
     return write_digits(tmp_path_factory.mktemp("digits"), 60, 20)
 
 
 @pytest.fixture
 def own_digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path: Path) -> Path:
-    """The same to spoil."""
+    """Folder of 60 and 20 digits that a test may change."""
     return write_digits(tmp_path / "data", 60, 20)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
-    """A Hub on 127.0.0.1, which this process finds, as its user `owner`; waiting before a retry is left out."""
+    """Hub on 127.0.0.1 that this process uses, logged in as the user `owner`.
+
+    The client does not wait before it retries a request.
+    """
     from huggingface_hub.utils import _http
 
     with hub_server.Hub() as hub:
@@ -120,7 +126,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.
         yield hub
 
 
-BOXES = {  # class, center and size over those of the image: 0 is a person, 1 a bus
+BOXES = {  # class (0 person, 1 bus), center and size, relative to the image
     "bus": [
         (1, 0.5, 0.453, 0.977, 0.479),
         (0, 0.176, 0.602, 0.235, 0.467),
@@ -133,7 +139,10 @@ BOXES = {  # class, center and size over those of the image: 0 is a person, 1 a 
 
 @pytest.fixture(scope="session")
 def write_photos() -> Callable[..., Path]:
-    """Writes a data file of Ultralytics over its two photographs and their mirror images, 160 pixels wide."""
+    """Returns a function that writes a dataset and returns its Ultralytics data file.
+
+    The images are the two photographs of Ultralytics and their mirror images, 160 pixels wide.
+    """
 
     def write_photos(folder: Path, channels: int = 3, nc: int = 2) -> Path:
         from ultralytics.utils import ASSETS
@@ -158,13 +167,13 @@ def write_photos() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data file of four photographs. Not to be changed."""
+    """Data file of four photographs. Tests must not change it."""
     return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
 def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What Ultralytics' logger says, which keeps it to itself otherwise."""
+    """Captures the log of Ultralytics, whose logger does not propagate by default."""
     from ultralytics.utils import LOGGER
 
     monkeypatch.setattr(LOGGER, "propagate", True)
@@ -178,13 +187,13 @@ def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
-    """Lets the backend be chosen automatically. Without a GPU, Triton interprets the kernels."""
+    """Selects the backend automatically. Without a GPU, Triton interprets the kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STVIT_OPS_BACKEND", raising=False)
         # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than the tests expect.
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         if not torch.cuda.is_available():
-            # Triton reads it when the kernels are imported.
+            # Triton reads this variable when the kernels are imported.
             patch.setenv("TRITON_INTERPRET", "1")
         yield
 

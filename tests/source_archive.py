@@ -1,4 +1,4 @@
-"""Source archives of installed packages, which hold the tests that their wheels leave out."""
+"""Downloads source archives of installed packages. They contain tests that the wheels lack."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ CACHE = Path(__file__).parents[1] / ".cache"
 
 
 class ArchiveMissing(Exception):
-    """An archive cannot be had.
+    """Raised when a source archive cannot be downloaded.
 
     Attributes:
-        output: What pip said.
+        output: Output of pip.
     """
 
     def __init__(self, reason: str, output: str = "") -> None:
@@ -21,10 +21,10 @@ class ArchiveMissing(Exception):
 
 
 def fetch(package: str) -> Path:
-    """The source archive of the installed version, which pip downloads once.
+    """Downloads the source archive of the installed version once and returns its path.
 
     Raises:
-        ArchiveMissing: If it cannot be had; says why in a line.
+        ArchiveMissing: If the download fails. The message is one line with the reason.
     """
     name = f"{package}-{version(package)}"
     archive = CACHE / name / f"{name}.tar.gz"
@@ -32,14 +32,14 @@ def fetch(package: str) -> Path:
         return archive
     archive.parent.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={package}", f"--dest={archive.parent}"]
-    missing = f"the source archive of {package} {version(package)} cannot be had"
+    missing = f"the source archive of {package} {version(package)} cannot be downloaded"
     try:
         done = subprocess.run([*pip, f"{package}=={version(package)}"], capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
         raise ArchiveMissing(f"{missing}: no answer in five minutes") from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["pip does not say why"])[-1]
+        last = (done.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise ArchiveMissing(f"{missing}: {last}", done.stdout + done.stderr)
     if not archive.exists():
-        raise ArchiveMissing(f"{missing}: pip has brought no {archive.name}", done.stdout + done.stderr)
+        raise ArchiveMissing(f"{missing}: pip downloaded no {archive.name}", done.stdout + done.stderr)
     return archive

@@ -1,4 +1,4 @@
-"""timm's own model tests, from the source archive of the installed timm, run on the models of this package."""
+"""Runs timm's own model tests, from its source archive, on the models of this package."""
 
 import re
 import subprocess
@@ -15,12 +15,12 @@ from safetensors.torch import save
 
 import stvit  # noqa: F401  registers the models in timm
 
-# `make test-long` runs the others, which differ from it in widths and depths.
+# `make test-long` tests the other models, which differ in widths and depths.
 SOME = ["test_stvit"]
 OTHERS = [name for name in timm.list_models(module="stvit") if name not in SOME]
 FEATURE_MODULES = "FEAT_INTER_FILTERS = ["
 
-# Loaded into timm's test session: registers our models and leaves the tests of the others out.
+# Plugin of timm's test session. It registers our models and deselects the tests of other models.
 PLUGIN = """
 import os
 
@@ -32,9 +32,9 @@ OURS = set(os.environ["STVIT_MODELS"].split())
 def pytest_collection_modifyitems(config, items):
     def is_ours(item):
         if item.name.startswith("test_model_inference"):
-            return False  # of the models in timm's own repositories, with results that it keeps there
+            return False  # compares with results that are stored in timm's repositories on the Hub
         if "_pretrained[" in item.name and "_384" in item.name:
-            return False  # the same weights once more
+            return False  # has the same weights as the variant without _384
         name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
         return str(name).split(".")[0] in OURS
 
@@ -61,7 +61,7 @@ def fetch_test_models() -> str:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("models", [SOME, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["some", "others"])
 def test_timm_tests_pass_for_our_models(models: list[str], hub: Hub, tmp_path: Path) -> None:
-    """Tests that load pretrained weights find them on a local Hub."""
+    """Tests that load pretrained weights download them from a local Hub."""
     source = fetch_test_models()
     published = [name for name in models if timm.is_model_pretrained(name)]
     for name in published:

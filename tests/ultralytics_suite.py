@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Ultralytics' own tests, from the source archive of the installed Ultralytics, run on models of this package.
+"""Runs Ultralytics' own tests, from its source archive, on models of this package.
 
-    python tests/ultralytics_suite.py                      # all of it
-    python tests/ultralytics_suite.py --fast               # half a minute of it
-    python tests/ultralytics_suite.py tests/test_cli.py    # a part of it: arguments go to pytest
-    python tests/ultralytics_suite.py --left-out           # the tests that are left out, to see that they must be
+    python tests/ultralytics_suite.py                      # all tests
+    python tests/ultralytics_suite.py --fast               # a selection that takes half a minute
+    python tests/ultralytics_suite.py tests/test_cli.py    # one file: arguments go to pytest
+    python tests/ultralytics_suite.py --left-out           # the excluded tests, which must fail
 
-Those tests name models and data by file names. In a folder of their own, which is made here, these are ours: the model
-files and initialized weights of YOLO26 on stvit_pico, and small data sets of a few photographs. What is left out, and
-why, is `LEFT_OUT`. Nothing but the archive, by pip, is asked of the network.
+The tests of Ultralytics name models and datasets by file names. This program makes a folder in which these names refer
+to model files and initialized weights of YOLO26 on stvit_pico, and to small datasets of a few photographs. `LEFT_OUT`
+lists the excluded tests and the reasons. Only pip uses the network, to download the archive.
 
-The file is a plugin of that pytest session, too, and the `yolo` command that the tests call.
+The file is also a plugin of that pytest session and the `yolo` command that the tests call.
 """
 
 import argparse
@@ -52,11 +52,11 @@ DATA = {
     "depth": "depth8.yaml",
     "classify": "imagenet10",
 }
-GROUPS = (("test_cli.py", "test_exports.py"), ("test_engine.py", "test_python.py"))  # as long as each other
+GROUPS = (("test_cli.py", "test_exports.py"), ("test_engine.py", "test_python.py"))  # both take the same time
 FILES = tuple(name for group in GROUPS for name in group)
 NEEDED = ("aiohttp", "lap", "onnx", "onnxruntime", "onnxslim", "openvino", "pytest_timeout", "shapely", "sklearn")
 
-# Without its file's folder, which is `tests/`; with no parameters the name stands for all of them.
+# Test ids without the folder `tests/`. A name without parameters stands for all parameters of the test.
 LEFT_OUT = {
     "test_python.py::test_yoloe": "tests YOLOE, with weights that would be downloaded",
     "test_python.py::test_yoloe_vocab_head_switch": "tests YOLOE, with weights that would be downloaded",
@@ -74,7 +74,8 @@ LEFT_OUT = {
     "test_exports.py::test_export_imx": "needs model_compression_toolkit and Sony's converter",
     "test_exports.py::test_export_executorch": "needs executorch",
 }
-# Predicts on a blank image of ten channels, of which Ultralytics can save no crop: its model must see nothing there.
+# This test predicts on a blank image of ten channels. Ultralytics cannot save crops of such images, so the model must
+# detect nothing there.
 SEES_NOTHING = "test_python.py::test_multichannel[False]"
 
 FAST = (
@@ -87,26 +88,30 @@ FAST = (
 
 
 class SuiteError(Exception):
-    """The tests cannot be run, or not as they should."""
+    """Raised when the tests cannot run on the models of this package."""
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description="Run Ultralytics' own tests on models of this package.")
-    parser.add_argument("--fast", action="store_true", help="a hand-picked part that takes half a minute")
-    parser.add_argument("--left-out", action="store_true", help="only what is left out; fails if a test of it passes")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="run in this new folder, and keep it")
+    parser.add_argument("--fast", action="store_true", help="run a selection that takes half a minute")
+    parser.add_argument(
+        "--left-out", action="store_true", help="run only the excluded tests; fails if one of them passes"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="new folder of the run, which is kept (default: a temporary folder)"
+    )
     args, pytest_args = parser.parse_known_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tests' processes end with this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the test processes, too
     try:
         if args.keep is None:
             with tempfile.TemporaryDirectory(prefix="stvit-ultralytics-") as folder:
                 return run_suite(Path(folder).resolve(), args, pytest_args)
         if args.keep.exists() and any(args.keep.iterdir()):
-            raise SuiteError(f"{args.keep} is not empty: name a new folder")
+            raise SuiteError(f"{args.keep} is not empty; pass a new folder")
         args.keep.mkdir(parents=True, exist_ok=True)
         return run_suite(args.keep.resolve(), args, pytest_args)
     except SuiteError as error:
@@ -118,16 +123,16 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SuiteError(f"the tests need {', '.join(missing)}: pip install {' '.join(missing)}")
-    import source_archive  # beside this file, which in the tests' process it is not
+    import source_archive  # not importable in the processes of the tests
 
     try:
         archive = source_archive.fetch("ultralytics")
     except source_archive.ArchiveMissing as error:
         raise SuiteError(str(error)) from error
     environment = os.environ.copy()
-    os.environ.clear()  # this process prepares what the tests use under the tests' own settings
+    os.environ.clear()  # prepares the files with the settings of the tests
     os.environ.update(make_environment(folder / "made", environment))
-    os.chdir(folder / "made")  # where Ultralytics looks for model files first
+    os.chdir(folder / "made")  # Ultralytics looks for model files here first
     prepare(archive, folder / "made")
 
     mode = "fast" if args.fast else "left out" if args.left_out else "all"
@@ -136,7 +141,7 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
     sessions = [list(group) for group in GROUPS] if whole else [[] if chosen else list(FILES)]
     running = []
     for i, files in enumerate(sessions):
-        # A folder each: they write caches beside the data, and results beside the weights.
+        # Each session has its own folder, because tests write caches beside the data and results beside the weights.
         place = folder / f"session{i}"
         shutil.copytree(folder / "made", place, ignore=shutil.ignore_patterns("config"))
         session = make_environment(place, environment)
@@ -146,7 +151,7 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
         command += [f"--basetemp={place / 'tmp'}"]
         command += [*(f"tests/{name}" for name in files), *pytest_args]
         log = (place / "log.txt").open("w+", encoding="utf-8")
-        output = log if i else None  # the first is seen as it runs, the others when they have ended
+        output = log if i else None  # the first session prints while it runs, the others when they end
         process = subprocess.Popen(command, cwd=place, env=session, stdout=output, stderr=output)
         running.append((place, log, process))
     reports = []
@@ -160,7 +165,7 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
             if not report.exists():
                 raise SuiteError(f"pytest ended without a report, with status {status}")
             reports.append(json.loads(report.read_text(encoding="utf-8")))
-            failed = failed or status not in (0, 5)  # 5: of these files no test was chosen
+            failed = failed or status not in (0, 5)  # 5: no test of these files was selected
     finally:
         for _, log, process in running:
             process.kill()
@@ -179,7 +184,7 @@ def prepare(archive: Path, folder: Path) -> None:
 
 
 def summarize(reports: list[dict[str, Any]], failed: bool, left_out: bool) -> int:
-    """Prints what has become of the tests; returns the exit status."""
+    """Prints the outcomes of the tests and returns the exit status."""
     outcomes = {test: outcome for report in reports for test, outcome in report["outcomes"].items()}
     skipped = {test: reason for report in reports for test, reason in report["skipped"].items()}
     ours = {test for report in reports for test in report["ours"]}
@@ -221,7 +226,10 @@ def summarize(reports: list[dict[str, Any]], failed: bool, left_out: bool) -> in
 
 
 def make_environment(folder: Path, base: dict[str, str]) -> dict[str, str]:
-    """Settings of its own, nothing installed behind anybody's back, and a network where every connection is refused."""
+    """Writes settings into the folder and returns the environment of a test session.
+
+    Ultralytics installs no packages, and proxies refuse every connection.
+    """
     config = folder / "config" / "Ultralytics"  # the folder that Ultralytics makes in YOLO_CONFIG_DIR
     config.mkdir(parents=True)
     settings = {"settings_version": "0.0.8", "sync": False, "api_key": "", "openai_api_key": "", "uuid": "0" * 64}
@@ -232,7 +240,7 @@ def make_environment(folder: Path, base: dict[str, str]) -> dict[str, str]:
 
     environment = {key: value for key, value in base.items() if key.lower() != "no_proxy"}
     environment.pop("ULTRALYTICS_API_KEY", None)
-    environment.pop("GITHUB_ACTIONS", None)  # Ultralytics would take it for its own
+    environment.pop("GITHUB_ACTIONS", None)  # Ultralytics would assume that this is its own CI
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         environment[name] = environment[name.upper()] = "http://127.0.0.1:9"
     environment.update(
@@ -261,14 +269,14 @@ def unpack_tests(archive: Path, folder: Path) -> None:
     missing = [name for name in FILES if not (folder / "tests" / name).is_file()]
     if missing:
         raise SuiteError(f"{archive.name} holds no tests/{', tests/'.join(missing)}")
-    # As in the archive's own settings of pytest.
+    # The settings of pytest in the archive.
     (folder / "pytest.ini").write_text(
         "[pytest]\nmarkers =\n    slow: runs with --slow\nfilterwarnings =\n    ignore\n"
     )
 
 
 def write_plugin(folder: Path) -> None:
-    """This file where pytest finds it as a plugin, and a `yolo` first on the PATH which knows our classes."""
+    """Copies this file as a pytest plugin, and writes a command `yolo` that registers our classes."""
     for name in ("plugin", "bin"):
         (folder / name).mkdir()
     shutil.copy(__file__, folder / "plugin")
@@ -280,7 +288,7 @@ def write_plugin(folder: Path) -> None:
 
 
 def write_model_files(folder: Path) -> None:
-    """Our model files under the names of Ultralytics'."""
+    """Writes our model files under the names of Ultralytics' files."""
     import ultralytics
 
     from stvit.adapters.yolo import model_file
@@ -295,7 +303,7 @@ def write_model_files(folder: Path) -> None:
 
 
 def write_weights(folder: Path) -> None:
-    """Initialized weights under the names of published ones."""
+    """Writes initialized weights under the names of published weights."""
     import torch
     import torchvision
 
@@ -303,13 +311,13 @@ def write_weights(folder: Path) -> None:
 
     for task, suffix in TASK_SUFFIXES.items():
         write_checkpoint(folder / f"yolo26n{suffix}.pt", task)
-        if task in ("detect", "segment", "pose", "obb"):  # to distill from
+        if task in ("detect", "segment", "pose", "obb"):  # teachers of distillation
             write_checkpoint(folder / f"yolo26s{suffix}.pt", task)
-    # Tests take these for a model without end-to-end detection, and for one of gray images.
+    # Tests use these as a model without end-to-end detection and as a model of gray images.
     write_checkpoint(folder / "yolo11n.pt", "detect", end2end=False)
     write_checkpoint(folder / "yolo11n-grayscale.pt", "detect", channels=1)
     write_checkpoint(folder / "sees_nothing.pt", "detect", sure=False)
-    # Model files of Ultralytics' own begin from torchvision's.
+    # Some model files of Ultralytics load weights of torchvision.
     checkpoints = Path(os.environ["TORCH_HOME"]) / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     for weights in (torchvision.models.ResNet18_Weights.DEFAULT,):
@@ -334,8 +342,8 @@ def write_checkpoint(path: Path, task: str, channels: int = 3, end2end: bool = T
     model = getattr(tasks, MODELS[task])(config, ch=channels, nc=len(names), verbose=False)
     head = model.model[-1]
     for branch in ("cv3", "one2one_cv3"):
-        # Untrained detectors are sure of nothing. One that sees its first class wherever the coarsest map has a cell
-        # gives the tests something to draw, crop, track and suppress.
+        # Untrained detectors have low confidence. This one detects its first class in every cell of the coarsest map,
+        # so that the tests have boxes to draw, crop, track and suppress.
         if sure and getattr(head, branch, None) is not None:
             torch.nn.init.constant_(getattr(head, branch)[-1][-1].bias[:1], 1.0)
     model.names = names
@@ -363,10 +371,10 @@ def class_names(task: str) -> dict[int, str]:
 
 
 def check_backbone(model: Any, path: Path) -> None:
-    """Sees to it that what is tested is ours.
+    """Checks that a model has the backbone of this package.
 
     Raises:
-        SuiteError: If it is not.
+        SuiteError: If the model has another backbone.
     """
     found = type(model.model[0]).__name__
     if found != "TimmBackbone" or not model.model[0].name.startswith(BACKBONE):
@@ -377,7 +385,7 @@ def check_backbone(model: Any, path: Path) -> None:
 
 
 class Thing(NamedTuple):
-    """A thing in a photograph, and its box (left, top, right, bottom) over the photograph's size."""
+    """Object in a photograph with its box (left, top, right, bottom), relative to the photograph."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -398,7 +406,7 @@ THINGS = {
     "flower": [Thing("potted plant", (0.263, 0.199, 0.697, 0.841)), Thing("potted plant", (0.45, 0.878, 0.731, 1.0))],
     "china": [Thing("boat", (0.573, 0.656, 0.589, 0.674)), Thing("boat", (0.666, 0.639, 0.677, 0.653))],
 }
-# For each task the class of a thing; DOTA and Cityscapes know no flowers, and DOTA no people either.
+# Class numbers of objects in each dataset. DOTA has no class for flowers and people, Cityscapes none for boats.
 COCO = {"person": 0, "bus": 5, "boat": 8, "tie": 27, "potted plant": 58}
 DOTA = {"bus": 9, "boat": 1, "person": 10}  # large vehicle, ship, small vehicle
 CITYSCAPES = {"person": 24, "bus": 28, "potted plant": 21}
@@ -408,8 +416,8 @@ IMAGENET = [
     *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
     *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
 ]
-# Key points of a person, over the box: nose, then left and right of eyes, ears, shoulders, elbows, wrists, hips, knees,
-# ankles; and of one seen to the waist, by how many of them.
+# Key points of a person, relative to the box: nose, then left and right of eyes, ears, shoulders, elbows, wrists, hips,
+# knees, ankles. PORTRAIT has the first seven, for a person that is visible to the waist.
 STANDING = (
     *((0.5, 0.07), (0.54, 0.05), (0.46, 0.05), (0.6, 0.07), (0.4, 0.07), (0.75, 0.2), (0.25, 0.2), (0.85, 0.35)),
     *((0.15, 0.35), (0.8, 0.48), (0.2, 0.48), (0.65, 0.52), (0.35, 0.52), (0.65, 0.75), (0.35, 0.75), (0.65, 0.95)),
@@ -419,7 +427,7 @@ PORTRAIT = ((0.5, 0.3), (0.58, 0.24), (0.42, 0.24), (0.68, 0.28), (0.32, 0.28), 
 
 
 class Scene(NamedTuple):
-    """A photograph, as an array (H, W, 3) of RGB, with what is in it."""
+    """Photograph as an RGB array (H, W, 3), with the objects in it."""
 
     name: str
     image: Any
@@ -427,7 +435,7 @@ class Scene(NamedTuple):
 
 
 def scenes(width: int) -> list[Scene]:
-    """Four photographs and their mirror images; the first four for training, with one of each photograph."""
+    """Returns four photographs, and then their mirror images."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -452,7 +460,10 @@ def scenes(width: int) -> list[Scene]:
 
 
 def write_datasets(folder: Path) -> None:
-    """Small data sets under the names of Ultralytics', four images each for training and for validation."""
+    """Writes small datasets under the names of Ultralytics' datasets.
+
+    Most have four images for training and their mirror images for validation.
+    """
     import numpy as np
     from PIL import Image
     from ultralytics.data.converter import convert_to_multispectral
@@ -469,7 +480,7 @@ def write_datasets(folder: Path) -> None:
         for data, label in LABELS.items():
             Image.fromarray(scene.image).save(save(data, "images", ".jpg"))
             save(data, "labels", ".txt").write_text("".join(f"{row}\n" for row in label(scene)))
-        # Twice as wide as high, as those of Cityscapes are.
+        # Images of Cityscapes are twice as wide as high.
         wide = Image.fromarray(scene.image).resize((320, 160))
         wide.save(save("cityscapes8", "images", ".jpg"))
         Image.fromarray(semantic_mask(scene, (160, 320))).save(save("cityscapes8", "masks", ".png"))
@@ -504,7 +515,7 @@ def box_labels(scene: Scene, classes: dict[str, int] = COCO) -> list[str]:
 
 
 def segment_labels(scene: Scene) -> list[str]:
-    """Outlines of eight corners."""
+    """Returns outlines with eight corners."""
     rows = []
     for name, (left, top, right, bottom) in scene.things:
         corners = []
@@ -527,7 +538,7 @@ def pose_labels(scene: Scene) -> list[str]:
 
 
 def oriented_labels(scene: Scene) -> list[str]:
-    """Boxes turned by five degrees."""
+    """Returns boxes rotated by five degrees."""
     rows = []
     height, width = scene.image.shape[:2]
     cos, sin = math.cos(math.radians(5)), math.sin(math.radians(5))
@@ -544,7 +555,7 @@ def oriented_labels(scene: Scene) -> list[str]:
 
 
 def semantic_mask(scene: Scene, size: tuple[int, int]) -> Any:
-    """Sky over a building on a road, and the things before it."""
+    """Returns a mask with sky, building and road from top to bottom, and the objects in front of them."""
     import numpy as np
 
     mask = np.full(size, BUILDING, dtype=np.uint8)
@@ -558,7 +569,10 @@ def semantic_mask(scene: Scene, size: tuple[int, int]) -> Any:
 
 
 def depth_map(scene: Scene) -> Any:
-    """Meters: ground that comes nearer toward the bottom, the things before it, and a sky that was not measured."""
+    """Returns depth in meters, (H, W): ground, objects in front of it, and sky without depth (0).
+
+    The ground is nearer toward the bottom.
+    """
     import numpy as np
 
     size = scene.image.shape[:2]
@@ -586,7 +600,10 @@ FORMATS = {"train": ("bmp", "jpeg", "jpg", "png", "webp", "tif"), "val": ("tiff"
 
 
 def write_clips(folder: Path) -> None:
-    """The pictures and videos that tests would download: a pan over a photograph of people, four frames long."""
+    """Writes the picture and the videos that tests would download.
+
+    Each video pans over a photograph of people in four frames.
+    """
     import cv2
     from PIL import Image
 
@@ -603,13 +620,13 @@ def write_clips(folder: Path) -> None:
             raise SuiteError(f"OpenCV cannot write {name}")
 
 
-# ------------------------------------------------------------------------------------------------ in the tests' process
+# ---------------------------------------------------------------------- in the test processes
 
 _suite: dict[str, Any] = {}
 
 
 def _start() -> None:
-    """Registers our classes, counts the backbone's calls, and keeps what the tests write in their folder."""
+    """Registers our classes and logs each test that calls the backbone."""
     import ultralytics.cfg
 
     from stvit.adapters.yolo import TimmBackbone
@@ -626,11 +643,11 @@ def _start() -> None:
         return forward(self, x)
 
     TimmBackbone._features = counted
-    ultralytics.cfg.TESTS_RUNNING = False  # it would have results written beside the installed package
+    ultralytics.cfg.TESTS_RUNNING = False  # True would write results beside the installed package
 
 
 def yolo_command() -> int:
-    """What the tests call as `yolo`."""
+    """Runs the command that the tests call as `yolo`."""
     _start()
     from stvit.tools.yolo import main as yolo_main
 
@@ -638,7 +655,7 @@ def yolo_command() -> int:
 
 
 def _entry(test: str) -> str | None:
-    """The entry of LEFT_OUT for a test, if there is one."""
+    """Returns the entry of LEFT_OUT for a test, or None."""
     return next((name for name in (test, test.partition("[")[0]) if name in LEFT_OUT), None)
 
 
@@ -653,7 +670,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Has the tests that ask for a network collected, too: what they would download is there."""
+    """Collects tests that need a network, too, because the files that they download already exist."""
     import ultralytics.utils
     import ultralytics.utils.checks
     import ultralytics.utils.events
@@ -667,7 +684,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the table says, before the tests' own conftest leaves out what is slow."""
+    """Deselects the tests in LEFT_OUT, before Ultralytics' conftest deselects slow tests."""
     ids = {item: _test_id(item.nodeid) for item in items}
     entries = {_entry(test) for test in ids.values()}
     expected = [name for name in LEFT_OUT if name.partition("::")[0] in _suite["files"]]
@@ -689,7 +706,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _own_folders(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Puts our model files where a test changes to, and the settings back which a test changes."""
+    """Copies our model files to the folder of a test, and restores the settings after it."""
     if {"monkeypatch", "tmp_path"} <= set(request.fixturenames):
         for path in request.config.rootpath.glob("yolo26*.yaml"):
             shutil.copy(path, request.getfixturevalue("tmp_path"))

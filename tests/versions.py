@@ -1,4 +1,4 @@
-"""Marks for tests that need a newer release than the oldest one that is supported."""
+"""Marks for tests that need a newer PyTorch than the oldest supported one."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from packaging.version import Version
 _is_old = Version(torch.__version__) < Version("2.14")
 
 needs_newer_torch = pytest.mark.skipif(
-    _is_old, reason="exports of dynamic sizes and the order of compiled additions are those of torch 2.14 and newer"
+    _is_old, reason="needs the exports with dynamic sizes and the compiled order of additions of torch 2.14"
 )
-needs_gloo_average = pytest.mark.skipif(_is_old, reason="Ultralytics averages over processes, which Gloo learned later")
+needs_gloo_average = pytest.mark.skipif(
+    _is_old, reason="Ultralytics needs averages over processes, which this Gloo lacks"
+)

@@ -1,6 +1,8 @@
-"""Rules of Windows for Python processes on Linux: Python imports this file at its start if its folder is on PYTHONPATH.
+"""Applies rules of Windows to Python processes on Linux.
 
-`sys.platform` and `os.name` stay as they are, because torch chooses its compiled parts by them. What the processes see:
+Python imports this file when it starts, if the folder is on PYTHONPATH.
+
+`sys.platform` and `os.name` keep their values, because torch selects compiled parts by them. The rules:
 
 - modules, functions and signals that Windows lacks are missing, and SIGBREAK exists;
 - processes are started by spawn;
@@ -8,12 +10,12 @@
 - only files that are open for writing can be synced, and folders cannot be opened;
 - names that Windows refuses cannot be created, and there are no links;
 - filelock locks files through the system, which releases them when their process ends;
-- text files are cp1252 and have CRLF lines, where the code does not say otherwise.
+- text files are cp1252 and have CRLF lines, unless the code sets an encoding or a newline.
 """
 
 import builtins
 import errno
-import fcntl as _fcntl  # before it is hidden
+import fcntl as _fcntl  # imported before it is hidden
 import importlib.abc
 import io
 import multiprocessing
@@ -30,7 +32,7 @@ _open, _os_open, _fsync, _mkdir = io.open, os.open, os.fsync, os.mkdir
 _replace, _rename, _unlink = os.replace, os.rename, os.unlink
 _HIDDEN_FILES = {"/proc/self/status", "/proc/self/clear_refs", "/proc/cpuinfo"}
 _REFUSED = re.compile(r'.*[<>:"|?*\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE | re.DOTALL)
-# Of these the standard library has another implementation on Windows.
+# On Windows the standard library implements these modules differently.
 _EXEMPT = ("multiprocessing.", "tempfile")
 
 
@@ -45,7 +47,7 @@ def _denied(path: Any) -> PermissionError:
 
 
 def _in_use(path: Any) -> bool:
-    """Whether this process has the file, or a file of the folder, open or mapped."""
+    """Returns whether this process has the file, or a file in the folder, open or mapped."""
     path = os.path.realpath(os.fsdecode(path))
     if not os.path.exists(path):
         return False
@@ -55,7 +57,7 @@ def _in_use(path: Any) -> bool:
             is_same = os.path.samestat(os.stat(int(entry)), own)
             if is_same or os.readlink(f"/proc/self/fd/{entry}").startswith(f"{path}/"):
                 return True
-        except OSError:  # that of the list itself
+        except OSError:  # descriptor of the listing itself
             pass
     with _open("/proc/self/maps", encoding="utf-8") as file:
         return any(line.rstrip("\n").endswith(f" {path}") or f" {path}/" in line for line in file)
@@ -134,7 +136,10 @@ def _windows_unlink(path: Any, **more: Any) -> None:
 
 
 class _FileLock:
-    """The lock that filelock uses on Windows. Here, without fcntl, filelock would use a file that survives a kill."""
+    """Locks files through the system, as filelock does on Windows.
+
+    On Linux without fcntl, filelock would use a lock file that stays after a kill.
+    """
 
     def __init__(self, lock_file: Any, timeout: float = -1, **_: Any) -> None:
         self.lock_file, self.timeout = os.fspath(lock_file), timeout
@@ -192,7 +197,7 @@ for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, _Hidden())
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that there is no fcntl
+    warnings.simplefilter("ignore")  # filelock warns that fcntl is missing
     import filelock
 filelock.FileLock = _FileLock  # type: ignore[assignment]
 for module in (builtins, io):
