@@ -1,4 +1,4 @@
-"""Windows and macOS: the commands under the rules of Windows (tests/windows_rules); names, texts and devices."""
+"""Tests commands under the rules of Windows (tests/windows_rules), file names, encodings and devices."""
 
 import argparse
 import ast
@@ -29,7 +29,7 @@ from stvit.tools.common.runs import find_run, run_label
 from stvit.tools.visualizing import pictures
 
 ROOT = Path(__file__).parents[1]
-# A name that cp1252 cannot write.
+# cp1252 cannot encode this name.
 NAME = "犬"
 TRAIN = ["--model=test_stvit", "--img-size=32", "--batch-size=20", "--lr=1e-3", "--warmup-epochs=0"]
 
@@ -51,7 +51,7 @@ def start(*command: object, **more: str) -> subprocess.Popen[str]:
 
 
 def run(*command: object, status: int = 0, **more: str) -> str:
-    """Runs Python under the rules of Windows; returns what it printed."""
+    """Runs Python under the rules of Windows and returns its output."""
     process = start(*command, **more)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == status, out
@@ -60,7 +60,7 @@ def run(*command: object, status: int = 0, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, a recipe, and a run of one epoch that was extended to two under the rules of Windows."""
+    """Folder with images, a recipe, and a run that was extended from one epoch to two."""
     folder = tmp_path_factory.mktemp("windows") / NAME
     data = write_digits(folder / "data", 40, 20)
     for split in ("train", "val"):
@@ -95,7 +95,7 @@ def test_the_other_commands(folder: Path, tmp_path: Path) -> None:
     image = next((folder / "data/val" / NAME).iterdir())
     (tmp_path / "exported").mkdir()
     names = "\n".join(json.loads((folder / "run/best/config.json").read_text(encoding="utf-8"))["label_names"])
-    (tmp_path / "names.txt").write_text(names, encoding="utf-8-sig")  # as the editor of Windows writes it
+    (tmp_path / "names.txt").write_text(names, encoding="utf-8-sig")  # encoding of the Windows editor
     data = [f"--data-dir={folder / 'data'}", "--workers=0", f"--class-map={tmp_path / 'names.txt'}"]
     benchmark = ["model", "--models=test_stvit", "--ways=eager", "--img-size=32", "--batch-size=1", "--repeats=1"]
     commands: dict[str, list[object]] = {
@@ -131,13 +131,13 @@ if __name__ == "__main__":
     )
     for made in (tmp_path / "converted", tmp_path / "pushed"):
         assert {"README.md", "config.json", "model.safetensors"} == {path.name for path in made.iterdir()}
-    # Windows does not tell the peak of the memory without more packages: these columns are empty.
+    # Peak memory needs another package on Windows. These columns are empty.
     table = (tmp_path / "benchmark.csv").read_text(encoding="utf-8").splitlines()
     row = dict(zip(table[0].split(","), table[1].split(","), strict=True))
     assert row["memory_mib"] == row["step_mib"] == "" and float(row["images_per_second"]) > 0
 
 
-def test_ctrl_break_stops_in_good_order(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_break_saves_and_stops(folder: Path, tmp_path: Path) -> None:
     flags = [*TRAIN, f"--data-dir={folder / 'data'}", f"--output={tmp_path}", "--experiment=it", "--epochs=1000"]
     flags += ["--workers=0", "--log-interval=1"]
     process = start("tools/train_cls.py", *flags)
@@ -192,7 +192,7 @@ def test_yolo_training(photos: Path, tmp_path: Path) -> None:
 
 
 def test_text_files_are_utf8() -> None:
-    """Every file that the package opens as text says so: the default of Windows is another encoding."""
+    """All code of the package that opens text files sets an encoding. The default of Windows is not UTF-8."""
     found = []
     for path in (file for name in ("stvit", "adapters", "configs", "tools") for file in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -202,7 +202,7 @@ def test_text_files_are_utf8() -> None:
 
 
 def _opens_text(call: ast.Call) -> bool:
-    """Whether a call opens, reads or writes a text file without its encoding."""
+    """Returns whether a call opens, reads or writes a text file without an encoding."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name not in ("open", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile", "fdopen"):
         return False
@@ -226,7 +226,7 @@ def _opens_text(call: ast.Call) -> bool:
         (r'data_dir: "C:\new\table"', "data_dir contains control characters"),
         (r"data_dir: C:\new\images", None),
         (r"data_dir: 'C:\new\images'", None),
-        ("\ufeffdata_dir: C:\\new\\images", None),  # as the editor of Windows writes UTF-8
+        ("\ufeffdata_dir: C:\\new\\images", None),  # the Windows editor writes UTF-8 with a byte order mark
     ],
 )
 def test_windows_paths_in_recipes(
@@ -237,7 +237,7 @@ def test_windows_paths_in_recipes(
     if said is None:
         data_dir = train_cls.parse_args([f"--config={recipe}"]).data.data_dir
         assert data_dir == r"C:\new\images"
-        # And in the recipe that a run writes.
+        # The recipe that a run writes has the same path.
         again = tmp_path / "again.yaml"
         again.write_text(yaml.safe_dump({"data_dir": data_dir}, allow_unicode=True), encoding="utf-8")
         assert train_cls.parse_args([f"--config={again}"]).data.data_dir == data_dir
@@ -256,8 +256,8 @@ def test_windows_paths_in_recipes(
         ("local-dir:../what?.", "what"),
     ],
 )
-def test_names_of_runs(model: str, name: str, tmp_path: Path) -> None:
-    """They hold no characters that Windows refuses or that begin another folder."""
+def test_run_directory_names_are_valid_on_windows(model: str, name: str, tmp_path: Path) -> None:
+    """Names of run directories contain no characters that Windows refuses and no path separators."""
     config = train_cls.parse_args([f"--model={model}", f"--output={tmp_path}"])
     with PathLock() as lock:
         folder, _ = find_run(config.run, to_recipe(config), run_label(model, 32), lock)
@@ -265,7 +265,7 @@ def test_names_of_runs(model: str, name: str, tmp_path: Path) -> None:
 
 
 def test_card_of_a_windows_folder(tmp_path: Path) -> None:
-    """The lines of Python in a card name the folder as Python reads it."""
+    """The Python code of a card escapes backslashes, so that Python reads the path of the folder."""
     hub.save(stvit.create_model("test_stvit", num_classes=2), tmp_path)
     name = r"local-dir:C:\Users\new\flowers"
     card = model_card(tmp_path, name)
@@ -283,7 +283,7 @@ def test_model_files_of_ultralytics_keep_backslashes(tmp_path: Path) -> None:
 
 
 def test_shards_on_a_drive(own_digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """webdataset takes C:/shards/x.tar for a URL; on Linux the folder 'C:' of the working folder stands for a drive."""
+    """webdataset treats C:/shards/x.tar as a URL. On Linux, a folder named 'C:' stands for the drive."""
     shards = tmp_path / "C:/shards"
     shards.mkdir(parents=True)
     flags = as_shards(own_digits_folder, shards)
@@ -309,7 +309,7 @@ def test_out_of_memory_on_every_device(error: Exception, capsys: pytest.CaptureF
     assert "error: out of memory: lower --batch-size" in capsys.readouterr().err
 
 
-def test_pictures_of_names_that_differ_in_case_only(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_case_get_separate_folders(tmp_path: Path) -> None:
     images = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
     folders = pictures.output_folders(tmp_path, images, tmp_path / "out")
     assert [folder.name for folder in folders] == ["a.jpg", "A.png", "b"]
@@ -320,7 +320,7 @@ def test_pictures_of_names_that_differ_in_case_only(tmp_path: Path) -> None:
 # mps
 
 
-def test_mps_is_refused_where_it_cannot_work(
+def test_unsupported_uses_of_mps_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CommandError, match="--model-dtype float64: mps computes in float32"):
@@ -339,5 +339,5 @@ def test_benchmark_waits_for_mps() -> None:
     if torch.backends.mps.is_available():
         measure.synchronize(torch.device("mps"))
     else:
-        with pytest.raises(RuntimeError):  # of PyTorch, which was called
+        with pytest.raises(RuntimeError):  # PyTorch was called
             measure.synchronize(torch.device("mps"))
