@@ -1,4 +1,4 @@
-"""tools/validate_cls.py: the numbers of real checkpoints on real images, against the training's and against by hand."""
+"""Compares results of tools/validate_cls.py with those of the training and with direct computations."""
 
 import argparse
 import csv
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def run_folder(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose moving average is far behind its weights."""
+    """Run directory in which the EMA weights differ clearly from the weights."""
     output = tmp_path_factory.mktemp("runs")
     flags = "--model=test_stvit --img-size=32 --in-chans=1 --epochs=4 --batch-size=10 --workers=0 --lr=3e-3"
     more = f"--warmup-epochs=0 --model-ema --model-ema-decay=0.97 --output={output} --experiment=it"
@@ -42,7 +42,7 @@ def run_folder(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def validate(digits_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs the command in this process and returns its results."""
+    """Returns a function that runs the command in this process and returns its results."""
 
     def validate(*flags: str, data: Path = digits_folder) -> dict[str, Any]:
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
@@ -70,7 +70,7 @@ def last_row(run_folder: Path) -> dict[str, float]:
 def reference(
     model: torch.nn.Module, folder: Path, resize: int, size: int, mode: str, mean: Any, std: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and class numbers by torchvision alone."""
+    """Returns logits and class numbers, with images prepared by torchvision."""
     gray = [transforms.Grayscale()] if mode == "L" else []
     pipeline = [
         *gray,
@@ -85,7 +85,7 @@ def reference(
         return model.eval()(torch.stack(x)), torch.tensor(y)
 
 
-# What may be given as a checkpoint
+# Checkpoints
 
 
 def test_every_form_of_our_checkpoints(run_folder: Path, validate: Callable[..., dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def test_every_form_of_our_checkpoints(run_folder: Path, validate: Callable[...,
 def test_official_weights_and_crop(
     digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file as the authors write it; the images as torchvision makes them from the paper's words."""
+    """Compares a checkpoint in the authors' format with the preprocessing of the paper in torchvision."""
     keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
     weights = {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}
     other = {key: torch.zeros_like(value) for key, value in weights.items()}
@@ -138,17 +138,15 @@ def test_official_weights_and_crop(
     top = logits.topk(5).indices == target[:, None]
     assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
     assert results["top5"] == pytest.approx(100 * top.any(1).float().mean().item())
-    assert not (results["folder"] / "confusion.png").exists()  # of a thousand classes
+    assert not (results["folder"] / "confusion.png").exists()  # not drawn for 1000 classes
 
-    # At 384 pixels all of the short side is looked at, whatever the model's configuration says.
+    # At 384 pixels the crop has the whole short side, also if the model's configuration has another crop.
     parsed = validate_cls.parse_args(["--official-crop", "--img-size=384"])
     config = validation._resolve_data_config(vars(parsed.image), model, parsed.image.official_crop)
     assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 384, 384))
 
 
-def test_moving_average_of_an_official_file(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_official_file_without_ema(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "a.pth")
     flags = [f"--checkpoint={tmp_path / 'a.pth'}", "--model=stvit_small", f"--data-dir={digits_folder}"]
     assert "has no EMA weights; remove --use-ema" in refused(capsys, *flags, "--use-ema")
@@ -156,7 +154,7 @@ def test_moving_average_of_an_official_file(
 
 
 @pytest.mark.long
-def test_hub_id_in_a_process_of_its_own(run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
+def test_hub_id_in_a_new_process(run_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/validate_cls.py"), f"--data-dir={digits_folder}", "--workers=0"]
     with serve(run_folder / "last", tmp_path / "home") as env:
         options: dict[str, Any] = {"env": env, "capture_output": True, "text": True, "timeout": 300}
@@ -171,10 +169,10 @@ def test_hub_id_in_a_process_of_its_own(run_folder: Path, digits_folder: Path, t
     assert "cannot load the pretrained weights of the Hub repository someone/else" in missing.stderr.splitlines()[-1]
 
 
-# What is counted
+# Results
 
 
-def test_counts_against_a_count_by_hand(
+def test_results_equal_a_direct_computation(
     run_folder: Path, digits_folder: Path, validate: Callable[..., dict[str, Any]]
 ) -> None:
     results = validate(f"--checkpoint={run_folder / 'last'}")
@@ -202,7 +200,10 @@ def test_confidence_interval(correct: int, images: int) -> None:
 def test_real_labels(
     run_folder: Path, own_digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]
 ) -> None:
-    """Several labels may be right, and images without any do not count; one image cannot be read besides."""
+    """An image may have several labels or none. Images without labels do not count.
+
+    One of the images is unreadable.
+    """
     paths = sorted((own_digits_folder / "val").rglob("*.png"))
     for number, path in enumerate(paths):
         path.rename(path.with_name(f"ILSVRC2012_val_{number + 1:08d}.JPEG"))
@@ -219,7 +220,7 @@ def test_real_labels(
         right += number % 3 == 1 and number != 4
     labels = [by_name[name] for name in sorted(by_name)]
     (tmp_path / "real.json").write_text(json.dumps(labels))
-    paths[4].write_bytes(b"")  # one of those whose prediction is right
+    paths[4].write_bytes(b"")  # an image with a correct prediction
     counted = sum(1 for number in range(len(paths)) if number % 3 and number != 4)
 
     results = validate(
@@ -230,7 +231,7 @@ def test_real_labels(
     )
     assert results["real_images"] == counted and results["images"] == 19 and results["skipped"] == 1
     assert results["real_top1"] == pytest.approx(100 * right / counted)
-    assert results["real_top5"] == pytest.approx(100.0)  # of four classes all are among the first five
+    assert results["real_top5"] == pytest.approx(100.0)  # the top 5 contain all four classes
 
 
 def test_several_processes_count_the_same(
@@ -257,7 +258,7 @@ def test_several_processes_count_the_same(
 
 
 def test_classes_are_matched_by_name(run_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]) -> None:
-    """A model that knows its classes in another order than that of the folders."""
+    """The classes of the model and the folders have different orders."""
     folder = Path(shutil.copytree(run_folder / "last", tmp_path / "reversed"))
     weights = load_file(folder / "model.safetensors")
     for key in ("head.fc.weight", "head.fc.bias"):
@@ -279,10 +280,10 @@ def test_precision_and_memory_format(
     assert results["loss"] == pytest.approx(wanted["loss"], rel=1e-5 if flags == ["--channels-last"] else 0.05)
 
 
-# What goes wrong
+# Errors
 
 
-def test_trouble_is_one_clear_line(
+def test_errors_are_one_line(
     run_folder: Path, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, last = f"--data-dir={digits_folder}", f"--checkpoint={run_folder / 'last'}"
@@ -316,7 +317,7 @@ def test_trouble_is_one_clear_line(
 def test_images_of_other_classes(run_folder: Path, own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [f"--checkpoint={run_folder / 'last'}", f"--data-dir={own_digits_folder}"]
     shutil.rmtree(own_digits_folder / "val/digit_3")
-    assert validate_cls.main(["--workers=0", *flags]) == 0  # three of the four that it knows
+    assert validate_cls.main(["--workers=0", *flags]) == 0  # three of the model's four classes
     (own_digits_folder / "val/digit_2").rename(own_digits_folder / "val/two")
     assert "the model has no class 'two', which is in the dataset" in refused(capsys, *flags)
 
@@ -336,7 +337,9 @@ def test_results_are_never_overwritten(
     assert "already has results of another evaluation; choose another --output" in line
 
 
-def test_hostile_file_runs_nothing(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_of_a_checkpoint_is_not_run(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return os.mkdir, (str(tmp_path / "harm"),)
@@ -349,11 +352,11 @@ def test_hostile_file_runs_nothing(digits_folder: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "harm").exists()
 
 
-# Names that plots and files may not take
+# Unusual names of classes and files
 
 
 def with_class(folder: Path, name: bytes) -> Path:
-    """Renames a class of both splits; the name need not be valid text."""
+    """Renames a class in both splits and returns the folder. The name need not be valid UTF-8."""
     for split in (b"train", b"val"):
         place = os.fsencode(folder) + b"/" + split + b"/"
         os.rename(place + b"digit_0", place + name)
@@ -361,10 +364,10 @@ def with_class(folder: Path, name: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["$a__b$", "$", r"$\frac{", "a\nb", "犬", "_" * 200])
-def test_every_name_of_a_class_is_evaluated_and_drawn(
+def test_unusual_class_names(
     name: str, own_digits_folder: Path, run_folder: Path, validate: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """matplotlib takes text between dollar signs for a formula."""
+    """Matplotlib treats text between dollar signs as a formula."""
     data = with_class(own_digits_folder, name.encode())
     map_file = own_digits_folder / "names.txt"
     map_file.write_text("\n".join([name, "digit_1", "digit_2", "digit_3"]))
@@ -380,7 +383,7 @@ def test_every_name_of_a_class_is_evaluated_and_drawn(
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_failed_picture_is_a_warning(
+def test_a_failed_plot_is_a_warning(
     run_folder: Path, validate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from matplotlib.figure import Figure
@@ -400,7 +403,7 @@ def test_a_failed_picture_is_a_warning(
 def test_names_that_are_not_utf8(
     own_digits_folder: Path, run_folder: Path, validate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image may have one; a class may not, for its name goes into every result."""
+    """Image names may be invalid UTF-8. Class names must be valid, because results contain them."""
     train = [*"--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --max-bad-images=1".split()]
     train += [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--experiment=it"]
     place = os.fsencode(own_digits_folder / "val/digit_0")

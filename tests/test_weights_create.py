@@ -1,4 +1,4 @@
-"""Pretrained weights from a Hub over a socket, from folders and files, and each way in which that fails."""
+"""Tests pretrained weights from a local Hub, from folders and from files, and each error."""
 
 import os
 import pickle
@@ -30,13 +30,13 @@ CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"
 
 @pytest.fixture(autouse=True)
 def namespace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of test_stvit, of which none are published, are in `REPO`."""
+    """Sets the Hub namespace, so that weights of test_stvit are expected in `REPO`."""
     monkeypatch.setenv("STVIT_HUB_NAMESPACE", "team")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model.safetensors and config.json of a test_stvit."""
+    """Folder with model.safetensors and config.json of a test_stvit."""
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("weights") / "model"
     hub_module.save(timm.create_model("test_stvit"), folder)
@@ -50,25 +50,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def published(hub: Hub, folder: Path) -> Hub:
-    """The Hub with those weights under their tag's name."""
+    """Hub with the weights of `folder` in `REPO`."""
     hub.create_repo(REPO)
     hub.commit(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
     return hub
 
 
-def as_is(loaded: torch.nn.Module, weights: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> bool:
-    """Whether all of a model's tensors, but those named so, are of the weights."""
+def has_weights(loaded: torch.nn.Module, weights: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> bool:
+    """Returns whether the model has these weights, except for keys that start with one of `but`."""
     state = loaded.state_dict()
     return all(torch.equal(value, weights[key]) for key, value in state.items() if not key.startswith(but))
 
 
-# What loads
+# Loading
 
 
 def test_a_tag_and_an_id_load_the_published_weights(published: Hub, weights: dict[str, torch.Tensor]) -> None:
     for name in ("test_stvit", "test_stvit.in1k", f"hf-hub:{REPO}", f"hf-hub:{REPO}@main"):
         model = timm.create_model(name, pretrained=True)
-        assert as_is(model, weights) and len(model.state_dict()) == len(weights), name
+        assert has_weights(model, weights) and len(model.state_dict()) == len(weights), name
     assert all(".bin" not in request.path for request in published.requests if REPO in request.path)
 
 
@@ -77,11 +77,11 @@ def test_classes_channels_and_features_adapt(
     published: Hub, folder: Path, weights: dict[str, torch.Tensor], name: str
 ) -> None:
     name = f"local-dir:{folder}" if name == "local-dir" else name
-    assert as_is(timm.create_model(name, pretrained=True, num_classes=7), weights, ("head.",))
-    assert as_is(timm.create_model(name, pretrained=True, num_classes=0), weights)
+    assert has_weights(timm.create_model(name, pretrained=True, num_classes=7), weights, ("head.",))
+    assert has_weights(timm.create_model(name, pretrained=True, num_classes=0), weights)
     for channels in (1, 4):
         model = timm.create_model(name, pretrained=True, in_chans=channels)
-        assert as_is(model, weights, ("stem.0.weight",))
+        assert has_weights(model, weights, ("stem.0.weight",))
         expected = adapt_input_conv(channels, weights["stem.0.weight"])
         torch.testing.assert_close(model.state_dict()["stem.0.weight"], expected, rtol=0, atol=0)
     features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 3))
@@ -91,8 +91,8 @@ def test_classes_channels_and_features_adapt(
     assert [tuple(x.shape[1:]) for x in features(torch.randn(1, 3, 64, 64))] == [(32, 8, 8), (64, 2, 2)]
 
 
-def test_other_kinds_of_weights_load_on_their_own_terms(hub: Hub, tmp_path: Path) -> None:
-    """Other arguments, other classes with names, gray images: config.json says so."""
+def test_arguments_and_classes_come_from_config_json(hub: Hub, tmp_path: Path) -> None:
+    """config.json sets other arguments, named classes and gray images."""
     model = timm.create_model("test_stvit", num_classes=3, in_chans=1, stoken_size=(4, 2, 1, 1), n_iter=2)
     hub_module.save(model, tmp_path / "own", label_names=["a", "b", "c"])
     hub.create_repo("org/own")
@@ -103,32 +103,32 @@ def test_other_kinds_of_weights_load_on_their_own_terms(hub: Hub, tmp_path: Path
     image = torch.randn(1, 1, 64, 64)
     assert torch.equal(loaded.eval()(image), model.eval()(image))
     color: Any = timm.create_model("hf-hub:org/own", pretrained=True, in_chans=3)
-    assert as_is(color, model.state_dict(), ("stem.0.weight",))
+    assert has_weights(color, model.state_dict(), ("stem.0.weight",))
     expected = adapt_input_conv(3, model.state_dict()["stem.0.weight"], base_chans=1)
     assert torch.equal(color.state_dict()["stem.0.weight"], expected)
 
 
-def test_a_private_repository_is_its_owners(
+def test_a_private_repository_needs_a_token_with_access(
     published: Hub, folder: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published.create_repo("org/secret", private=True)
     published.commit("org/secret", {file.name: file.read_bytes() for file in folder.iterdir()})
-    assert as_is(stvit.create_model("hf-hub:org/secret", pretrained=True), weights)
+    assert has_weights(stvit.create_model("hf-hub:org/secret", pretrained=True), weights)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(PretrainedDownloadError, match=r"org/secret.*the token in use has no access"):
         stvit.create_model("hf-hub:org/secret", pretrained=True)
 
 
-def test_a_warm_cache_is_enough_offline(
+def test_cached_weights_load_offline(
     published: Hub, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm.create_model("test_stvit", pretrained=True)
     stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
     before = len(published.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)
-    assert as_is(stvit.create_model(f"hf-hub:{REPO}", pretrained=True), weights)
+    assert has_weights(timm.create_model("test_stvit", pretrained=True), weights)
+    assert has_weights(stvit.create_model(f"hf-hub:{REPO}", pretrained=True), weights)
     assert len(published.requests) == before
 
 
@@ -148,15 +148,16 @@ def test_the_namespace_is_read_when_a_model_is_created(hub: Hub, folder: Path, m
             cfg = timm.create_model(name, device="meta").pretrained_cfg
             assert cfg["hf_hub_id"] == f"{namespace}/{name}"
         repo = f"{namespace}/test_stvit.in1k"
-        hub_module.save(timm.create_model("test_stvit"), folder.parent / namespace)  # other weights for each
+        # Each namespace has different weights.
+        hub_module.save(timm.create_model("test_stvit"), folder.parent / namespace)
         hub.create_repo(repo)
         hub.commit(repo, {"model.safetensors": (folder.parent / namespace / "model.safetensors").read_bytes()})
         loaded = stvit.create_model("test_stvit", pretrained=True, verify=True)
         assert loaded.pretrained_cfg["hf_hub_id"] == repo
-        assert as_is(loaded, load_file(folder.parent / namespace / "model.safetensors"))
+        assert has_weights(loaded, load_file(folder.parent / namespace / "model.safetensors"))
 
 
-def test_the_namespace_names_no_source_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_namespace_does_not_change_given_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = {"hf_hub_id": "org/net"}
     assert timm.create_model("test_stvit", pretrained_cfg_overlay=overlay).pretrained_cfg["hf_hub_id"] == "org/net"
     given = timm.get_pretrained_cfg("stvit_small")
@@ -166,11 +167,14 @@ def test_the_namespace_names_no_source_that_was_given(folder: Path, monkeypatch:
     assert timm.create_model("stvit_small").pretrained_cfg["hf_hub_id"] == "stvit/stvit_small.in1k"
 
 
-# What fails
+# Errors
 
 
 def fails(name: str = "test_stvit", kind: type[Exception] = PretrainedDownloadError, **kwargs: Any) -> str:
-    """Loads, and returns the message of the failure, which is chained and of a kind that a caller of timm catches."""
+    """Loads weights, which must fail, and returns the error message.
+
+    The error has a cause, and its type is one that callers of timm catch.
+    """
     create = timm.create_model if name == "test_stvit" else stvit.create_model
     try:
         create(name, pretrained=True, **kwargs)
@@ -180,7 +184,7 @@ def fails(name: str = "test_stvit", kind: type[Exception] = PretrainedDownloadEr
         assert str(error).startswith((f"{name}: ", "test_stvit: ")) and "\n" not in str(error)
         assert "secret" not in str(error)
         return str(error)
-    pytest.fail("it loaded")
+    pytest.fail("loading did not fail")
 
 
 def test_repository_missing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +214,7 @@ def test_unpublished_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch, name: st
     assert not hub.requests
 
 
-def test_other_models_of_timm_are_not_of_this_project(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_other_timm_models_do_not_name_stvit(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained = next(name for name in timm.list_models("test_*vit*") if not timm.is_model_pretrained(name))
     assert untrained not in timm.list_models(module="stvit")
     with pytest.raises(PretrainedError, match=f"^{untrained}: no pretrained weights of this model are published") as e:
@@ -246,7 +250,7 @@ def test_endpoint_unreachable(hub: Hub) -> None:
     assert "HF_ENDPOINT" in said and "the proxy" in said
 
 
-def test_no_hub_there(published: Hub) -> None:
+def test_server_that_is_not_a_hub(published: Hub) -> None:
     published.fail("resolve", "html")
     assert f"the server at {published.url} is not a Hub" in (said := fails())
     assert "login page of the network" in said
@@ -257,7 +261,7 @@ def test_server_errors(published: Hub) -> None:
     assert "the Hub answered with status 503" in (said := fails()) and "Try again later" in said
 
 
-def test_connection_cut_and_then_whole(
+def test_interrupted_download_can_be_repeated(
     published: Hub, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
@@ -266,7 +270,7 @@ def test_connection_cut_and_then_whole(
     assert "no connection to " in said and "run the same command again" in said
     published.heal()
     published.fail("GET .*model.safetensors", "cut", times=1)
-    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)  # in one go, by the client's own retry
+    assert has_weights(timm.create_model("test_stvit", pretrained=True), weights)  # the client repeats the request
 
 
 def test_revision_missing(published: Hub) -> None:
@@ -314,11 +318,11 @@ def test_damaged_file(published: Hub, folder: Path, tmp_path: Path, damage: str)
 def test_flipped_bits_are_found_by_the_checksum(published: Hub, weights: dict[str, torch.Tensor]) -> None:
     published.fail("GET .*model.safetensors", "flip")
     model = stvit.create_model(f"hf-hub:{REPO}", pretrained=True)
-    assert not as_is(model, weights)  # loads in silence, which is what the check is for
+    assert not has_weights(model, weights)  # without the check there is no error
     for name in (f"hf-hub:{REPO}", "test_stvit"):
         with pytest.raises(PretrainedError, match=rf"corrupt files in the cache.*{REPO}.*: \S+ .sha256 is ") as caught:
             stvit.create_model(name, pretrained=True, verify=True)
-    # What it says to delete is enough.
+    # Deleting the named file is enough.
     assert "Delete these files, and load again" in str(caught.value)
     published.heal()
     Path(re.findall(r"main\): (\S+) ", str(caught.value))[0]).unlink()
@@ -326,16 +330,16 @@ def test_flipped_bits_are_found_by_the_checksum(published: Hub, weights: dict[st
     assert len(model(torch.randn(1, 3, 64, 64))) == 4
 
 
-def test_a_damaged_download_is_gone_once_it_is_deleted(published: Hub, weights: dict[str, torch.Tensor]) -> None:
+def test_deleting_a_damaged_download_repairs_the_cache(published: Hub, weights: dict[str, torch.Tensor]) -> None:
     published.fail("model.safetensors$", "truncate")
     said = fails(kind=PretrainedError)
     published.heal()
-    assert fails(kind=PretrainedError) == said  # the cache knows no better
+    assert fails(kind=PretrainedError) == said  # the cache returns the same file
     Path(re.findall(r": (\S+) is truncated", said)[0]).unlink()
-    assert as_is(timm.create_model("test_stvit", pretrained=True), weights)
+    assert has_weights(timm.create_model("test_stvit", pretrained=True), weights)
 
 
-def test_verify_says_when_it_cannot(published: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_is_an_error_if_it_is_impossible(published: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="pass pretrained=True"):
         stvit.create_model("test_stvit", verify=True)
     with pytest.raises(ValueError, match="was not loaded from there"):
@@ -359,15 +363,20 @@ def test_wrong_variant_and_wrong_shapes(hub: Hub, weights: dict[str, torch.Tenso
     assert "(1 mismatch; check that the variant is right): key stages.1.blocks.0.norm1.weight has shape (33,)" in said
 
 
-def test_own_weights_under_a_tags_name_say_how_they_load(hub: Hub) -> None:
-    """A company's, by STVIT_HUB_NAMESPACE: of other classes than the tag's, or made with other arguments."""
+def test_weights_with_other_classes_or_arguments_than_the_tag(hub: Hub) -> None:
+    """Weights of a user's namespace may have other classes or arguments than the tag.
+
+    The error names the argument that loads them.
+    """
     own = timm.create_model("test_stvit", num_classes=10).state_dict()
     hub.create_repo(REPO)
     hub.commit(REPO, {"model.safetensors": save(own)})
     said = fails(kind=PretrainedError)
     assert "these weights have 10 classes; pass pretrained_cfg_overlay=dict(num_classes=10)" in said
     assert "pretrained_cfg_overlay=dict(num_classes=10)" in said
-    assert as_is(timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay={"num_classes": 10}), own)
+    assert has_weights(
+        timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay={"num_classes": 10}), own
+    )
     hub.commit(REPO, {"model.safetensors": save(timm.create_model("test_stvit").state_dict())})
     assert "these are weights of test_stvit with default arguments; check the arguments" in fails(
         kind=PretrainedError, depths=(2, 1, 1, 1)
@@ -375,25 +384,25 @@ def test_own_weights_under_a_tags_name_say_how_they_load(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 4}], ids=str)
-def test_no_layer_stays_random_in_silence(hub: Hub, weights: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
+def test_a_missing_tensor_is_an_error(hub: Hub, weights: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
     left = {key: value for key, value in weights.items() if key != "stages.2.blocks.0.mlp.fc1.bias"}
     hub.create_repo(REPO)
     hub.commit(REPO, {"model.safetensors": save(left)})
     assert "missing key stages.2.blocks.0.mlp.fc1.bias" in fails(kind=PretrainedError, **kwargs)
 
 
-def test_a_classifier_is_random_only_where_it_was_asked_for(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+def test_a_classifier_is_random_only_for_other_classes(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
     left = {key: value for key, value in weights.items() if not key.startswith("head.")}
     hub.create_repo(REPO)
     hub.commit(REPO, {"model.safetensors": save(left)})
     assert "missing key head.fc.weight" in fails(kind=PretrainedError)
-    assert as_is(timm.create_model("test_stvit", pretrained=True, num_classes=9), weights, ("head.",))
+    assert has_weights(timm.create_model("test_stvit", pretrained=True, num_classes=9), weights, ("head.",))
     with pytest.raises(
         PretrainedError, match=r"expected head.fc as the classifier in config.json, got \['head.fc', 'final_conv'\]"
     ):
         overlay = {"classifier": ["head.fc", "final_conv"]}
         timm.create_model("test_stvit", pretrained=True, num_classes=9, pretrained_cfg_overlay=overlay)
-    # Channels that timm cannot make of these it would leave at random: it has no rule from 2 that the file declares 3.
+    # The file declares 3 channels and has 2. timm cannot adapt these and would leave random weights.
     odd = {**weights, "stem.0.weight": weights["stem.0.weight"][:, :2].contiguous()}
     hub.commit(REPO, {"model.safetensors": save(odd)})
     for channels in (1, 3, 4):
@@ -413,13 +422,13 @@ def test_code_in_a_pickle_is_not_run(published: Hub, folder: Path, tmp_path: Pat
     published.commit(REPO, {"model.safetensors": None, "pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()})
     said = fails(f"hf-hub:{REPO}", PretrainedError)
     assert "loading the file would run posix.mkdir, and code in files of weights is never run" in said
-    assert "the file model.safetensors is missing" in fails()  # a tag's name stands for safetensors alone
+    assert "the file model.safetensors is missing" in fails()  # a tag uses only safetensors files
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(tmp_path / "harm")))
     fails(kind=PretrainedError, pretrained_cfg_overlay={"file": str(tmp_path / "evil.pth")})
     assert not (tmp_path / "harm").exists()
 
 
-def test_config_that_cannot_be_read(published: Hub) -> None:
+def test_invalid_config_json(published: Hub) -> None:
     published.commit(REPO, {"config.json": b"{"})
     assert "config.json cannot be used (Expecting" in fails(f"hf-hub:{REPO}", PretrainedError)
     published.commit(REPO, {"config.json": b'{"architecture": "foo", "pretrained_cfg": {}}'})
@@ -430,23 +439,23 @@ def test_config_that_cannot_be_read(published: Hub) -> None:
 
 def test_full_disk(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # of what a process may write of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # largest file that a process can write
     try:
         said = fails()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "the disk is full" in said and "set HF_HOME to a disk with more space" in said
-    timm.create_model("test_stvit", pretrained=True)  # what was left of it does no harm
+    timm.create_model("test_stvit", pretrained=True)  # the incomplete download is no obstacle
 
 
-def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_and_folders(tmp_path: Path) -> None:
     file = tmp_path / "none.pth"
     said = fails(pretrained_cfg_overlay={"file": str(file)})
     assert f"{file}: no such file. Pass the path of the weights" in said
     assert f"{tmp_path}: no such file, or no config.json in the folder" in fails(f"local-dir:{tmp_path}")
 
 
-def test_what_is_not_about_weights_stays_as_it_is(published: Hub) -> None:
+def test_errors_not_about_weights_are_unchanged(published: Hub) -> None:
     with pytest.raises(TypeError, match="stoken_sizes"):
         timm.create_model("test_stvit", pretrained=True, stoken_sizes=4)
     with pytest.raises(ValueError, match="stoken_size"):
@@ -458,7 +467,7 @@ def test_what_is_not_about_weights_stays_as_it_is(published: Hub) -> None:
         stvit.create_model("org/name", pretrained=True)
 
 
-def test_a_callers_own_function_is_not_timms(folder: Path) -> None:
+def test_errors_of_other_functions_named_load_pretrained(folder: Path) -> None:
     def load_pretrained() -> None:
         raise KeyError("own")
 
@@ -469,13 +478,13 @@ def test_a_callers_own_function_is_not_timms(folder: Path) -> None:
         stvit.create_model("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-def test_names_that_are_none(hub: Hub) -> None:
+def test_invalid_repository_ids(hub: Hub) -> None:
     assert "'a b' is not a repository id; pass ORG/NAME" in fails("hf-hub:a b")
-    said = fails(pretrained_cfg_overlay={"hf_hub_id": "a/b/test_stvit.in1k"})  # as STVIT_HUB_NAMESPACE=a/b makes it
+    said = fails(pretrained_cfg_overlay={"hf_hub_id": "a/b/test_stvit.in1k"})  # result of STVIT_HUB_NAMESPACE=a/b
     assert "is not a repository id; pass ORG/NAME. Set STVIT_HUB_NAMESPACE if the weights have another owner" in said
 
 
-# Which model weights are of
+# Finding the variant of weights
 
 
 @pytest.mark.parametrize("name", timm.list_models(module="stvit"))

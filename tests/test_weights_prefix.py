@@ -1,4 +1,4 @@
-"""Weights under a prefix, as Lightning and wrappers of PyTorch save them, wherever weights are read."""
+"""Tests that all readers of weights remove key prefixes of Lightning and of PyTorch wrappers."""
 
 import logging
 from collections import OrderedDict
@@ -22,7 +22,7 @@ LEFT_OUT = {"criterion.weight": torch.ones(4), "accuracy.tp": torch.tensor(3)}
 
 
 def lightning(path: Path, weights: dict[str, torch.Tensor], prefix: str = "model.") -> Path:
-    """Writes what Lightning 2.6 writes, for a module with the model in an attribute, a loss and a metric."""
+    """Writes a checkpoint like Lightning 2.6, of a module with a model, a loss and a metric."""
     state_dict = OrderedDict({**{f"{prefix}{key}": value for key, value in weights.items()}, **LEFT_OUT})
     progress = {"total": {"ready": 2, "completed": 2}, "current": {"ready": 2, "completed": 2}}
     checkpoint = {
@@ -43,14 +43,14 @@ def lightning(path: Path, weights: dict[str, torch.Tensor], prefix: str = "model
     return path
 
 
-def said_of(prefix: str, tensors: int) -> str:
+def removal_message(prefix: str, tensors: int) -> str:
     return (
         f"removed the prefix {prefix!r} from {tensors} keys; dropped 2 tensors without this prefix: "
         "criterion.weight, accuracy.tp"
     )
 
 
-# The function
+# strip_prefix
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -65,18 +65,18 @@ def test_a_prefix_is_removed(name: str, prefix: str) -> None:
     assert unchanged == weights and said == ""
 
 
-def test_other_modules_are_left_out_and_named() -> None:
+def test_tensors_of_other_modules_are_dropped_and_named() -> None:
     weights = timm.create_model("test_stvit").state_dict()
     under = {f"model.{key}": value for key, value in weights.items()}
     stripped, said = strip_prefix({**under, **LEFT_OUT}, weights)
-    assert stripped == weights and said == said_of("model.", len(weights))
+    assert stripped == weights and said == removal_message("model.", len(weights))
     more = {f"loss.{n}": torch.ones(1) for n in range(7)}
     assert strip_prefix({**under, **more}, weights)[1].endswith(
         "dropped 7 tensors without this prefix: " + ", ".join([*(f"loss.{n}" for n in range(5)), "…"])
     )
 
 
-def test_modules_that_torch_compiled() -> None:
+def test_compiled_modules() -> None:
     model: Any = timm.create_model("test_stvit")
     names = list(model.state_dict())
     model.stages[1] = torch.compile(model.stages[1])
@@ -85,7 +85,7 @@ def test_modules_that_torch_compiled() -> None:
     assert set(stripped) == set(names) and "'net.' and '_orig_mod.'" in said
 
 
-def test_weights_of_another_model_stay_as_they_are() -> None:
+def test_weights_of_another_model_are_unchanged() -> None:
     for other in ("resnet18", "test_vit", "convnext_atto"):
         weights = {f"blocks.{key}": value for key, value in timm.create_model(other).state_dict().items()}
         assert strip_prefix(weights, tensor_names("test_stvit")) == (weights, "")
@@ -111,7 +111,7 @@ def test_several_prefixes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_features_are_not_taken_for_several_models(prefix: str, tmp_path: Path) -> None:
-    """Their names have stages_0 for stages.0, so that only the ends of some names are a model's."""
+    """Feature models have the key stages_0 in place of stages.0, so only the ends of some keys match."""
     features = timm.create_model("test_stvit", features_only=True).state_dict()
     torch.save({f"{prefix}{key}": value for key, value in features.items()}, tmp_path / "features.pt")
     with pytest.raises(stvit.PretrainedError, match=r"missing key stem\.0\.weight"):
@@ -122,7 +122,7 @@ def resnet() -> dict[str, torch.Tensor]:
     return timm.create_model("test_resnet").state_dict()
 
 
-# Wherever weights are read
+# Readers of weights
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -133,24 +133,26 @@ def test_timm_loads_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, o
     with caplog.at_level(logging.WARNING):
         model: Any = timm.create_model("test_stvit", pretrained=True, pretrained_cfg_overlay=overlay)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert f"test_stvit: {said_of('model.', len(weights))}" in caplog.text
+    assert f"test_stvit: {removal_message('model.', len(weights))}" in caplog.text
     with pytest.raises(stvit.PretrainedError, match="these are weights of test_stvit; create that model"):
         timm.create_model("stvit_pico", pretrained=True, pretrained_cfg_overlay=overlay)
     assert find_variant(torch.load(tmp_path / "it.ckpt")["state_dict"]) == "test_stvit"
 
 
-def test_create_model_loads_it_for_other_models_of_timm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_create_model_loads_the_file_of_another_timm_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = resnet()
     overlay = {"file": str(lightning(tmp_path / "it.ckpt", weights))}
     with caplog.at_level(logging.WARNING):
         model = stvit.create_model("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert said_of("model.", len(weights)) in caplog.text
+    assert removal_message("model.", len(weights)) in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "net._orig_mod."])
 @pytest.mark.parametrize(("name", "flags"), [("test_stvit", []), ("test_resnet", ["--model=test_resnet"])])
-def test_convert(name: str, flags: list[str], prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_checkpoint(
+    name: str, flags: list[str], prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = timm.create_model(name, num_classes=4, in_chans=1).state_dict()
     source = lightning(tmp_path / "it.ckpt", weights, prefix)
     assert convert_checkpoint.main([str(source), *flags, "--in-chans=1", f"--output={tmp_path / 'out'}"]) == 0
@@ -160,7 +162,7 @@ def test_convert(name: str, flags: list[str], prefix: str, tmp_path: Path, capsy
     assert said.count("removed the prefix") == 1 and "dropped 2 tensors without this prefix" in said
 
 
-def test_commands_take_it(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_load_the_file(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = timm.create_model("test_stvit", num_classes=4).state_dict()
     source = f"--checkpoint={lightning(tmp_path / 'it.ckpt', weights)}"
     image = str(next(digits_folder.rglob("*.png")))
@@ -176,7 +178,7 @@ def test_commands_take_it(digits_folder: Path, tmp_path: Path, capsys: pytest.Ca
         (train_cls.main, [f"--pretrained-path={tmp_path / 'it.ckpt'}", model, data, *run.split()]),
     ):
         assert main(flags) == 0, flags
-        assert capsys.readouterr().out.count(said_of("model.", len(weights))) == 1, flags
+        assert capsys.readouterr().out.count(removal_message("model.", len(weights))) == 1, flags
 
 
 @pytest.mark.parametrize("name", ["stvit_pico", "resnet18"])

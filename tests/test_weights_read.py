@@ -1,4 +1,4 @@
-"""Files of weights that somebody made to do harm: refused before they take memory, by every reader."""
+"""Tests that every reader refuses hostile weight files before it allocates memory."""
 
 import argparse
 import os
@@ -44,7 +44,7 @@ def rewrite(
     edit: Callable[[str, bytes], bytes] = lambda name, content: content,
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """Writes the members of an archive into another one."""
+    """Copies the members of an archive to a new archive, and edits their contents."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, edit(name, old.read(name)))
@@ -52,7 +52,7 @@ def rewrite(
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_whole_files_are_read(tmp_path: Path, is_new: bool) -> None:
+def test_intact_files_are_read(tmp_path: Path, is_new: bool) -> None:
     path = tmp_path / "w.pt"
     torch.save(WEIGHTS, path, _use_new_zipfile_serialization=is_new)
     read = read_file(path)
@@ -64,7 +64,7 @@ def test_whole_files_are_read(tmp_path: Path, is_new: bool) -> None:
 
 
 def test_large_archives_are_read(tmp_path: Path) -> None:
-    """A member of more than 4 GB has its sizes elsewhere. The file is sparse."""
+    """The archive has the zip64 fields that members of more than 4 GB need."""
     path = tmp_path / "large.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         storage = pickle.dumps({}, 2)
@@ -74,7 +74,7 @@ def test_large_archives_are_read(tmp_path: Path) -> None:
 
 
 def bomb(folder: Path, name: str = "bomb.pt", content: Any = None) -> Path:
-    """A file of 0.1 MB that takes 120 MB."""
+    """Writes a compressed checkpoint, by default 0.1 MB that expand to 120 MB."""
     torch.save({"w": torch.zeros(30_000_000)} if content is None else content, folder / "plain")
     path = rewrite(folder / "plain", folder / name, compression=zipfile.ZIP_DEFLATED)
     (folder / "plain").unlink()
@@ -84,7 +84,7 @@ def bomb(folder: Path, name: str = "bomb.pt", content: Any = None) -> Path:
 def test_compressed_members_are_refused_by_every_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, said = bomb(tmp_path), "which torch.save never writes"
     assert path.stat().st_size < 1_000_000
-    # In a process of its own, whose peak is the whole story.
+    # A new process, so that its peak memory includes only these calls.
     script = (
         "import resource, sys, stvit, timm\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -106,7 +106,7 @@ def test_compressed_members_are_refused_by_every_reader(tmp_path: Path, capsys: 
     assert not is_detector(str(path))
     with pytest.raises(stvit.PretrainedError, match=said):
         stvit.create_model("test_resnet", checkpoint_path=path)
-    # And in a folder, under the name that timm looks for.
+    # The file in a folder, under the name that timm looks for.
     stvit.hub.save(timm.create_model("test_resnet", num_classes=2), tmp_path / "net")
     (tmp_path / "net/model.safetensors").unlink()
     path.rename(tmp_path / "net/pytorch_model.bin")
@@ -130,7 +130,7 @@ def test_compressed_members_are_refused_from_the_hub(hub: Hub, tmp_path: Path) -
 
 
 class Call:
-    """Pickled as a call."""
+    """Object whose pickle calls a function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.function, self.args = function, args
@@ -143,20 +143,20 @@ class Call:
     ("function", "argument"),
     [(bytearray, 10**12), (torch.Tensor, 10**12), (torch.FloatStorage, 10**12), (torch.nn.Linear, 10**6)],
 )
-def test_what_allocates_by_a_number_is_refused(tmp_path: Path, function: Any, argument: int) -> None:
+def test_calls_that_allocate_a_given_size_are_refused(tmp_path: Path, function: Any, argument: int) -> None:
     for is_new in (True, False):
         torch.save({"x": Call(function, argument)}, tmp_path / "w.pt", _use_new_zipfile_serialization=is_new)
         with pytest.raises(WeightsFileError, match=rf"would run .*{function.__name__}\({argument}\)"):
             check_file(tmp_path / "w.pt")
 
 
-def test_a_call_within_a_call_is_refused(tmp_path: Path) -> None:
+def test_nested_calls_are_refused(tmp_path: Path) -> None:
     torch.save({"x": Call(torch._tensor._rebuild_from_type_v2, bytearray, object, (10**12,), {})}, tmp_path / "w.pt")
     with pytest.raises(WeightsFileError, match=r"would run .*bytearray\(1000000000000\)"):
         check_file(tmp_path / "w.pt")
 
 
-def test_sizes_that_do_not_belong_to_the_file_are_refused(tmp_path: Path) -> None:
+def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     for is_new in (True, False):
         torch.save(
@@ -171,7 +171,7 @@ def test_sizes_that_do_not_belong_to_the_file_are_refused(tmp_path: Path) -> Non
 
     with pytest.raises(WeightsFileError, match="need 48 bytes of data/0, which has 4"):
         check_file(rewrite(path, tmp_path / "short.pt", shorten))
-    # The older format says how large its storages are in the pickle, too.
+    # The pickle of the older format contains the sizes of the storages, too.
     torch.save({"w": torch.zeros(77777)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
     huge = content.replace(struct.pack("<cHH", b"J", 77777 & 0xFFFF, 77777 >> 16), b"J\xff\xff\xff\x7f")
@@ -181,20 +181,20 @@ def test_sizes_that_do_not_belong_to_the_file_are_refused(tmp_path: Path) -> Non
         check_file(path)
 
 
-def test_archives_that_readers_understand_differently_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save(WEIGHTS, path)
     whole = path.read_bytes()
     for content in (
         whole[:-30],
-        whole[:100] + whole,  # Python's zipfile allows something before an archive
+        whole[:100] + whole,  # Python's zipfile accepts data before an archive
         whole + b"more",
         whole[:-2] + b"\x04\x00more",  # a comment
     ):
         path.write_bytes(content)
         with pytest.raises(WeightsFileError, match="the table of contents is not at its end"):
             check_file(path)
-    with zipfile.ZipFile(path, "w") as archive:  # which of the two is read?
+    with zipfile.ZipFile(path, "w") as archive:  # readers may differ in which member they read
         archive.writestr("w/data.pkl", pickle.dumps({}, 2))
         archive.writestr("w/DATA.pkl", pickle.dumps({}, 2))
     with pytest.raises(WeightsFileError, match="damaged"):
@@ -204,13 +204,13 @@ def test_archives_that_readers_understand_differently_are_refused(tmp_path: Path
             archive.writestr(name, pickle.dumps({}, 2))
     table = bytearray(path.read_bytes())
     second = table.rindex(b"PK\x01\x02")
-    table[second + 42 : second + 46] = b"\0\0\0\0"  # the second is where the first one is
+    table[second + 42 : second + 46] = b"\0\0\0\0"  # the second member has the offset of the first
     path.write_bytes(bytes(table))
     with pytest.raises(WeightsFileError, match="members of the archive overlap"):
         check_file(path)
 
 
-def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     for content, said in (
         (b"", "is empty"),

@@ -1,4 +1,4 @@
-"""Names of weights: each form, what it stands for, and that no other code parses them."""
+"""Tests how names of weights are parsed, and that no other code parses them."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run directory, a folder of timm and a bare file in the working directory."""
+    """Working directory with a run directory, a model folder and a weights file."""
     monkeypatch.chdir(tmp_path)
     for name in ("run/best/config.json", "run/last/config.json", "model/config.json", "model/model.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def test_unknown_names_are_errors(files: Path, text: str, message: str) -> None:
         Source.parse(text)
 
 
-def test_a_path_wins_over_a_model(files: Path) -> None:
+def test_a_path_has_priority_over_a_model_name(files: Path) -> None:
     (files / "stvit_small").mkdir()
     (files / "stvit_small/config.json").write_text("{}")
     assert Source.parse("stvit_small") == Source.folder("stvit_small")
@@ -81,7 +81,7 @@ def test_repository_ids() -> None:
         assert Source.parse_hub(text) is None
 
 
-def test_weights_with_a_config_stand_for_their_folder(files: Path) -> None:
+def test_weights_beside_a_config_json_mean_the_folder(files: Path) -> None:
     assert Source.parse("model/model.safetensors").with_config() == Source.folder("model")
     for text in ("weights.pth", "run", "stvit_small"):
         assert Source.parse(text).with_config() == Source.parse(text)
@@ -93,7 +93,7 @@ def test_paths(files: Path) -> None:
         Source.hub("org/name").path.exists()
 
 
-def test_parts_of_a_run(files: Path) -> None:
+def test_model_folders_of_a_run(files: Path) -> None:
     assert find_model_folder(Path("run"), "last") == Path("run/last")
     assert find_model_folder(Path("model"), "last") == Path("model")
     with pytest.raises(ValueError, match=r"no config\.json in run or "):
@@ -106,7 +106,7 @@ def test_own_models() -> None:
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the text in a program, except for docstrings."""
+    """Yields the line number and the text of each string in a program, except docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -114,8 +114,8 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-def test_only_this_package_knows_the_prefixes() -> None:
-    """Examples for the user, such as hf-hub:ORG/NAME, are allowed."""
+def test_no_other_code_parses_prefixes() -> None:
+    """Only stvit.weights contains the prefixes. Examples for the user, such as hf-hub:ORG/NAME, are allowed."""
     prefix = re.compile(r"(hf-hub|hf_hub|local-dir):(?!ORG/NAME|FOLDER)")
     found = [
         f"{path.relative_to(ROOT)}:{line}"

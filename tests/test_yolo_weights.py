@@ -1,4 +1,4 @@
-"""Weights for backbone, neck and head: all of them arrive, counted, or an error says why not."""
+"""Tests that all weights of backbone, neck and head are loaded and counted, or that an error says why not."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ QUICK = {"imgsz": 64, "epochs": 1, "batch": 4, "plots": False, "val": False, "am
 
 @pytest.fixture(scope="module")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of stvit_pico with ten classes, as training on digits leaves one."""
+    """Checkpoint of a stvit_pico with ten classes."""
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("weights") / "pico.pth"
     torch.save({"state_dict": timm.create_model("stvit_pico", num_classes=10).state_dict()}, path)
@@ -29,7 +29,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state_at_start(model: YOLO, **kwargs: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Trains; returns the weights that training began with, and the model that it rebuilt."""
+    """Trains and returns the initial weights and the model that the trainer built."""
     seen = {}
 
     def keep(trainer: Any) -> None:
@@ -55,7 +55,7 @@ def test_pretrained_backbone_reaches_the_trained_model(
     model = YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=pico)
     kwargs: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(pico), "num_classes": 10}, "num_classes": 10}
     expected = timm.create_model("stvit_pico", pretrained=True, in_chans=channels, **kwargs).state_dict()
-    if channels == 4:  # Ultralytics reads images of one and of three channels alone; the rest is the same
+    if channels == 4:  # Ultralytics reads only images with one or three channels, so no training runs
         rebuilt = model._smart_load("trainer")(
             overrides={**QUICK, "model": "yolo26n.yaml", "data": str(data), "project": str(tmp_path)}
         )
@@ -76,7 +76,7 @@ def test_pretrained_backbone_reaches_the_trained_model(
 
 
 @pytest.mark.long
-def test_what_was_not_loaded_follows_the_seed(pico: Path, photos: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_weights_that_are_not_loaded(pico: Path, photos: Path, tmp_path: Path) -> None:
     begun = []
     for seed in (3, 3, 4):
         torch.manual_seed(torch.randint(1000, ()).item())
@@ -89,7 +89,7 @@ def test_what_was_not_loaded_follows_the_seed(pico: Path, photos: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_folders_and_files_of_a_backbone(kind: str, tmp_path: Path) -> None:
+def test_backbone_from_a_folder_and_a_file(kind: str, tmp_path: Path) -> None:
     net = timm.create_model("stvit_pico", num_classes=5)
     save_for_hf(net, tmp_path / "pico", safe_serialization=True)
     backbone = YOLO("yolo26n-stvit_pico.yaml").model.model[0]
@@ -99,7 +99,7 @@ def test_folders_and_files_of_a_backbone(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in state.items())
 
 
-def test_backbone_of_the_hub(tmp_path: Path) -> None:
+def test_backbone_from_the_hub(tmp_path: Path) -> None:
     net = timm.create_model("stvit_pico", num_classes=5)
     save_for_hf(net, tmp_path / "pico", safe_serialization=True)
     script = (
@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit(content: str, message: str, tmp_path: Path) -> 
         ("", "must be a timm tag, a Hub id, a folder, a file or True"),
     ],
 )
-def test_sources_that_are_none(source: str, message: str) -> None:
+def test_invalid_sources_of_backbone_weights(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         YOLO("yolo26n-stvit_pico.yaml", pretrained_backbone=source)
 
@@ -178,7 +178,7 @@ def test_a_folder_of_a_smaller_variant(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """yolo26n.pt, as initialized."""
+    """yolo26n.pt with random weights."""
     torch.manual_seed(11)
     path = tmp_path_factory.mktemp("stock") / "yolo26n.pt"
     model = ultralytics.YOLO("yolo26n.yaml")
@@ -187,7 +187,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_published_weights_fill_neck_and_head(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
+def test_stock_weights_fill_neck_and_head(stock: Path, ultralytics_log: pytest.LogCaptureFixture) -> None:
     theirs = ultralytics.YOLO(stock).model
     model = YOLO("yolo26n-stvit_pico.yaml", stock_weights=stock).model
     own = model.state_dict()
@@ -197,13 +197,13 @@ def test_published_weights_fill_neck_and_head(stock: Path, ultralytics_log: pyte
     total = sum(int(key.split(".")[1]) >= 9 for key in own)
     other = [key for key in own if int(key.split(".")[1]) >= 9 and own[key].shape != theirs.state_dict()[key].shape]
     assert {key.rsplit(".", 2)[0] for key in other} == {"model.9.cv1", "model.9.cv2", "model.16.cv1"}
-    assert len(other) == 7  # those that the maps of the backbone go into, of other widths than Ultralytics'
+    assert len(other) == 7  # layers whose inputs are feature maps of the backbone, with other widths
     loaded = total - len(other)
     assert f"Loaded {loaded}/{total} tensors of Ultralytics' own layers from '{stock}'" in ultralytics_log.text
     assert model.names[3] == "class 3"
 
 
-def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path, tmp_path: Path) -> None:
+def test_stock_weights_are_kept_when_training_changes_the_classes(stock: Path, photos: Path, tmp_path: Path) -> None:
     model = YOLO("yolo26n-stvit_pico.yaml", stock_weights=stock)
     state, _ = state_at_start(model, data=str(photos), project=str(tmp_path))
     theirs = ultralytics.YOLO(stock).model.state_dict()
@@ -217,7 +217,7 @@ def test_they_stay_through_training_for_other_classes(stock: Path, photos: Path,
 
 
 @pytest.mark.parametrize("way", ["stock_weights", "load"])
-def test_stokenattention_begins_as_the_stock_model(
+def test_stokenattention_starts_as_the_stock_model(
     way: str, stock: Path, ultralytics_log: pytest.LogCaptureFixture
 ) -> None:
     if way == "load":
@@ -246,7 +246,7 @@ def test_stokenattention_begins_as_the_stock_model(
         ("yolo11n.pt", ValueError, "stock_weights='yolo11n.pt' is of another generation of YOLO than the model"),
     ],
 )
-def test_stock_weights_that_are_none(
+def test_invalid_stock_weights(
     source: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -257,7 +257,9 @@ def test_stock_weights_that_are_none(
         YOLO("yolo26n-stvit_pico.yaml", stock_weights=source)
 
 
-def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], photos: Path, tmp_path: Path) -> None:
+def test_gray_weights_are_adapted_to_color_images(
+    write_photos: Callable[..., Path], photos: Path, tmp_path: Path
+) -> None:
     gray = YOLO("yolo26n-stvit_pico.yaml")
     gray.train(data=str(write_photos(tmp_path / "gray", channels=1)), project=str(tmp_path), name="first", **QUICK)
     weight = YOLO(tmp_path / "first" / "weights" / "best.pt").model.model[0].net.stem[0].weight
@@ -272,7 +274,7 @@ def test_gray_weights_for_images_of_color(write_photos: Callable[..., Path], pho
         ("yolo26n-stvit_pico-cls.yaml", None),
     ],
 )
-def test_published_weights_that_do_not_fit(name: str, message: str | None, stock: Path) -> None:
+def test_stock_weights_of_another_scale_or_task(name: str, message: str | None, stock: Path) -> None:
     with pytest.raises(ValueError, match=message or "no tensor fits any of"):
         YOLO(name, stock_weights=stock)
 
