@@ -152,7 +152,7 @@ class _Repository:
         self.id, self.kind, self.private, self.gated = repo_id, kind, private, gated
         self.commits: dict[str, _Commit] = {}
         self.refs: dict[str, _Commit] = {}  # by whole names: refs/heads/main
-        self.objects: dict[str, bytes] = {}  # of LFS: uploaded, not yet committed perhaps
+        self.objects: dict[str, bytes] = {}  # LFS objects, uploaded but perhaps not committed
         rules = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in _LFS)
         self.add("refs/heads/main", None, {".gitattributes": _Blob(rules.encode(), False)}, "initial commit")
 
@@ -293,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self, fault: str = "") -> None:
         self.close_connection = True
         if fault == "reset":
-            # The server would end the stream in good order first; without lingering the connection breaks.
+            # With a linger time of 0, the connection is reset. Otherwise the server would close it properly.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
 
@@ -351,7 +351,7 @@ class Hub:
             except OSError:
                 pass
 
-    # Methods for tests, which send no request
+    # Methods for tests. They send no request.
 
     def add_user(self, name: str, token: str, role: str = "write", orgs: Sequence[str] = ()) -> None:
         """Adds a token of a user. A user may have several tokens.
@@ -483,7 +483,7 @@ class Hub:
         return self._repositories[found[0]]
 
     def _log(self, method: str, path: str, status: int, token: str | None) -> None:
-        # The client may send this request at any time, whatever a test does.
+        # The client may send this request at any time.
         if path != "/api/agent-harnesses":
             with self._lock:
                 self.requests.append(Request(method, path, status, token))

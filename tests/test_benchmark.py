@@ -1,4 +1,4 @@
-"""Tests of tools/benchmark.py: what it measures, not how fast that is."""
+"""Tests the measurements and flags of tools/benchmark.py."""
 
 import csv
 import re
@@ -115,7 +115,7 @@ def test_a_table_of_something_else_is_kept(
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 
-def test_trouble_is_one_clear_line(digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, said in (
         (["--data-dir=nowhere"], "cannot open the training images of --data-dir nowhere"),
         ([f"--data-dir={digits_folder}", "--images=61"], "and at most all images (60)"),
@@ -169,7 +169,7 @@ def test_published_formulation_is_channel_first_and_holds_its_matrices() -> None
 # Measuring
 
 
-def test_turns_are_taken() -> None:
+def test_candidates_run_in_turns() -> None:
     order: list[str] = []
     steps: dict[str, Callable[[], Any]] = {name: lambda name=name: order.append(name) for name in "ab"}
     times = take_turns(steps, 3, CPU)
@@ -184,7 +184,7 @@ def fill_memory(mebibytes: int) -> Callable[[], Any]:
     return lambda: kept.sum() + torch.ones(mebibytes * 2**18).sum()
 
 
-def test_memory_is_that_of_the_step_in_a_process_of_its_own() -> None:
+def test_memory_is_measured_in_a_new_process() -> None:
     total, step = peak_memory(fill_memory, 300, device=CPU)
     assert 290 < step < 330
     assert total > step + 100  # Python and torch

@@ -167,7 +167,7 @@ def test_hub_dataset_in_a_process_of_its_own(digits_folder: Path, tmp_path: Path
     assert config["label_names"] == [f"digit_{i}" for i in range(4)]
 
 
-def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
+def test_incomplete_line_in_the_log_of_bad_images(tmp_path: Path) -> None:
     """An incomplete line, left by a full disk, does not count and is removed."""
     log = tmp_path / "bad_images.jsonl"
     bad_images = BadImages(3, log)
@@ -180,14 +180,14 @@ def test_torn_line_of_the_log_of_bad_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["no JSON\n", "[]\n", "{}\n", "\xff\n"])
 def test_damaged_log_of_bad_images(text: str, tmp_path: Path) -> None:
-    """The log is downloaded with a run, so that anybody may have written it."""
+    """The log may be downloaded with a run from an unknown author."""
     log = tmp_path / "bad_images.jsonl"
     log.write_text(text, encoding="latin-1")
     with pytest.raises(CommandError, match=r"is damaged .*remove it to count the images again"):
         BadImages(3, log).add("a", "empty")
 
 
-def test_nothing_but_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_bad_images(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many unreadable images in a row are an error, as when a disk is disconnected."""
     for path in (own_digits_folder / "train").rglob("*.png"):
         path.write_bytes(b"")
@@ -229,7 +229,7 @@ def loader(folder: Path, *flags: str) -> TrainLoader:
     return TrainLoader(images, config.data, config.augment, data_config, distributed, seed=config.run.seed)
 
 
-def test_samples_depend_on_seed_epoch_and_place_alone(digits_folder: Path) -> None:
+def test_samples_depend_only_on_seed_epoch_and_position(digits_folder: Path) -> None:
     batches = list(loader(digits_folder).epoch(3))
     assert len(batches) == 7
     for other in (

@@ -1,4 +1,4 @@
-"""Exports to the runtimes of phones, boards and servers, for a classifier and detectors of ours and of others.
+"""Tests exports of classifiers and detectors to the runtimes of phones, boards and servers.
 
 Each file is run by its own runtime and compared with the model in PyTorch. Core ML runs on macOS only, so its tests
 look at the converted program.
@@ -26,13 +26,13 @@ each_classifier = pytest.mark.parametrize("name", ["test_stvit", "test_convnext"
 
 def create(name: str) -> nn.Module:
     kwargs: dict[str, Any] = {}
-    if name == "test_stvit":  # a stage of super tokens in oblong cells, and one of attention among all pixels
+    if name == "test_stvit":  # one stage of super tokens in rectangular cells, one of full attention
         kwargs = {"dims": (32, 32), "depths": (1, 1), "num_heads": (1, 2), "stoken_size": ((3, 5), 1), "n_iter": 2}
     return timm.create_model(name, num_classes=10, **kwargs).eval().requires_grad_(False)
 
 
 def assert_same(file: Runtime, model: nn.Module, tolerance: float, *shapes: tuple[int, ...]) -> None:
-    """Equal outputs, up to so many of their standard deviations."""
+    """Compares outputs, with a tolerance in standard deviations."""
     for shape in shapes:
         x = torch.rand(shape)
         wanted, got = model(x), file(x)
@@ -42,7 +42,7 @@ def assert_same(file: Runtime, model: nn.Module, tolerance: float, *shapes: tupl
 
 @pytest.fixture
 def coremltools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """coremltools, whose 9.0 cannot make a number of an array of one element with numpy 2.4."""
+    """Module coremltools, patched: version 9.0 cannot convert an array of one element to a number with numpy 2.4."""
     coremltools = pytest.importorskip("coremltools")
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.frontend.torch import ops
@@ -60,8 +60,8 @@ def coremltools(monkeypatch: pytest.MonkeyPatch) -> Any:
     return coremltools
 
 
-def assert_core_ml_runs_it(program: Any) -> None:
-    """Every tensor has at most five axes, the limit of Core ML, and sizes that are known."""
+def assert_core_ml_supports(program: Any) -> None:
+    """Checks that each tensor has at most five axes, the limit of Core ML, and that attention is exported."""
     outputs = [output for operation in program.functions["main"].operations for output in operation.outputs]
     assert max(len(output.shape) for output in outputs if hasattr(output, "shape")) <= 5
     assert {"matmul", "softmax"} <= {operation.op_type for operation in program.functions["main"].operations}
@@ -102,7 +102,7 @@ def test_openvino(name: str) -> None:
 @each_classifier
 def test_ncnn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ncnn, pnnx = pytest.importorskip("ncnn"), pytest.importorskip("pnnx")
-    monkeypatch.chdir(tmp_path)  # pnnx leaves files there
+    monkeypatch.chdir(tmp_path)  # pnnx writes files there
     model = create(name)
     pnnx.export(model, "model.pt", inputs=torch.rand(ODD), fp16=False)
     net = ncnn.Net()
@@ -113,7 +113,7 @@ def test_ncnn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             extractor.input(net.input_names()[0], ncnn.Mat(x[0].numpy()).clone())
             return torch.from_numpy(np.array(extractor.extract(net.output_names()[0])[1]))[None]
 
-    assert_same(run, model, 1e-2, ODD)  # its GELU is an approximation
+    assert_same(run, model, 1e-2, ODD)  # ncnn approximates GELU
 
 
 def test_core_ml(coremltools: Any) -> None:
@@ -122,7 +122,7 @@ def test_core_ml(coremltools: Any) -> None:
     inputs = [coremltools.TensorType("x", shape=ODD)]
     converted = coremltools.convert(traced, inputs=inputs, convert_to="mlprogram", skip_model_load=True)
     assert list(converted.get_spec().description.output[0].type.multiArrayType.shape) == [1, 10]
-    assert_core_ml_runs_it(converted._mil_program)
+    assert_core_ml_supports(converted._mil_program)
 
 
 def test_core_ml_of_another_model(coremltools: Any) -> None:
@@ -169,7 +169,7 @@ def check_detector(name: str, kind: str, folder: Path) -> None:
     checkpoint = save_detector(name, folder)
     path = YOLO(checkpoint).export(format=kind, imgsz=SIZE, device="cpu")
     model = YOLO(checkpoint).model.eval()
-    if kind == "ncnn":  # Ultralytics exports the other branch of the head where a format cannot pick detections
+    if kind == "ncnn":  # Ultralytics exports this branch of the head for formats that cannot select detections
         model.end2end = False
     pixels = torch.rand(1, 3, *SIZE)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def check_detector(name: str, kind: str, folder: Path) -> None:
         found = AutoBackend(path, device=torch.device("cpu"))(pixels)
     found = found[0] if isinstance(found, (list, tuple)) else found
     assert found.shape == wanted.shape
-    # OpenVINO takes the precision that the processor is fastest at.
+    # OpenVINO uses the fastest precision of the processor.
     torch.testing.assert_close(found[:, :4], wanted[:, :4], rtol=0, atol=0.5 if kind == "openvino" else 2e-3)
     torch.testing.assert_close(found[:, 4:], wanted[:, 4:], rtol=0, atol=2e-2 if kind == "openvino" else 1e-4)
 
@@ -218,7 +218,7 @@ def test_core_ml_of_a_detector(name: str, coremltools: Any, tmp_path: Path, monk
 
 
 def test_refused_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ultralytics would install Java and a compiler first, and refuse the model after that."""
+    """The export is refused before Ultralytics installs Java and a compiler."""
     monkeypatch.chdir(tmp_path)
     checkpoint = save_detector("small", tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -229,5 +229,5 @@ def test_refused_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match=f"format='imx' is not supported for a model with {said}, because "):
             model.export(format="IMX", imgsz=SIZE, device="cpu")
     assert sorted(tmp_path.rglob("*")) == before
-    check_format(YOLO("yolo11n.yaml").model, "imx")  # theirs are for Ultralytics to judge
+    check_format(YOLO("yolo11n.yaml").model, "imx")  # models of Ultralytics are left to Ultralytics
     check_format(YOLO(checkpoint).model, "onnx")

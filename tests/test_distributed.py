@@ -172,7 +172,7 @@ def test_batch_norm_over_processes_needs_gpus() -> None:
 
 
 @pytest.mark.long
-def test_one_process_goes_on_with_what_two_began(digits_folder: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_run_of_two_processes(digits_folder: Path, tmp_path: Path) -> None:
     flags = ["--bn-eval", "--model-dtype=float64", "--checkpoint-steps=4", "--workers=0", "--resume=auto", "--epochs=2"]
     whole = train(2, tmp_path / "whole", digits_folder, *flags, "--batch-size=16")
     for path in (whole / "checkpoints").glob("00002-*"):  # as if the run had ended earlier
@@ -199,7 +199,7 @@ def test_image_that_one_process_cannot_read(write_digits: Callable[[Path, int, i
 
 
 @pytest.mark.long
-def test_trouble_of_one_process_is_said_once(digits_folder: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_printed_once(digits_folder: Path, tmp_path: Path) -> None:
     line = [*command(2), *RUN, "--data-dir=nowhere", f"--output={tmp_path}"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1

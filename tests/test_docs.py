@@ -1,4 +1,4 @@
-"""The documentation: Python snippets run, commands parse, and the checks of the site find mistakes.
+"""Tests that Python snippets of the documentation run, that commands parse, and the checks of the site.
 
 Snippets of a page run in order, in one namespace, as they are written. A page that takes more than a few seconds is
 marked `long`. Shell commands of a page in `SHELL_PAGES` run too, with flags that make them small.
@@ -32,7 +32,7 @@ from stvit.tools import benchmark, convert_checkpoint, demo, export, push_to_hub
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-# The measurements show programs that made them: these need the data and the time of the measurement.
+# These pages show programs that made measurements. They need the data and the time of the measurements.
 RECORDS = {"results.md", "speed.md", "benchmarks/gpu.md"}
 FAST_PAGES = {"faq.md", "guides/data.md", "how-it-works.md", "index.md"}
 SHELL_PAGES = {"get-started.md", "guides/export.md", "guides/hub.md", "guides/super-tokens.md"}
@@ -93,7 +93,7 @@ def workplace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A folder with the images, runs and repositories that the pages name."""
+    """Folder with the images, runs and repositories that the pages name."""
     folder = tmp_path / "workplace"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -117,7 +117,7 @@ def workplace(
 
 
 def write_official_file(path: Path) -> None:
-    """Writes weights under the authors' names, in place of their file, which is not ours to ship."""
+    """Writes random weights in the authors' format. The authors' file is not in this repository."""
     keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
     torch.save({"model": {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}}, path)
 
@@ -264,7 +264,7 @@ def test_each_command_is_shown() -> None:
 
 @pytest.fixture(scope="module")
 def site() -> ModuleType:
-    """The program docs/build_site.py as a module."""
+    """Returns the program docs/build_site.py as a module."""
     spec = importlib.util.spec_from_file_location("build_site", DOCS / "build_site.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -106,8 +106,8 @@ def test_every_format_and_nothing_else(kind: str, tmp_path: Path) -> None:
     assert len(source.ignored.files) == len(OTHERS)
 
 
-def test_commands_say_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training and validation count all images, and print once what they ignore."""
+def test_commands_list_ignored_files_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training and validation count all images, and list the ignored files once."""
     for split in ("train", "val"):
         count = len(write_split(tmp_path / split))
     (tmp_path / "train/class2/.ipynb_checkpoints").mkdir()
@@ -127,7 +127,7 @@ def test_commands_say_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert any(f"{count} images" in line for line in printed)
 
 
-def test_visualize_leaves_other_programs_folders_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_visualize_ignores_folders_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.TIF", "sub/b.gif", ".ipynb_checkpoints/a-checkpoint.png", "sub/@eaDir/b.png", "sub/._b.gif"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         image(0).save(tmp_path / "in" / name)
@@ -186,7 +186,7 @@ KINDS = ["folder", "tar", "torch/image_folder", "hfds", "wds"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_set_opens_its_images_alike(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_set_gives_the_same_pixels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of dataset handles 16 bits, orientation and transparency."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)

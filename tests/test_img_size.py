@@ -1,4 +1,4 @@
-"""`--img-size` with models of a fixed input size, in every command, and with models that do not take the size."""
+"""Tests `--img-size` in every command: models of a fixed input size, and sizes that a model does not support."""
 
 import json
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ MODEL = ["--model=vit_tiny_patch16_224", "--model-kwargs", "depth=1"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run at 32 pixels of a model made for 224."""
+    """Run directory of a training at 32 pixels, of a model for 224 pixels."""
     folder = tmp_path_factory.mktemp("runs")
     assert train_cls.main([*TRAIN, *MODEL, "--img-size=32", f"--output={folder}"]) == 0
     return folder / "it"
 
 
 def validated_size(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, str]:
-    """Runs validate_cls.py; returns its image size and its accuracy."""
+    """Runs validate_cls.py and returns its image size and accuracy."""
     capsys.readouterr()
     assert validate_cls.main([*DATA, *flags]) == 0
     first, second, *_ = capsys.readouterr().out.splitlines()
@@ -84,7 +84,7 @@ def test_from_the_hub(
 
 
 def test_size_in_the_model_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images then have the model's size."""
+    """Images have the size that the model arguments set."""
     flags = [*TRAIN, *MODEL, "img_size=32", f"--output={tmp_path}"]
     assert train_cls.main(flags) == 0
     assert validated_size(capsys, f"--checkpoint={tmp_path / 'it'}")[0] == "32 pixels"
@@ -95,7 +95,8 @@ def test_size_in_the_model_arguments(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("model", "img_size", "said"),
     [
-        ("inception_v3", 32, "--img-size 32: inception_v3 does not take images of 32x32"),  # of any size, but not this
+        # This model supports any larger size.
+        ("inception_v3", 32, "--img-size 32: inception_v3 does not take images of 32x32"),
         ("efficientformer_l1", 96, "--img-size 96: efficientformer_l1 does not take images of 96x96"),
         ("beit_base_patch16_224(depth=1)", 48, None),
         ("stvit_pico", 32, None),
@@ -103,7 +104,7 @@ def test_size_in_the_model_arguments(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_sizes_of_other_models(model: str, img_size: int, said: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """The benchmark is the quickest of the commands."""
+    """Uses the benchmark, which is the fastest command."""
     flags = [f"--models={model}", f"--img-size={img_size}", "--batch-size=1", "--repeats=1", "--no-memory"]
     status = benchmark.main(["model", *flags, "--ways=eager", "--min-seconds=0.001"])
     out, err = capsys.readouterr()

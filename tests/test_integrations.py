@@ -1,4 +1,4 @@
-"""Other libraries on the models and folders of this package, beside another model of timm."""
+"""Uses the models and folders of this package, and of another timm model, in other libraries."""
 
 import json
 from collections import OrderedDict
@@ -32,7 +32,7 @@ import stvit  # noqa: F401  registers the models in timm
 from stvit import hub as hub_module
 from stvit.tools import push_to_hub, train_cls
 
-# A folder of weights, in transformers
+# Model folders in transformers
 
 
 def check_both_libraries(folder: Path, labels: list[str], image: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_run_and_its_push_open_in_transformers(name: str, hub: Hub, digits_fol
         assert hub.files("org/net")[file] == (tmp_path / "run/best" / file).read_bytes()
 
 
-def test_arguments_that_are_not_repeated_stay(tmp_path: Path) -> None:
+def test_arguments_that_are_not_repeated_are_kept(tmp_path: Path) -> None:
     model = timm.create_model("test_stvit", num_classes=3, in_chans=1, global_pool="max", stoken_size=(4, 2, 1, 1))
     hub_module.save(model, tmp_path / "own")
     config = json.loads((tmp_path / "own/config.json").read_text())
@@ -95,7 +95,7 @@ def test_a_folder_that_timm_wrote_opens_in_transformers_once_it_is_pushed(hub: H
 
 
 @pytest.mark.parametrize("name", ["test_stvit", "test_convnext"])
-def test_what_transformers_saves_opens_in_timm(name: str, tmp_path: Path) -> None:
+def test_folders_saved_by_transformers_open_in_timm(name: str, tmp_path: Path) -> None:
     hub_module.save(timm.create_model(name, num_classes=3), tmp_path / "ours", label_names=["a", "b", "c"])
     wrapped = AutoModelForImageClassification.from_pretrained(tmp_path / "ours").eval()
     wrapped.save_pretrained(tmp_path / "theirs")
@@ -105,7 +105,7 @@ def test_what_transformers_saves_opens_in_timm(name: str, tmp_path: Path) -> Non
     assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
 
 
-# A backbone inside the models of other libraries
+# Backbones in models of other libraries
 
 BACKBONES = pytest.mark.parametrize("name", ["test_stvit", "test_convnext"])
 IMAGES = (2, 3, 64, 96)
@@ -155,7 +155,7 @@ def test_segmentation_in_transformers(name: str) -> None:
 
 def check_decoder(decoder: str, name: str) -> None:
     model = getattr(smp, decoder)(encoder_name=f"tu-{name}", encoder_weights=None, classes=4)
-    masks = model(torch.randn(2, 3, 128, 160))  # the least that PAN takes
+    masks = model(torch.randn(2, 3, 128, 160))  # smallest size for PAN
     assert masks.shape == (2, 4, 128, 160) and torch.isfinite(masks).all()
     check_trained(model.encoder, nn.functional.cross_entropy(masks, torch.randint(0, 4, (2, 128, 160))))
 
@@ -169,12 +169,12 @@ def test_segmentation_models_pytorch(decoder: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["stvit_pico", "test_convnext"])
 @pytest.mark.parametrize("decoder", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
 def test_dilated_decoders_of_segmentation_models_pytorch(decoder: str, name: str) -> None:
-    """These ask the backbone for a stride of 8 or 16."""
+    """These decoders need a backbone with a stride of 8 or 16."""
     check_decoder(decoder, name)
 
 
 class Pyramid(nn.Module):
-    """timm's feature maps in the form that torchvision's detectors take."""
+    """Returns timm's feature maps in the format of torchvision's detectors."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers behave like those of any timm model: each test makes the same call on this package's model and on timm's."""
+"""Tests that layers behave like those of timm models: each test uses a model of this package and of timm."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def convs(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 @pytest.fixture
 def unfused() -> Iterator[None]:
-    """Switches timm's fused attention off for the models that a test creates."""
+    """Switches off timm's fused attention for the models that a test creates."""
     assert use_fused_attn()
     set_fused_attn(False)
     yield
@@ -145,7 +145,7 @@ def test_exported_graphs_have_convolutions() -> None:
     assert len(products) == 1  # the head
 
 
-# peft wants a rank that the groups of every convolution divide.
+# peft needs a rank that is divisible by the groups of every convolution.
 @pytest.mark.parametrize(("name", "rank"), [("test_stvit", 256), ("test_convnext", 192)])
 @pytest.mark.parametrize("config", ["LoraConfig", "LoHaConfig"])
 def test_adapters_on_convolutions(name: str, rank: int, config: str) -> None:
@@ -226,7 +226,7 @@ def test_derivatives_of_every_mode(name: str, unfused: None) -> None:
 
 
 @pytest.mark.parametrize("name", ATTENTION_MODELS)
-def test_attention_obeys_timms_switch(name: str, unfused: None) -> None:
+def test_timms_switch_selects_the_attention(name: str, unfused: None) -> None:
     plain = create(name)
     set_fused_attn(True)
     fused = create(name)
@@ -240,7 +240,7 @@ def test_attention_obeys_timms_switch(name: str, unfused: None) -> None:
     torch.testing.assert_close(torch.jit.script(plain)(x), fused(x))
 
 
-def test_attention_obeys_timms_environment_variable() -> None:
+def test_timms_environment_variable_selects_the_attention() -> None:
     code = "import stvit; print(stvit.SuperTokenAttention(8).fused_attn)"
     environment = dict(os.environ, TIMM_FUSED_ATTN="0")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -262,6 +262,6 @@ def test_attention_dropout(name: str, fused: bool, unfused: None) -> None:
     set_fused_attn(fused)
     model, x = create(name, attn_drop_rate=0.5), images()
     assert torch.equal(model(x), model(x))
-    for module in model.modules():  # no other layer may act at random, nor remember a batch
+    for module in model.modules():  # other layers must not be random or keep statistics
         module.training = hasattr(module, "fused_attn") or (isinstance(module, nn.Dropout) and module.p == 0.5)
     assert not torch.equal(model(x), model(x))

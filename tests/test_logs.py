@@ -1,4 +1,4 @@
-"""Records of real runs of tools/train_cls.py, read by the programs that they are for."""
+"""Reads the logs of real runs of tools/train_cls.py with the programs that use them."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_loggers_that_are_not_installed(tmp_path: Path) -> None:
     assert result.stderr == "".join(f"error: --log-{name} needs {name}: pip install {name}\n" for name in names)
 
 
-def test_without_matplotlib_all_but_the_curve(tmp_path: Path, digits_folder: Path) -> None:
+def test_without_matplotlib_only_the_curve_is_missing(tmp_path: Path, digits_folder: Path) -> None:
     flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}"]
     program = "import sys\nsys.modules['matplotlib.figure'] = None\nfrom stvit.tools import train_cls\n"
     program += f"sys.exit(train_cls.main({flags!r}))"
@@ -104,7 +104,7 @@ def test_without_matplotlib_all_but_the_curve(tmp_path: Path, digits_folder: Pat
     assert (tmp_path / "it/summary.csv").exists() and not (tmp_path / "it/curve.png").exists()
 
 
-def test_curve_shows_what_was_measured(tmp_path: Path) -> None:
+def test_curve_shows_the_measured_values(tmp_path: Path) -> None:
     history = [
         {"epoch": i, "train_loss": 2 / (i + 1), "train_top1": 30.0 * i, "eval_loss": 2.1, "eval_top1": 31.0, "lr": 1e-3}
         for i in range(3)
@@ -122,7 +122,7 @@ def test_curve_shows_what_was_measured(tmp_path: Path) -> None:
     assert plot_history([{**history[0], "eval_loss": math.inf}], tmp_path / "c.png", titles)
 
 
-def test_summary_is_the_log(digits_folder: Path, tmp_path: Path) -> None:
+def test_summary_equals_the_log(digits_folder: Path, tmp_path: Path) -> None:
     folder = train(tmp_path, digits_folder)
     header, *rows = (folder / "summary.csv").read_text().splitlines()
     epochs = [line for line in read_lines(folder) if line["event"] == "epoch"]

@@ -1,4 +1,4 @@
-"""The `stvit` command and the light import that lets commands answer at once, in processes of their own."""
+"""Tests in new processes that the `stvit` command finds its commands and answers without importing PyTorch."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
-def test_help_lists_every_command_in_a_line() -> None:
+def test_help_lists_each_command_in_one_line() -> None:
     shown = run(STVIT, "--help")
     assert shown.returncode == 0 and not shown.stderr
     for name, (_, summary) in COMMANDS.items():
@@ -35,7 +35,7 @@ def test_an_unknown_command_is_one_line() -> None:
     assert shown.stderr == f"error: unknown command 'trian', expected one of {', '.join(COMMANDS)}\n"
 
 
-def test_a_command_is_the_program_under_its_own_name() -> None:
+def test_errors_show_the_name_of_the_command() -> None:
     shown = run(STVIT, "convert", "--nope")
     assert shown.returncode == 2
     assert "(see stvit convert --help)" in shown.stderr

@@ -1,4 +1,4 @@
-"""The distribution: what the wheel owns and holds, and that it works outside of the repository."""
+"""Tests the contents and metadata of the wheel, and that it works outside the repository."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ import stvit
 
 ROOT = Path(__file__).parents[1]
 
-# Without site-packages of its own the child sees the dependencies of this environment, but not its editable stvit.
+# The new process imports the dependencies of this environment, and stvit only from the folder of the wheel.
 OUTSIDE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "stvit" not in getattr(finder, "__module__", "")]
@@ -30,7 +30,7 @@ def run(command: Sequence[str | Path], cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tracked sources: a build folder left behind must not slip into it."""
+    """Wheel built from a copy of the sources, which excludes files of earlier builds."""
     folder = tmp_path_factory.mktemp("wheel")
     files = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).splitlines()
     for name in files:
@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_owns_one_name_and_holds_its_data(wheel: Path) -> None:
+def test_wheel_contains_one_package_with_its_data(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"stvit", f"stvit-{stvit.__version__}.dist-info"}
     assert "stvit/py.typed" in names
@@ -96,7 +96,7 @@ print(yaml.safe_load(recipe.read_text())["model"])
 
 
 def test_import_needs_no_extra() -> None:
-    """With the packages of the extras hidden, the models still work."""
+    """The models work if the packages of the extras are missing."""
     extras = ["ultralytics", "onnx", "onnxruntime", "onnxscript", "sklearn", "datasets", "webdataset", "pytest"]
     extras += ["matplotlib", "tensorboard", "wandb", "skimage", "gradio", "selenium"]
     program = f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
@@ -104,7 +104,7 @@ def test_import_needs_no_extra() -> None:
     assert run([sys.executable, "-c", program], ROOT).strip() == "1000"
 
 
-def test_import_is_the_public_names() -> None:
+def test_public_names() -> None:
     assert set(stvit.__all__) == {
         "PretrainedDownloadError",
         "PretrainedError",

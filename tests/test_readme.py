@@ -1,4 +1,4 @@
-"""The README: its snippets run as written, its figures are those of the models, its commands and links exist."""
+"""Tests the README: snippets run, numbers agree with the models, commands and links exist."""
 
 import re
 from pathlib import Path
@@ -42,9 +42,9 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_detection_runs_as_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the snippet on fewer and smaller images, under the name of a data set that is not ours to ship.
+    """Runs the snippet on fewer and smaller images, which have the name of the dataset in the README.
 
-    MuSGD's steps take minutes on a CPU for a model of this size; tests/test_yolo_engine.py has it on smaller ones.
+    MuSGD's steps take minutes on a CPU for a model of this size. tests/test_yolo_engine.py runs it on smaller models.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco8.yaml").write_text(photos.read_text())

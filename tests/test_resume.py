@@ -138,7 +138,7 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
 @pytest.mark.parametrize(
     ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_signal_saves_and_says_how_to_go_on(
+def test_signal_saves_and_prints_how_to_resume(
     signum: int, status: int, word: str, reference: Path, tmp_path: Path
 ) -> None:
     process = start(tmp_path, "--checkpoint-steps=0")
@@ -155,7 +155,7 @@ def test_signal_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path, reference)
 
 
-def test_mixed_precision_goes_on_with_its_scale(
+def test_mixed_precision_resumes_with_its_loss_scale(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss scaler of float16 begins with too high a scale, skips updates, and lowers the scale."""
@@ -185,7 +185,7 @@ def test_mixed_precision_goes_on_with_its_scale(
     assert weights.read_bytes() != whole
 
 
-def test_finished_run_stays_as_it_is(reference: Path) -> None:
+def test_finished_run_is_unchanged(reference: Path) -> None:
     before = results(reference)
     assert f"is finished: {EPOCHS} epochs are done" in finish(reference)
     assert results(reference) == before
@@ -219,7 +219,7 @@ def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> No
 
 
 @pytest.mark.long
-def test_torn_files_beside_the_checkpoints_do_no_harm(killed: Path, reference: Path) -> None:
+def test_incomplete_files_beside_the_checkpoints_are_ignored(killed: Path, reference: Path) -> None:
     """A kill in the middle of a write leaves half a temporary file and half a line."""
     checkpoints = killed / "it/checkpoints"
     (checkpoints / "00003-00000000.pt.tmp").write_bytes(b"PK\x03\x04")
@@ -475,7 +475,7 @@ def test_resume_by_the_bare_name_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
-def test_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CommandError, match="is damaged"):
         load_checkpoint(tmp_path / "a.pt")

@@ -41,7 +41,7 @@ SHORT = (
 
 
 def open_of(*flags: str) -> Images:
-    """Opens the images that flags of train_cls.py name."""
+    """Opens the datasets that flags of train_cls.py select."""
     config = train_cls.parse_args(list(flags))
     return open_images(config.data, CPU, in_chans=config.model.in_chans, seed=config.run.seed)
 
@@ -406,7 +406,7 @@ def test_temporary_files_of_strangers_are_replaced(name: str, kind: str, own: Pa
 def test_a_run_does_not_write_through_links(
     name: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run directory may come from somebody else. Training writes only inside it."""
+    """A run directory may contain links of another person. Training writes only inside the directory."""
     target = tmp_path / "target"
     (own / "it" / name).rename(target)
     (own / "it" / name).symlink_to(target)
@@ -424,7 +424,7 @@ def test_checkpoints_beyond_the_width_of_their_names_are_in_order(tmp_path: Path
     assert names == ["99999-00000000.pt", "99999-100000000.pt", "100000-00000000.pt"]
 
 
-def test_names_that_begin_like_tokens_stay_whole(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_begin_like_tokens_are_not_hidden(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Folders called hf_… are common. Only real tokens are hidden."""
     flags = [f"--data-dir={own / 'hf_datasetA'}", f"--output={own}", "--resume=auto"]
     command = [flag for flag in SHORT if "experiment" not in flag]
@@ -536,7 +536,9 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_with_wrong_contents_give_one_error_line(
+    step: int, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Undamaged files with wrong contents, such as those of another program."""
     path = own / "it/checkpoints/00001-00000000.pt"
     right = path.read_bytes()
@@ -567,7 +569,7 @@ def test_wrong_states_are_one_clear_line(step: int, own: Path, capsys: pytest.Ca
     assert train_cls.main([*SHORT, *flags]) == 0
 
 
-def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_a_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "00001-00000000.pt")
     with pytest.raises(CommandError, match="is not a file"):
         load_checkpoint(tmp_path / "00001-00000000.pt")

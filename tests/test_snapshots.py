@@ -21,7 +21,7 @@ from stvit.tools import train_cls
 from stvit.tools.common import snapshots
 
 REPO = "org/run"
-# All that has a state, in a second or two.
+# Everything with a state, in a run of a second or two.
 FLAGS = (
     "--model=test_stvit --img-size=32 --in-chans=1 --batch-size=20 --workers=0 --lr=3e-3 --warmup-epochs=1 --drop=0.1 "
     "--drop-path=0.2 --mixup=0.2 --reprob=0.5 --model-ema --model-ema-decay=0.9 --sched-on-updates"
@@ -136,7 +136,7 @@ def test_no_network_and_no_write_access(
 
 
 def test_slow_upload_does_not_delay_the_training(hub: Hub, train: Train, tmp_path: Path) -> None:
-    """Epochs end while the first upload is under way; the next snapshot is the newest, not each of those between."""
+    """Epochs end during the first upload. The next upload is the newest snapshot."""
     hub.fail("POST .*/commit/", "slow:600", times=1)
     log_file = tmp_path / "it" / "log.jsonl"
 

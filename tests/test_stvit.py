@@ -1,4 +1,4 @@
-"""The model against the published code's results, its checkpoints, and timm's contract beyond timm's own tests."""
+"""Compares the model with the published code, and tests its checkpoints and its timm interface."""
 
 import argparse
 import copy
@@ -36,7 +36,7 @@ def create(name: str = "test_stvit", **kwargs: Any) -> STViT:
 
 
 def load(file: Path, name: str = "test_stvit", **kwargs: Any) -> STViT:
-    """The way to load a file that runs timm's checkpoint filter."""
+    """Creates a model from a file. timm applies the checkpoint filter."""
     return create(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)
 
 
@@ -45,19 +45,22 @@ def images(*size: int, batch: int = 2, in_chans: int = 3, seed: int = 0) -> torc
 
 
 def assert_parity(actual: torch.Tensor, golden: np.ndarray, std: float) -> None:
-    """Within 1e-4 of the golden tensor's standard deviation; the published code itself is good to 7e-6."""
+    """Compares with a golden tensor, to 1e-4 of its standard deviation. The published code has an error of 7e-6."""
     assert tuple(actual.shape) == golden.shape
     error = np.abs(actual.detach().numpy() - golden).max()
     assert error <= 1e-4 * std, f"{error / std:.1e} standard deviations"
 
 
 def assert_close(actual: float, golden: float) -> None:
-    """Within 1e-4; the gradient of a bias in front of a batch normalization is zero, and rounding in practice."""
+    """Compares to a relative error of 1e-4 and an absolute error of 1e-6.
+
+    The gradient of a bias before a batch normalization is zero except for rounding.
+    """
     assert abs(actual - golden) <= 1e-4 * golden + 1e-6
 
 
 def to_official(model: STViT) -> dict[str, torch.Tensor]:
-    """The model's weights as the published code would save them."""
+    """Returns the weights of a model in the format of the published code."""
     state_dict = {}
     for key, value in model.state_dict().items():
         name = official_key(key)
@@ -69,7 +72,7 @@ def to_official(model: STViT) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_weights(model: STViT, expected: STViT, but: tuple[str, ...] = ()) -> None:
-    """But for the keys that start with one of `but`, which `model` may lack."""
+    """Compares all weights except those whose keys start with one of `but`. `model` may lack these."""
     actual = model.state_dict()
     for key, value in expected.state_dict().items():
         if not key.startswith(but):
@@ -78,7 +81,7 @@ def assert_equal_weights(model: STViT, expected: STViT, but: tuple[str, ...] = (
 
 
 def train_step(model: STViT, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output in training mode, and every gradient."""
+    """Returns the output in training mode and all gradients."""
     x = x.detach().requires_grad_()
     model.train().zero_grad()
     y = model(x)
@@ -92,7 +95,7 @@ def train_step(model: STViT, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def official_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of stvit_small as the authors publish them, with the golden files' weights."""
+    """Checkpoint of stvit_small in the authors' format, with the weights of the golden files."""
     shapes = OFFICIAL_SHAPES["stvit_small"]
     state_dict = {key: torch.from_numpy(np.asarray(fill.draw(key, tuple(shape)))) for key, shape in shapes.items()}
     file = tmp_path_factory.mktemp("official") / "stvit_small.pth"
@@ -158,7 +161,7 @@ def test_every_official_key_is_used(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def source() -> STViT:
-    """A model with weights and statistics of its own, and with every kind of parameter that there is."""
+    """Model with random weights and statistics, and with every kind of parameter."""
     model = create(ls_init_values=(None, None, 0.5, 0.5)).train()
     model(images(64, 64))
     return model.eval()
@@ -185,7 +188,7 @@ LAYER_SCALE = {"ls_init_values": (None, None, 1e-6, 1e-6)}
     ids=["model", "model_ema", "state_dict", "args", "bare", "distributed"],
 )
 @pytest.mark.parametrize("ours", [False, True], ids=["official", "ours"])
-def test_forms_of_checkpoint(
+def test_checkpoint_forms(
     ours: bool, form: Callable[..., dict[str, Any]], source: STViT, official: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     weights = source.state_dict() if ours else official
@@ -204,14 +207,14 @@ def test_safetensors(ours: bool, source: STViT, official: dict[str, torch.Tensor
 def test_filter_function_unwraps(wrapper: str | None, source: STViT, official: dict[str, torch.Tensor]) -> None:
     given = dict(official)
     weights = checkpoint_filter_fn({"model": {}, wrapper: official} if wrapper else official, source)
-    assert given.keys() == official.keys()  # the caller's is not used up
+    assert given.keys() == official.keys()  # the caller's state dict is unchanged
     model = create(**LAYER_SCALE)
     model.load_state_dict(weights)
     assert_equal_weights(model, source)
 
 
 def test_checkpoint_path(source: STViT, official: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """timm does not run the filter there: ours load so, the authors' are refused."""
+    """timm applies no filter to checkpoint_path. Our checkpoints load, those of the authors are refused."""
     torch.save(source.state_dict(), tmp_path / "ours.pth")
     assert_equal_weights(create(checkpoint_path=str(tmp_path / "ours.pth"), **LAYER_SCALE), source)
     torch.save({"model": official}, tmp_path / "official.pth")
@@ -227,7 +230,7 @@ def with_shape(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], Non
     return lambda weights: weights.update({key: torch.zeros(shape)})
 
 
-@pytest.mark.parametrize("num_classes", [1000, 10])  # timm by itself overlooks keys that do not fit in the second case
+@pytest.mark.parametrize("num_classes", [1000, 10])  # with 10 classes, timm alone ignores mismatched keys
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,7 +270,7 @@ def test_weights_that_do_not_fit(
         (with_shape("final_conv.bias", 3), r"final_conv\.bias .*\(3,\).*\(128,\)"),
     ],
 )
-def test_weights_of_ours_that_do_not_fit(
+def test_own_weights_that_do_not_fit(
     change: Callable[[dict[str, torch.Tensor]], None], message: str, num_classes: int, source: STViT, tmp_path: Path
 ) -> None:
     weights = dict(source.state_dict())
@@ -338,7 +341,7 @@ def test_size(name: str, params: float, gmacs: float, published_gmacs: float | N
         model(torch.empty(1, 3, 224, 224, device="meta"))
     macs = counter.get_total_flops() / 2e9
     assert round(macs, 2) == gmacs
-    if published_gmacs is not None:  # theirs also counts element-wise operations
+    if published_gmacs is not None:  # the published number includes element-wise operations
         assert macs == pytest.approx(published_gmacs, rel=0.015)
 
 
@@ -365,7 +368,7 @@ def test_published_variants(name: str, dims: tuple[int, ...], depths: tuple[int,
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_layer_scale(name: str) -> None:
-    """Built for real, because what counts is the value."""
+    """The model is built on the CPU, because the test compares values."""
     model = create(name, depths=(1, 1, 1, 1))
     scales = {key: value for key, value in model.state_dict().items() if key.endswith(".gamma")}
     stages = (2, 3) if name != "stvit_small" else ()
@@ -375,7 +378,7 @@ def test_layer_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_heads_of_ours(name: str) -> None:
+def test_head_widths_of_own_variants(name: str) -> None:
     model = create(name, device="meta")
     widths = {(block.attn.dim, block.attn.num_heads) for stage in model.stages for block in stage.blocks}
     assert {dim / heads for dim, heads in widths} <= {32, 64}
@@ -383,14 +386,14 @@ def test_heads_of_ours(name: str) -> None:
 
 
 def test_normalization_constants() -> None:
-    """The golden files hardly tell another epsilon, and do not tell another momentum."""
+    """The comparison with golden files does not reliably notice another epsilon or momentum."""
     model = create(device="meta")
     eps = {(type(m).__name__, m.eps) for m in model.modules() if hasattr(m, "eps")}
     assert eps == {("BatchNorm2d", 1e-5), ("LayerNorm2d", 1e-6)}
     assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 
 
-# timm's contract
+# timm's interface
 
 
 def test_registration() -> None:
@@ -464,8 +467,8 @@ def test_output_stride(name: str, output_stride: int) -> None:
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_output_stride_keeps_what_convolutions_compute(output_stride: int) -> None:
-    """With attention removed, every second or fourth pixel of a dilated map is a pixel of the plain map."""
+def test_output_stride_keeps_the_outputs_of_convolutions(output_stride: int) -> None:
+    """Without attention, every second or fourth pixel of a dilated map equals a pixel of the plain map."""
     plain, dilated = create().eval(), create(output_stride=output_stride).eval()
     for name, p in plain.named_parameters():
         if ".attn.proj." in name:
@@ -597,7 +600,7 @@ def test_initialization_after_meta_device() -> None:
         value.fill_(float("nan") if value.is_floating_point() else -1)
     model.init_weights()
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    # What is not random is as it is in a model made on the CPU.
+    # Values that are not random equal those of a model created on the CPU.
     random = {name for name, p in model.named_parameters() if name.endswith((".weight", ".bias")) and p.std() > 0}
     expected = create(**LAYER_SCALE).state_dict()
     for name, value in model.state_dict().items():
@@ -625,7 +628,7 @@ def test_heads() -> None:
 
 
 def create_like(model: STViT, **kwargs: Any) -> STViT:
-    """With the weights of `model`, but without its classifier."""
+    """Creates a model with the weights of `model`, except the classifier."""
     other = create(**kwargs).eval()
     other.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("head.fc")})
     return other
@@ -655,7 +658,7 @@ def test_group_matcher(coarse: bool) -> None:
     depth = {name: group for group, names in groups.items() for name in names}
     names = [name for name, _ in model.named_parameters()]
     assert set(depth) == set(names)
-    assert [depth[name] for name in names] == sorted(depth.values())  # the model's order is that of its depth
+    assert [depth[name] for name in names] == sorted(depth.values())  # groups are ordered by depth
     units = ["stem", *(f"stages.{i}" for i in range(4)), "head"]
     if not coarse:
         units[1:5] = [f"stages.{i}.blocks.{j}" for i, d in enumerate((1, 2, 3, 1)) for j in range(d)]

@@ -33,7 +33,7 @@ from stvit.tools.common.optimization import create_optimizer, learning_rate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs/cls").glob("*.yaml"))
-# A few steps of a small model, for tests that do not depend on what it learns.
+# A few steps of a small model, for tests that do not need a trained model.
 SHORT = ["--model=test_stvit", "--img-size=32", "--epochs=1", "--batch-size=16", "--workers=0", "--lr=1e-3"]
 
 Run = Callable[..., Path]
@@ -47,7 +47,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs the command in this process and returns the run's folder."""
+    """Runs the command in this process and returns the run directory."""
 
     def run(*flags: str, short: bool = True) -> Path:
         common = [f"--output={tmp_path / 'runs'}", "--experiment=it"]
@@ -230,8 +230,8 @@ def test_flags_train(flags: list[str], digits_folder: Path, run: Run) -> None:
 
 
 @pytest.mark.long
-def test_compiled_training_learns_alike(digits_folder: Path, run: Run) -> None:
-    """Compiled code only sums in another order."""
+def test_compiled_training_gives_the_same_losses(digits_folder: Path, run: Run) -> None:
+    """Compiled code sums in another order, so losses differ slightly."""
     flags = [f"--data-dir={digits_folder}", "--epochs=3", "--warmup-epochs=0"]
     plain = read_summary(run(*flags))
     compiled = read_summary(run(*flags, "--compile", "--experiment=compiled").parent / "compiled")
@@ -491,7 +491,7 @@ def test_bad_flag_is_refused(flags: list[str], said: str, capsys: pytest.Capture
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )
-def test_trouble_is_one_clear_line(
+def test_errors_are_one_line(
     flags: list[str], said: str, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refused(capsys, f"--data-dir={digits_folder}", f"--output={tmp_path}", *flags)
@@ -524,7 +524,7 @@ def test_empty_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]
     assert str(own_digits_folder / "train/digit_9") in line and "has no image" in line
 
 
-def test_class_in_one_split_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_in_only_one_split(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own_digits_folder / "val/digit_2").rename(own_digits_folder / "val/two")
     line = refused(capsys, f"--data-dir={own_digits_folder}")
     assert "class 'digit_2' is in" in line and "both need the same class folders" in line
@@ -540,14 +540,14 @@ def test_images_too_deep(own_digits_folder: Path, capsys: pytest.CaptureFixture[
     assert "is in a subfolder of its class folder; move it up" in line
 
 
-def test_one_class_alone(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_class(own_digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         for name in ("digit_1", "digit_2", "digit_3"):
             shutil.rmtree(own_digits_folder / split / name)
     assert "only one class, 'digit_0'" in refused(capsys, f"--data-dir={own_digits_folder}")
 
 
-def test_unexpected_error_is_one_line_too(
+def test_unexpected_error_is_one_line(
     digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -593,7 +593,7 @@ def test_results_are_never_overwritten(digits_folder: Path, run: Run, capsys: py
     assert (folder / "summary.csv").read_bytes() == before
 
 
-def test_output_that_cannot_be_made(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_that_cannot_be_created(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     line = refused(capsys, f"--data-dir={digits_folder}", f"--output={tmp_path / 'file'}")
     assert "cannot create the folder" in line
@@ -626,7 +626,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{last}", pretrained=True).num_classes == 10
 
 
-def test_disk_that_is_full(digits_folder: Path, tmp_path: Path) -> None:
+def test_full_disk(digits_folder: Path, tmp_path: Path) -> None:
     """A limit on file sizes makes the first write of a run fail, as a full disk does."""
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100))  # bytes
     flags = [f"--data-dir={digits_folder}", "--experiment=it"]

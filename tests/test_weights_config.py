@@ -1,4 +1,4 @@
-"""A config.json of somebody's, and arguments of a model: each has a checked type and range before anything is built."""
+"""Tests that types and ranges in config.json and model arguments are checked before a model is built."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved model of this package and one of timm. Only config.json is changed."""
+    """Folders of a model of this package and of a timm model. Tests change only config.json."""
     folder = tmp_path_factory.mktemp("folders")
     for name in ("test_stvit", "test_vit"):
         hub.save(timm.create_model(name, num_classes=4), folder / name)
@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def configured(folder: Path, args: dict[str, Any] | None = None, **cfg: Any) -> str:
-    """Changes config.json; returns the name of the model."""
+    """Writes a changed config.json and returns the name of the model."""
     config = json.loads((folder / "own.json").read_text())
     config["pretrained_cfg"] |= cfg
     config["num_classes"] = cfg.get("num_classes", config["num_classes"])
@@ -110,8 +110,8 @@ THEIRS = [
         ("levit_128s", {"img_size": 8000}),
     ],
 )
-def test_tables_of_a_model_are_limited(architecture: str, args: dict[str, Any], tmp_path: Path) -> None:
-    """Position tables grow with the square of the image's area. They are refused before they take memory."""
+def test_sizes_of_position_tables_are_limited(architecture: str, args: dict[str, Any], tmp_path: Path) -> None:
+    """Position tables grow with the square of the image area. They are refused before they use memory."""
     config = {"architecture": architecture, "model_args": args, "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -127,7 +127,7 @@ def test_every_field_of_config_json_is_checked(folders: dict[str, Path], pretrai
         for cfg, said in CFG:
             refused(name, configured(folder, **cfg), said, pretrained)
         for args, said in ARGS + (OURS if name == "test_stvit" else THEIRS):
-            if pretrained or said != MORE:  # those may have a billion parameters without weights
+            if pretrained or said != MORE:  # without weights a model may have a billion parameters
                 refused(name, configured(folder, args), said, pretrained)
         configured(folder)
         assert stvit.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=7).num_classes == 7
@@ -142,14 +142,14 @@ def refused(name: str, source: str, said: str, pretrained: bool) -> None:
         and "config.json cannot be used" in str(caught.value)
         and source[10:] in str(caught.value)
     )
-    if name == "test_stvit":  # which timm itself builds, after it has read the file
+    if name == "test_stvit":  # timm itself builds this model from the file
         with pytest.raises((stvit.PretrainedError, TypeError)) as caught_of_timm:
             timm.create_model(source, pretrained=pretrained)
-        text = str(caught_of_timm.value)  # in_chans has become a part of input_size there
+        text = str(caught_of_timm.value)  # timm replaces in_chans with input_size
         assert said in text or "subscriptable" in text or "in_chans" in said
 
 
-def test_files_that_are_no_configuration(folders: dict[str, Path]) -> None:
+def test_invalid_config_files(folders: dict[str, Path]) -> None:
     folder = folders["test_stvit"]
     for content, said in (
         ("[" * 100_000, "nested too deeply"),
@@ -171,7 +171,7 @@ def test_files_that_are_no_configuration(folders: dict[str, Path]) -> None:
     (folder / "config.json").unlink()
 
 
-def test_a_command_says_it_in_one_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_a_command_are_one_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     for args, cfg, said in (({"features_only": "x"}, {}, "features_only must"), ({}, {"mean": "x"}, "mean must")):
         source = configured(folders["test_stvit"], args, **cfg)
         assert push_to_hub.main([source.removeprefix("local-dir:"), "--repo-id=a/b", "--dry-run"]) == 1
@@ -204,7 +204,7 @@ def test_configurations_of_a_wrong_type(given: dict[str, Any], said: str) -> Non
         assert str(caught.value) == said
 
 
-def test_what_timm_allows_stays() -> None:
+def test_valid_arguments_of_timm_are_accepted() -> None:
     for args in (
         {"num_classes": 0},
         {"in_chans": 13},
@@ -224,7 +224,7 @@ def test_what_timm_allows_stays() -> None:
         check_pretrained_cfg(cfg.to_dict() | {"num_classes": max(cfg.num_classes, 0)})
 
 
-def test_the_limit_counts_in_its_own_thread_and_ends() -> None:
+def test_the_limit_ends_with_its_block() -> None:
     with pytest.raises(ModelTooLargeError, match="more than 100 parameters"), limit_parameters(100):
         torch.nn.Linear(10, 10)
     with limit_parameters(110):
