@@ -15,8 +15,8 @@ from safetensors.torch import save
 
 import stvit  # noqa: F401  registers the models in timm
 
-# `make test-long` tests the other models, which differ in widths and depths.
-SOME = ["test_stvit"]
+# `make test` runs these two, which have all kinds of layers. `make test-long` runs the others.
+SOME = ["test_stvit", "stvit_small"]
 OTHERS = [name for name in timm.list_models(module="stvit") if name not in SOME]
 FEATURE_MODULES = "FEAT_INTER_FILTERS = ["
 
