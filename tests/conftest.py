@@ -187,7 +187,10 @@ def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
-    """Selects the backend automatically. Without a GPU, Triton interprets the kernels."""
+    """Selects the backend automatically.
+
+    Without a GPU, Triton interprets the kernels.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STVIT_OPS_BACKEND", raising=False)
         # On a GPU PyTorch's float32 convolutions use TF32 by default, which is less exact than the tests expect.

@@ -220,7 +220,10 @@ def _spoiled(reply: _Reply, fault: str) -> _Reply:
 
 
 def _part(reply: _Reply, wanted: str | None) -> _Reply:
-    """Returns the part of an answer that a Range header requests. Clients use it to resume a download."""
+    """Returns the part of an answer that a Range header requests.
+
+    Clients use it to resume a download.
+    """
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
     if not match or not reply.blob:
         return reply
@@ -241,7 +244,10 @@ def _blob(path: str, content: bytes) -> _Blob:
 
 
 def _is_ignored(path: str, rules: str) -> bool:
-    """Returns whether .gitignore excludes a path. Only names with wildcards are supported."""
+    """Returns whether .gitignore excludes a path.
+
+    Only names with wildcards are supported.
+    """
     names = [*path.split("/"), path]
     return any(fnmatch.fnmatch(name, rule.strip("/ ")) for rule in rules.splitlines() for name in names)
 
@@ -320,7 +326,10 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, *_: Any) -> None:
-        """Ignores clients that hang up. A bug in this file gives status 500 with its traceback."""
+        """Ignores clients that hang up.
+
+        A bug in this file gives status 500 with its traceback.
+        """
 
 
 class Hub:
@@ -678,7 +687,10 @@ class Hub:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """Splits the end of an address into revision and path. Pull requests are quoted or not."""
+    """Splits the end of an address into revision and path.
+
+    Pull requests are quoted or not.
+    """
     match = re.fullmatch(r"(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.*))?", rest)
     return (unquote(match[1]), unquote(match[2] or "")) if match else (unquote(rest), "")
 

@@ -1,4 +1,7 @@
-"""Downloads source archives of installed packages. They contain tests that the wheels lack."""
+"""Downloads source archives of installed packages.
+
+They contain tests that the wheels lack.
+"""
 
 import subprocess
 import sys
@@ -21,7 +24,7 @@ class ArchiveMissing(Exception):
 
 
 def fetch(package: str) -> Path:
-    """Downloads the source archive of the installed version once and returns its path.
+    """Downloads the archive of the installed version once and returns its path.
 
     Raises:
         ArchiveMissing: If the download fails. The message is one line with the reason.

@@ -103,7 +103,10 @@ def test_compiled_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("minutes", [0.1, 0.2])
 def test_the_run_ends_in_time(minutes: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line names each skipped table. A step that is not ready has a row with the reason."""
+    """A line names each skipped table.
+
+    A step that is not ready has a row with the reason.
+    """
     start = time.monotonic()
     assert benchmark.main(["gpu", f"--output={tmp_path}", f"--minutes={minutes}", "--no-compile", "--device=cpu"]) == 0
     assert time.monotonic() - start < 60 * minutes + 3  # the last processes may take a while to end
@@ -173,7 +176,10 @@ class Crashing(Unstable):
 
 
 class Timer(Unstable):
-    """Times four candidates. The second one ends the process, and the third one fails."""
+    """Times four candidates.
+
+    The second one ends the process, and the third one fails.
+    """
 
     def prepare(self) -> dict[str, Any]:
         return {"tb_per_second": 2.5}
@@ -318,7 +324,7 @@ def test_a_wrong_output_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(error) > 0.1
 
 
-def test_the_server_of_processes_leaves_cuda_alone() -> None:
+def test_the_process_server_does_not_use_cuda() -> None:
     """A process that is forked after CUDA was used cannot use it."""
     program = (
         "import torch\n"

@@ -62,7 +62,10 @@ def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def authors(path: Path, name: str = "test_stvit", **flags: Any) -> dict[str, torch.Tensor]:
-    """Writes a checkpoint as the authors' code does, and returns the weights. The moving average is half of them."""
+    """Writes a checkpoint as the authors' code does, and returns the weights.
+
+    The moving average is half of them.
+    """
     model = timm.create_model(name)
     weights = official(model)
     average = {
@@ -103,7 +106,10 @@ def test_authors_checkpoint(
 
 
 def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only --model can state that weights are the published ones. The base model has layer scale."""
+    """Only --model can state that weights are the published ones.
+
+    The base model has layer scale.
+    """
     authors(tmp_path / "base.pth", "stvit_base", input_size=224)
     folder = convert(tmp_path / "base.pth", "--use-ema")
     said = capsys.readouterr().out
@@ -266,7 +272,10 @@ def test_full_disk_leaves_nothing_behind(convert: Convert, tmp_path: Path, capsy
 
 
 def test_threads_open_files_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread allows `argparse.Namespace`. The first thread to end does not forbid it for the second."""
+    """Each thread allows `argparse.Namespace`.
+
+    The first thread to end does not forbid it for the second.
+    """
     torch.save({"args": argparse.Namespace(lr=1), "model": {}}, tmp_path / "a.pt")
     load, inside, started = torch.load, threading.Event(), threading.Event()
     results: list[Any] = []

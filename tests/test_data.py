@@ -1,4 +1,4 @@
-"""Image datasets of the commands: each kind, unreadable images, and reproducible batches."""
+"""Tests image datasets: each kind, unreadable images, and reproducible batches."""
 
 import csv
 import io
@@ -72,7 +72,10 @@ def as_shards(folder: Path, target: Path) -> list[str]:
 
 
 def as_parquet(folder: Path, target: Path) -> list[str]:
-    """Writes Parquet files like those on the Hub: bytes and name of an image, and a class label."""
+    """Writes Parquet files like those on the Hub.
+
+    The columns are the image, as bytes and name, and the class label.
+    """
     import datasets
 
     names = [f"digit_{i}" for i in range(4)]
@@ -244,7 +247,10 @@ def test_samples_depend_only_on_seed_epoch_and_position(digits_folder: Path) -> 
 
 @pytest.mark.parametrize("kind", ["tar", "wds"])
 def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path) -> None:
-    """A run resumes in the middle of a tar, and of shards, which are read from their beginning."""
+    """A run resumes in the middle of a tar and of shards.
+
+    Shards are read from their beginning.
+    """
     (tmp_path / "made").mkdir()
     flags = [*SHORT, *KINDS[kind](digits_folder, tmp_path / "made"), f"--output={tmp_path}", "--batch-size=10"]
     flags += ["--checkpoint-steps=2", "--resume=auto"]
@@ -260,7 +266,7 @@ def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path)
     assert (tmp_path / "it/last/model.safetensors").exists()
 
 
-def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
+def test_repeated_augmentation_gives_different_views(digits_folder: Path) -> None:
     plain = ResumableBatchSampler(60, 12, Distributed(torch.device("cpu")))
     repeated = ResumableBatchSampler(60, 12, Distributed(torch.device("cpu")), repeats=3)
     assert len(plain) == len(repeated) == 5
@@ -278,8 +284,8 @@ def test_repeated_augmentation_shows_an_image_anew(digits_folder: Path) -> None:
     ]
 
 
-def test_processes_and_steps_share_an_update_alike() -> None:
-    """An update has the same images with one process, several processes, and several steps."""
+def test_an_update_does_not_depend_on_processes_and_steps() -> None:
+    """An update has the same images for any number of processes and steps."""
     one = list(ResumableBatchSampler(100, 24, Distributed(torch.device("cpu"))))
     shares = [list(ResumableBatchSampler(100, 8, Distributed(torch.device("cpu"), rank, 3))) for rank in range(3)]
     steps = list(ResumableBatchSampler(100, 6, Distributed(torch.device("cpu")), accum_steps=4))

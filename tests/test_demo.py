@@ -118,7 +118,10 @@ def page_hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def page(models: Path, page_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serves the page and yields its address. Afterwards the log must not contain a traceback."""
+    """Serves the page and yields its address.
+
+    Afterwards the log must not contain a traceback.
+    """
     log = tmp_path_factory.mktemp("log") / "log.txt"
     flags = ["--max-megabytes=1", "--max-megapixels=2", f"--img-size={SIZE}", f"--port={free_port()}"]
     flags += ["--max-total-megabytes=40"]
@@ -445,7 +448,10 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
 @pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
 @pytest.mark.parametrize("dark", [False, True])
 def test_legible_at_each_width_and_in_dark_mode(page: str, photo: Path, width: int, height: int, dark: bool) -> None:
-    """The page does not scroll sideways. Text has at least 11 pixels and a contrast of at least 4.5."""
+    """The page does not scroll sideways.
+
+    Text has at least 11 pixels and a contrast of at least 4.5.
+    """
     browser = Browser(width, height, dark)
     try:
         browser.open(page)
@@ -573,7 +579,10 @@ def test_results_of_a_former_image_are_dropped(models: Path) -> None:
 
 
 def test_no_file_of_the_machine_is_served(models: Path, tmp_path: Path) -> None:
-    """Neither an address nor a message that claims an upload reads a file. Answers do not show whether it exists."""
+    """Neither an address nor a message that claims an upload reads a file.
+
+    Answers do not show whether it exists.
+    """
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
@@ -873,7 +882,10 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list contains arguments, runs, and random weights. Models of the Hub are in the lists of both kinds."""
+    """The list contains arguments, runs, and random weights.
+
+    Models of the Hub are in the lists of both kinds.
+    """
     monkeypatch.chdir(models)
     offered = list_models("hf-hub:ORG/a", "stvit_pico")
     assert offered.choices() == [
@@ -941,7 +953,10 @@ def test_models_of_the_hub(hub: Hub, models: Path) -> None:
 
 
 def test_class_names() -> None:
-    """Models with 1000 classes have the names of ImageNet. Gray models see gray images. The classes are sorted."""
+    """Models with 1000 classes have the names of ImageNet.
+
+    Gray models see gray images. The classes are sorted.
+    """
     classifier = LoadedModel("it", timm.create_model("test_stvit").eval(), is_yolo=False, is_random=True)
     classes = tasks.classify(classifier, Image.new("RGB", (50, 50)))
     assert len(classes) == 5 and list(classes.values()) == sorted(classes.values(), reverse=True)
@@ -1031,7 +1046,10 @@ def test_card_of_a_space_promises_no_super_tokens(tmp_path: Path) -> None:
 
 
 def test_space_is_pushed(hub: Hub, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second push uploads nothing. Files of a former version are deleted, but not those of the user."""
+    """A second push uploads nothing.
+
+    Files of a former version are deleted, but not those of the user.
+    """
     flags = [str(models / "runs/vehicles"), "--space", "--repo-id=org/vehicles"]
     assert push_to_hub.main(flags) == 0
     assert "spaces/org/vehicles/commit/" in capsys.readouterr().out

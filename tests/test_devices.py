@@ -1,4 +1,4 @@
-"""Tests exports of classifiers and detectors to the runtimes of phones, boards and servers.
+"""Tests exports to the runtimes of phones, boards and servers.
 
 Each file is run by its own runtime and compared with the model in PyTorch. Core ML runs on macOS only, so its tests
 look at the converted program.
@@ -42,7 +42,10 @@ def assert_same(file: Runtime, model: nn.Module, tolerance: float, *shapes: tupl
 
 @pytest.fixture
 def coremltools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Module coremltools, patched: version 9.0 cannot convert an array of one element to a number with numpy 2.4."""
+    """Module coremltools with a patch.
+
+    Version 9.0 with numpy 2.4 cannot convert an array of one element to a number.
+    """
     coremltools = pytest.importorskip("coremltools")
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.frontend.torch import ops
@@ -61,7 +64,10 @@ def coremltools(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def assert_core_ml_supports(program: Any) -> None:
-    """Checks that each tensor has at most five axes, the limit of Core ML, and that attention is exported."""
+    """Checks that tensors have at most five axes and that attention is exported.
+
+    Core ML supports five axes.
+    """
     outputs = [output for operation in program.functions["main"].operations for output in operation.outputs]
     assert max(len(output.shape) for output in outputs if hasattr(output, "shape")) <= 5
     assert {"matmul", "softmax"} <= {operation.op_type for operation in program.functions["main"].operations}

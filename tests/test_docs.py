@@ -1,4 +1,4 @@
-"""Tests that Python snippets of the documentation run, that commands parse, and the checks of the site.
+"""Tests the documentation: Python snippets, commands and the checks of the site.
 
 Snippets of a page run in order, in one namespace, as they are written. A page that takes more than a few seconds is
 marked `long`. Shell commands of a page in `SHELL_PAGES` run too, with flags that make them small.
@@ -117,7 +117,10 @@ def workplace(
 
 
 def write_official_file(path: Path) -> None:
-    """Writes random weights in the authors' format. The authors' file is not in this repository."""
+    """Writes random weights in the authors' format.
+
+    The authors' file is not in this repository.
+    """
     keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
     torch.save({"model": {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}}, path)
 
@@ -198,7 +201,10 @@ def prepare_super_tokens(folder: Path) -> None:
 
 @pytest.mark.long
 def test_detection_runs_as_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the page of YOLO26 on fewer and smaller images. MuSGD's steps take minutes on a CPU."""
+    """Runs the page of YOLO26 on fewer and smaller images.
+
+    MuSGD's steps take minutes on a CPU.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco8.yaml").write_text(photos.read_text())
     text = "".join(text for language, text in blocks("guides/yolo.md") if language == "python")

@@ -45,7 +45,10 @@ class Regression(TrainingTask):
 
 
 class Brightness(Job):
-    """Learns the mean brightness of images. It counts nothing in training, and its evaluation has no loss."""
+    """Learns the mean brightness of images.
+
+    It counts nothing in training, and its evaluation has no loss.
+    """
 
     best_metric = "close"
     titles = {"close": "close guesses"}  # noqa: RUF012

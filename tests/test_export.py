@@ -1,4 +1,7 @@
-"""Tests of tools/export.py: files load in their own runtimes, accept any size and compute what the model does."""
+"""Tests tools/export.py.
+
+Exported files load in their own runtimes, accept any size and give the outputs of the model.
+"""
 
 import json
 import re
@@ -144,7 +147,10 @@ def test_onnx_axes(exported: tuple[Path, str, str]) -> None:
 
 
 def test_printed_lines(exported: tuple[Path, str, str], model: Any, digits_folder: Path) -> None:
-    """Prints a line for the model, two for each file and one for each accuracy. Libraries print nothing."""
+    """Prints a line for the model, two for each file and one for each accuracy.
+
+    Libraries print nothing.
+    """
     folder, out, err = exported
     lines = out.splitlines()
     assert len(lines) == 1 + 2 * 3 + 1 + 3
@@ -278,7 +284,10 @@ def test_onnx_of_another_model_without_onnxruntime(
 
 @pytest.mark.long
 def test_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """32 pixels are one super token of the first stage. The torch.export program accepts no larger images."""
+    """32 pixels are one super token of the first stage.
+
+    The torch.export program accepts no larger images.
+    """
     line = ["--model=test_stvit", "--no-pretrained", "--img-size=32", f"--output={tmp_path}", "--format", "onnx"]
     assert export.main([*line, "torch-export", "--seed=1"]) == 0
     out = capsys.readouterr().out

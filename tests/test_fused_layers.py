@@ -39,7 +39,10 @@ SHAPES = [(2, 24, 7, 9), (1, 3, 1, 1), (2, 33, 1, 6), (1, 150, 5, 3), (1, 20, 70
 
 
 def cases() -> Iterator[Any]:
-    """Yields each shape with each dtype. `make test` interprets each shape with one of them."""
+    """Yields each shape with each dtype.
+
+    `make test` interprets each shape with one of them.
+    """
     for i, shape in enumerate(SHAPES):
         for j, dtype in enumerate(TOLERANCES):
             marks = [] if HAS_GPU or i % 3 == j else [pytest.mark.long]

@@ -64,7 +64,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def precise() -> Iterator[None]:
-    """Computes float32 products in float32. TF32 is less exact than what the tests expect."""
+    """Computes float32 products in float32.
+
+    TF32 is less exact than what the tests expect.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
@@ -117,7 +120,10 @@ def test_training_in_mixed_precision(dtype: str, data: Path, tmp_path: Path) -> 
 
 
 def test_compiled_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiled model learns like the plain one. On a GPU, training replays CUDA graphs."""
+    """A compiled model learns like the plain one.
+
+    On a GPU, training replays CUDA graphs.
+    """
     graphs: list[str] = []
 
     class Counted(torch.cuda.CUDAGraph):

@@ -1,4 +1,7 @@
-"""Models of the Hub that users type in: shared downloads, a Hub that hangs, and limits on size and arguments."""
+"""Tests models of the Hub that users request on the page.
+
+The tests cover shared downloads, a Hub that hangs, and limits on size and arguments.
+"""
 
 import json
 import threading
@@ -83,7 +86,10 @@ def test_many_downloads_are_refused(hub: Hub) -> None:
 
 
 def test_sizes_are_limited_before_the_download(hub: Hub, files: dict[str, bytes]) -> None:
-    """The size of a model and of all models is limited, except for those of the operator."""
+    """The size of a model and of all models is limited.
+
+    The limits do not hold for models of the operator.
+    """
     push(hub, "org/a", files)
     push(hub, "org/b", {**files, "model.safetensors": files["model.safetensors"] + bytes(1)})
     size = len(files["model.safetensors"]) + len(files["config.json"])

@@ -1,4 +1,7 @@
-"""Image folders and archives: supported formats, ignored files, and class numbers."""
+"""Tests supported formats, ignored files and class numbers of image folders.
+
+Also tests archives.
+"""
 
 import io
 import json
@@ -47,7 +50,10 @@ def image(number: int, side: int = 16) -> Image.Image:
 
 
 def write_split(folder: Path) -> list[str]:
-    """Writes an image with each suffix in each class, in lower and upper case. Returns their paths."""
+    """Writes an image with each suffix in each class, in lower and upper case.
+
+    Returns their paths.
+    """
     names = []
     for number, name in enumerate(f"{kind}/{suffix[1:]}{suffix}" for kind in CLASSES for suffix in SUFFIXES):
         for path in (folder / name, folder / f"{name[:-4]}{name[-4:].upper()}"):
@@ -166,7 +172,10 @@ def read_all(flags: list[str]) -> list[bytes]:
 
 
 def write_shards(folder: Path, splits: dict[str, list[tuple[str, bytes, int]]]) -> list[str]:
-    """Writes a shard of each split, from suffixes, contents and class numbers. Returns the flags to open them."""
+    """Writes a shard of each split, from suffixes, contents and class numbers.
+
+    Returns the flags to open them.
+    """
     info = {}
     for split, files in splits.items():
         with tarfile.open(folder / f"{split}.tar", "w") as tar:
@@ -284,7 +293,7 @@ def test_special_files_and_links(tmp_path: Path) -> None:
 
 
 def test_classes_with_one_natural_key_keep_their_numbers(tmp_path: Path) -> None:
-    """timm's order of such names is that of a Python set, which differs between processes."""
+    """timm orders such names like a Python set, which differs between processes."""
     names = ["a01", "a1", "A1", "a001", "A01", "b²", "²"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -294,7 +303,10 @@ def test_classes_with_one_natural_key_keep_their_numbers(tmp_path: Path) -> None
 
 
 def test_archives_within_an_archive_and_second_names(tmp_path: Path) -> None:
-    """ImageNet's training archive contains an archive for each class. Hard links are images, too."""
+    """ImageNet's training archive contains an archive for each class.
+
+    Hard links are images, too.
+    """
     for number, name in enumerate(CLASSES):
         folder = tmp_path / "in" / name
         folder.mkdir(parents=True)

@@ -340,7 +340,10 @@ def test_every_mode_becomes_rgb_and_gray(mode: str) -> None:
 
 
 def test_jpeg_files_with_many_scans_are_refused(tmp_path: Path) -> None:
-    """Scans of a few bytes let a small file decode for minutes. Common files have one or ten scans."""
+    """Scans of a few bytes let a small file decode for minutes.
+
+    Common files have one or ten scans.
+    """
     photo = Image.open(ASSETS / "bus.jpg").convert("RGB").resize((64, 64))
     for flags in ({}, {"progressive": True}):
         file = io.BytesIO()

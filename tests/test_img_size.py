@@ -1,4 +1,7 @@
-"""Tests `--img-size` in every command: models of a fixed input size, and sizes that a model does not support."""
+"""Tests `--img-size` in every command.
+
+The models have a fixed input size, or do not support the size.
+"""
 
 import json
 from collections.abc import Iterator

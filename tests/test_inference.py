@@ -1,4 +1,7 @@
-"""Tests stvit.inference: equal outputs and lower cost; and the memory formats and graphs of the plain model."""
+"""Tests stvit.inference: equal outputs and lower cost.
+
+Also tests memory formats and graphs of the plain model.
+"""
 
 import copy
 import pickle
@@ -23,7 +26,10 @@ SIZES = [(2, 64, 96), (1, 75, 50), (3, 33, 130)]
 
 
 def create(name: str = "test_stvit", **kwargs: Any) -> nn.Module:
-    """Creates a model in evaluation mode. No value is left at 0 or 1, where folding would have no effect."""
+    """Creates a model in evaluation mode.
+
+    No value is left at 0 or 1, where folding would have no effect.
+    """
     model = timm.create_model(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():

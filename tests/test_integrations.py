@@ -1,4 +1,7 @@
-"""Uses the models and folders of this package, and of another timm model, in other libraries."""
+"""Uses models and folders of this package in other libraries.
+
+Most tests also use another timm model for comparison.
+"""
 
 import json
 from collections import OrderedDict

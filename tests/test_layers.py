@@ -1,4 +1,4 @@
-"""Tests that layers behave like those of timm models: each test uses a model of this package and of timm."""
+"""Tests that layers behave like those of timm models."""
 
 import os
 import subprocess

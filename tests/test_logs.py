@@ -1,4 +1,4 @@
-"""Reads the logs of real runs of tools/train_cls.py with the programs that use them."""
+"""Reads logs of tools/train_cls.py with the programs that use them."""
 
 import json
 import math

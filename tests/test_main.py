@@ -1,4 +1,4 @@
-"""Tests in new processes that the `stvit` command finds its commands and answers without importing PyTorch."""
+"""Tests that `stvit` finds its commands and answers without importing PyTorch."""
 
 import subprocess
 import sys

@@ -42,7 +42,10 @@ each_n_iter = pytest.mark.parametrize("n_iter", [1, 2, 3])
 
 
 def assert_parity(actual: torch.Tensor, golden: np.ndarray) -> None:
-    """Compares with a golden tensor, to 1e-4 of its standard deviation. The authors' code has an error of 7e-6."""
+    """Compares with a golden tensor, to 1e-4 of its standard deviation.
+
+    The authors' code has an error of 7e-6.
+    """
     assert tuple(actual.shape) == golden.shape
     error = np.abs(actual.detach().numpy() - golden).max()
     assert error <= 1e-4 * golden.std(), f"{error / golden.std():.1e} standard deviations"
@@ -157,7 +160,10 @@ def test_golden(case: int) -> None:
 @each_n_iter
 @each_size
 def test_sample_equals_the_paper(size: tuple[int, int], stoken_size: tuple[int, int], n_iter: int) -> None:
-    """Compares outputs and gradients. The map is linear, because the association is a constant."""
+    """Compares outputs and gradients.
+
+    The map is linear, because the association is a constant.
+    """
     x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
     tokens, association = reference.sample_super_tokens(x, stoken_size, n_iter)
     v = torch.randn_like(tokens)

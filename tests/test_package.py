@@ -1,4 +1,4 @@
-"""Tests the contents and metadata of the wheel, and that it works outside the repository."""
+"""Tests the wheel: contents, metadata and use outside the repository."""
 
 import re
 import subprocess

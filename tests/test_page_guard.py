@@ -1,4 +1,7 @@
-"""Addresses of the page, and requests that the guard passes or refuses; tests/test_demo.py sends them to a page."""
+"""Tests which addresses and requests the guard of the page accepts.
+
+tests/test_demo.py sends requests to a page.
+"""
 
 import asyncio
 import json
@@ -114,7 +117,7 @@ def part(size: int, more: bool = True) -> dict[str, Any]:
 
 
 def guard(folder: Path, fail: Exception | None = None) -> Guard:
-    """Returns a guard in front of an application that answers with the size of the body."""
+    """Returns a guard of an application that answers with the size of the body."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if fail is not None:
@@ -130,7 +133,10 @@ def guard(folder: Path, fail: Exception | None = None) -> Guard:
 
 
 def test_uploads_end_at_the_limit_while_they_arrive(tmp_path: Path) -> None:
-    """With and without a Content-Length, and beside others. Finished requests no longer count."""
+    """Requests with and without a Content-Length count, also several at a time.
+
+    Finished requests no longer count.
+    """
     page = guard(tmp_path)
     assert ask(page, [part(60_000), part(30_000, more=False)]) == (200, "90000")
     status, text = ask(page, [part(60_000)] * 3)
@@ -149,7 +155,10 @@ def test_uploads_end_at_the_limit_while_they_arrive(tmp_path: Path) -> None:
 
 
 def test_unfinished_and_failed_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A client that disconnects, one that never ends, too many uploads, an error of the page: one line each."""
+    """Each of these requests gets one line.
+
+    The client disconnects or never ends, there are too many uploads, or the page fails.
+    """
     page = guard(tmp_path)
     assert ask(page, [part(10), {"type": "http.disconnect"}]) == (
         400,

@@ -1,4 +1,4 @@
-"""Tests the README: snippets run, numbers agree with the models, commands and links exist."""
+"""Tests the snippets, numbers, commands and links of the README."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Resuming real training processes after signals, kills, damaged files and full disks."""
+"""Tests resuming after signals, kills, damaged files and full disks."""
 
 import csv
 import json
@@ -88,7 +88,10 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run. It also shows that --resume auto starts a run if there is none."""
+    """An uninterrupted run.
+
+    It also shows that --resume auto starts a run if there is none.
+    """
     folder = tmp_path_factory.mktemp("reference")
     out = finish(folder)
     assert "resuming" not in out
@@ -444,7 +447,7 @@ def test_auto_takes_no_run_on_other_images(
     assert "training images (60, now 59 in all): of class " in line
 
 
-def test_auto_does_not_repeat_what_is_finished(
+def test_auto_does_not_repeat_a_finished_run(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run is found without its name, from another folder and by a relative data path."""

@@ -1,4 +1,7 @@
-"""Run directories: locks, changed images, files of other programs, and wrong checkpoints."""
+"""Tests run directories.
+
+The tests cover locks, changed images, files of other programs, and wrong checkpoints.
+"""
 
 import errno
 import json
@@ -207,7 +210,10 @@ def test_two_evaluations_do_not_share_a_folder(
 
 @pytest.fixture(scope="module")
 def finished(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch in `it`, and its images in `data`. Tests work on copies of it."""
+    """A run of one epoch in `it`, and its images in `data`.
+
+    Tests work on copies of it.
+    """
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(digits_folder, folder / "data")
     assert train_cls.main([*SHORT, f"--data-dir={folder / 'data'}", f"--output={folder}"]) == 0
@@ -406,7 +412,10 @@ def test_temporary_files_of_strangers_are_replaced(name: str, kind: str, own: Pa
 def test_a_run_does_not_write_through_links(
     name: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run directory may contain links of another person. Training writes only inside the directory."""
+    """A run directory may contain links of another person.
+
+    Training writes only inside the directory.
+    """
     target = tmp_path / "target"
     (own / "it" / name).rename(target)
     (own / "it" / name).symlink_to(target)

@@ -1,4 +1,7 @@
-"""Tests that messages, logs and cards contain no secrets, no control characters and no untrusted markup."""
+"""Tests that messages, logs and cards contain no secrets.
+
+They also contain no control characters and no untrusted markup.
+"""
 
 import base64
 import os
@@ -184,7 +187,10 @@ def test_server_that_repeats_the_token(
 def test_password_of_the_endpoint(
     hub: Hub, digits_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The output and the files of a real process do not contain the password. Its log is uploaded."""
+    """The output and the files of a real process do not contain the password.
+
+    Its log is uploaded.
+    """
     hub.fail("", "echo")
     env = hub.environment(tmp_path / "home", OWNER) | {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": "key-of-wandb"}
     env["HF_ENDPOINT"] = env["HF_ENDPOINT"].replace("http://", "http://me:pass-word@")
@@ -252,7 +258,10 @@ FLAGS = {
     ],
 )
 def test_ctrl_c_during_the_imports(command: str, start: str, tmp_path: Path) -> None:
-    """The process is interrupted while it imports torch. A fake torch waits for the test."""
+    """The process is interrupted while it imports torch.
+
+    A fake torch waits for the test.
+    """
     (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     arguments = [str(ROOT / "tools" / f"{command}.py")] if start == "file" else ["-m", f"stvit.tools.{command}"]

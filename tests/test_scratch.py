@@ -1,4 +1,7 @@
-"""The private folder of a process: permissions, removal, leftovers of killed processes, and old files."""
+"""Tests the private folder of a process.
+
+The tests cover permissions, removal, leftovers of killed processes, and old files.
+"""
 
 import multiprocessing
 import os

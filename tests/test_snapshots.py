@@ -1,4 +1,4 @@
-"""Tests of runs that are uploaded to a Hub during the training and resumed from there."""
+"""Tests runs that are uploaded to a Hub while they train, and resumed from it."""
 
 import json
 import os
@@ -160,7 +160,10 @@ def test_slow_upload_does_not_delay_the_training(hub: Hub, train: Train, tmp_pat
 def test_hub_that_never_answers(
     hub: Hub, train: Train, tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stalled upload is abandoned for the next one. At the end of the run Ctrl-C abandons it."""
+    """A stalled upload is abandoned for the next one.
+
+    At the end of the run Ctrl-C abandons it.
+    """
     monkeypatch.setattr(snapshots, "STALLED_S", 0.1)
     hub.fail("POST .*/commit/main", "hang", times=1)
     said = train(tmp_path, "--epochs=4", "--experiment=it", f"--repo-id={REPO}", "--hub-every=1")

@@ -1,4 +1,7 @@
-"""Hostile and broken datasets: programs, pipes, changing archives, and lost processes."""
+"""Tests hostile and broken datasets.
+
+The tests cover programs, pipes, changing archives, and lost processes.
+"""
 
 import io
 import json
@@ -67,7 +70,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return marker
 
 
-def test_ghostscript_stands_ready(marker: Path) -> None:
+def test_pillow_starts_ghostscript(marker: Path) -> None:
     """Pillow starts Ghostscript for the file that the next test uses."""
     with pytest.raises(Exception, match=r".*"):
         Image.open(io.BytesIO(POSTSCRIPT)).load()
@@ -212,7 +215,7 @@ def test_arguments_of_the_model_run_no_code(
 # Pipes
 
 
-def test_pipes_are_not_waited_for(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipes_do_not_block(own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     folder = f"--data-dir={own_digits_folder}"
@@ -266,7 +269,7 @@ def test_pipes_in_evaluation(digits_folder: Path, tmp_path: Path, capsys: pytest
     assert f"cannot read --real-labels {pipe}: it is not a file" in line
 
 
-def test_a_signal_ends_what_waits_for_images(digits_folder: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_that_waits_for_images(digits_folder: Path, tmp_path: Path) -> None:
     """Shards become pipes during the run, so that a loader worker waits forever."""
     flags = [*as_shards(digits_folder, tmp_path), f"--output={tmp_path}", "--epochs=1000", "--workers=1"]
     command = [sys.executable, "-m", "stvit.tools.train_cls", *SHORT, *flags]
@@ -295,7 +298,10 @@ def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 def wait_for_reader(process: subprocess.Popen[str], pipes: list[Path]) -> int:
-    """Waits until a process reads a pipe. Returns a descriptor that keeps the process waiting."""
+    """Waits until a process reads a pipe.
+
+    Returns a descriptor that keeps the process waiting.
+    """
     while True:
         assert process.poll() is None
         for path in pipes:

@@ -1,4 +1,4 @@
-"""Compares the model with the published code, and tests its checkpoints and its timm interface."""
+"""Tests the model: published results, checkpoints and the interface of timm."""
 
 import argparse
 import copy
@@ -45,7 +45,10 @@ def images(*size: int, batch: int = 2, in_chans: int = 3, seed: int = 0) -> torc
 
 
 def assert_parity(actual: torch.Tensor, golden: np.ndarray, std: float) -> None:
-    """Compares with a golden tensor, to 1e-4 of its standard deviation. The published code has an error of 7e-6."""
+    """Compares with a golden tensor, to 1e-4 of its standard deviation.
+
+    The published code has an error of 7e-6.
+    """
     assert tuple(actual.shape) == golden.shape
     error = np.abs(actual.detach().numpy() - golden).max()
     assert error <= 1e-4 * std, f"{error / std:.1e} standard deviations"
@@ -72,7 +75,10 @@ def to_official(model: STViT) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_weights(model: STViT, expected: STViT, but: tuple[str, ...] = ()) -> None:
-    """Compares all weights except those whose keys start with one of `but`. `model` may lack these."""
+    """Compares all weights except those whose keys start with one of `but`.
+
+    `model` may lack these.
+    """
     actual = model.state_dict()
     for key, value in expected.state_dict().items():
         if not key.startswith(but):
@@ -95,7 +101,7 @@ def train_step(model: STViT, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def official_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of stvit_small in the authors' format, with the weights of the golden files."""
+    """Checkpoint in the authors' format with the stvit_small of the golden files."""
     shapes = OFFICIAL_SHAPES["stvit_small"]
     state_dict = {key: torch.from_numpy(np.asarray(fill.draw(key, tuple(shape)))) for key, shape in shapes.items()}
     file = tmp_path_factory.mktemp("official") / "stvit_small.pth"
@@ -214,7 +220,10 @@ def test_filter_function_unwraps(wrapper: str | None, source: STViT, official: d
 
 
 def test_checkpoint_path(source: STViT, official: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """timm applies no filter to checkpoint_path. Our checkpoints load, those of the authors are refused."""
+    """timm applies no filter to checkpoint_path.
+
+    Our checkpoints load, those of the authors are refused.
+    """
     torch.save(source.state_dict(), tmp_path / "ours.pth")
     assert_equal_weights(create(checkpoint_path=str(tmp_path / "ours.pth"), **LAYER_SCALE), source)
     torch.save({"model": official}, tmp_path / "official.pth")
@@ -386,7 +395,7 @@ def test_head_widths_of_own_variants(name: str) -> None:
 
 
 def test_normalization_constants() -> None:
-    """The comparison with golden files does not reliably notice another epsilon or momentum."""
+    """Golden files do not reliably show another epsilon or momentum."""
     model = create(device="meta")
     eps = {(type(m).__name__, m.eps) for m in model.modules() if hasattr(m, "eps")}
     assert eps == {("BatchNorm2d", 1e-5), ("LayerNorm2d", 1e-6)}
@@ -468,7 +477,7 @@ def test_output_stride(name: str, output_stride: int) -> None:
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_output_stride_keeps_the_outputs_of_convolutions(output_stride: int) -> None:
-    """Without attention, every second or fourth pixel of a dilated map equals a pixel of the plain map."""
+    """Compares the pixels that dilated and plain maps share, without attention."""
     plain, dilated = create().eval(), create(output_stride=output_stride).eval()
     for name, p in plain.named_parameters():
         if ".attn.proj." in name:

@@ -1,4 +1,4 @@
-"""Runs timm's own model tests, from its source archive, on the models of this package."""
+"""Runs timm's own model tests, from its source archive, on our models."""
 
 import re
 import subprocess
@@ -44,7 +44,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def fetch_test_models() -> str:
-    """Returns the text of tests/test_models.py in timm's source archive; skips the test if pip cannot download it."""
+    """Returns the text of tests/test_models.py in timm's source archive.
+
+    Skips the test if pip cannot download the archive.
+    """
     try:
         archive = source_archive.fetch("timm")
     except source_archive.ArchiveMissing as error:

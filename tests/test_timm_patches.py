@@ -1,4 +1,7 @@
-"""Shows that timm still needs each change in stvit.tools.common.timm_patches. If a test fails, remove the change."""
+"""Shows that timm still needs each change in stvit.tools.common.timm_patches.
+
+If a test fails, remove the change.
+"""
 
 import importlib.util
 import inspect

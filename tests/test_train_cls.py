@@ -1,4 +1,4 @@
-"""Tests of tools/train_cls.py with real images: scikit-learn's digits, in memory and as files."""
+"""Tests tools/train_cls.py with scikit-learn's digits, in memory and as files."""
 
 import csv
 import json

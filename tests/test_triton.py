@@ -117,7 +117,10 @@ def cut_out(x: torch.Tensor) -> torch.Tensor:
 def differentiate(
     functions: ModuleType, x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int, given: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Returns outputs and gradients of both functions. Other inputs are drawn on first use and stored in `given`."""
+    """Returns outputs and gradients of both functions.
+
+    Other inputs are drawn on first use and stored in `given`.
+    """
 
     def draw(name: str, shape: torch.Size) -> torch.Tensor:
         if name not in given:
@@ -162,7 +165,10 @@ def check(x: torch.Tensor, stoken_size: tuple[int, int], n_iter: int) -> None:
 
 
 def parity_cases() -> Iterator[Any]:
-    """Yields each shape with each dtype and memory format. `make test` takes each dtype with one of them."""
+    """Yields each shape with each dtype and memory format.
+
+    `make test` takes each dtype with one of them.
+    """
     for dim, size, stoken_size in SHAPES:
         for i, dtype in enumerate(TOLERANCES):
             for n_iter, strided in ((1, channels_last), (2, contiguous), (3, cut_out)):
@@ -225,7 +231,10 @@ def test_float16_does_not_overflow(dim: int, stoken_size: int, size: int) -> Non
 
 
 def test_small_gradients_in_float16() -> None:
-    """The backward pass divides by the weights of tokens. In float16, results below 6e-8 would be lost."""
+    """The backward pass divides by the weights of tokens.
+
+    In float16, results below 6e-8 would be lost.
+    """
     x = torch.randn(1, 16, 64, 64, device=DEVICE)
     v = 1e-4 * torch.randn(1, 16, 2, 2, device=DEVICE)
     grads: list[torch.Tensor] = []

@@ -1,4 +1,7 @@
-"""Runs a fast part of Ultralytics' own tests on our models. `make test-ultralytics` runs all of them."""
+"""Runs a fast part of Ultralytics' own tests on our models.
+
+`make test-ultralytics` runs all of them.
+"""
 
 import os
 import subprocess

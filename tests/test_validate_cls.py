@@ -1,4 +1,4 @@
-"""Compares results of tools/validate_cls.py with those of the training and with direct computations."""
+"""Compares tools/validate_cls.py with the training and direct computations."""
 
 import argparse
 import csv
@@ -42,7 +42,7 @@ def run_folder(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def validate(digits_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Returns a function that runs the command in this process and returns its results."""
+    """Returns a function that runs the command and returns its results."""
 
     def validate(*flags: str, data: Path = digits_folder) -> dict[str, Any]:
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
@@ -116,7 +116,10 @@ def test_every_form_of_our_checkpoints(run_folder: Path, validate: Callable[...,
 def test_official_weights_and_crop(
     digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Compares a checkpoint in the authors' format with the preprocessing of the paper in torchvision."""
+    """Compares a checkpoint in the authors' format with a direct computation.
+
+    torchvision prepares the images as the paper describes.
+    """
     keys = json.loads((ROOT / "tests/golden/official_keys.json").read_text())["stvit_small"]
     weights = {key: torch.from_numpy(draw(key, tuple(shape))) for key, shape in keys.items()}
     other = {key: torch.zeros_like(value) for key, value in weights.items()}
@@ -356,7 +359,10 @@ def test_code_of_a_checkpoint_is_not_run(
 
 
 def with_class(folder: Path, name: bytes) -> Path:
-    """Renames a class in both splits and returns the folder. The name need not be valid UTF-8."""
+    """Renames a class in both splits and returns the folder.
+
+    The name need not be valid UTF-8.
+    """
     for split in (b"train", b"val"):
         place = os.fsencode(folder) + b"/" + split + b"/"
         os.rename(place + b"digit_0", place + name)
@@ -403,7 +409,10 @@ def test_a_failed_plot_is_a_warning(
 def test_names_that_are_not_utf8(
     own_digits_folder: Path, run_folder: Path, validate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Image names may be invalid UTF-8. Class names must be valid, because results contain them."""
+    """Image names may be invalid UTF-8.
+
+    Class names must be valid, because results contain them.
+    """
     train = [*"--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --max-bad-images=1".split()]
     train += [f"--data-dir={own_digits_folder}", f"--output={tmp_path}", "--experiment=it"]
     place = os.fsencode(own_digits_folder / "val/digit_0")

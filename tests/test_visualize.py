@@ -1,4 +1,7 @@
-"""Tests stvit.visualize and its command: arrays against the definition, pictures, and the unchanged model."""
+"""Tests stvit.visualize and its command.
+
+The tests compare arrays with the definition, check pictures, and check that the model does not change.
+"""
 
 import copy
 import csv
@@ -169,7 +172,10 @@ def test_other_channels() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (37, 53), (64, 64), (129, 97)])
 def test_any_size(model: Any, detectors: dict[str, Any], size: tuple[int, int]) -> None:
-    """Each pixel has one token, and associations that sum to 1. Detectors pad the image."""
+    """Each pixel has one token, and associations that sum to 1.
+
+    Detectors pad the image.
+    """
     image = photo(*size)
     for net in (model, *detectors.values()):
         for stage in visualize.stages(net):
@@ -244,7 +250,10 @@ def test_every_form_of_a_model_gives_the_same_arrays(model: Any) -> None:
 
 @pytest.mark.parametrize("size", [(480, 313), (313, 480), (160, 160)])
 def test_detectors(size: tuple[int, int]) -> None:
-    """Tests `YOLO` objects and their networks, of both kinds. The padded image is that of Ultralytics."""
+    """Tests `YOLO` objects and their networks, of both kinds.
+
+    The padded image is that of Ultralytics.
+    """
     for name, stages in (("stvit_pico", [0, 1]), ("stokenattention", [0, 1, 2, 3])):  # in the fifth, pixels are tokens
         yolo = YOLO(f"yolo26n-{name}.yaml")
         assert visualize.stages(yolo) == visualize.stages(yolo.model) == stages
@@ -304,7 +313,10 @@ def test_attributes_of_yolo_do_not_make_a_yolo(model: Any) -> None:
 
 
 def test_pixels_of_other_depths(model: Any, tmp_path: Path) -> None:
-    """16 bits become 8 and transparent pixels white. Float pixels and values above 65535 are refused."""
+    """16 bits become 8 and transparent pixels white.
+
+    Float pixels and values above 65535 are refused.
+    """
     gray = np.array(photo().convert("L"))
     deep = Image.fromarray(gray.astype(np.uint16) << 8 | 77)
     deep.save(tmp_path / "deep.png")
@@ -710,7 +722,10 @@ def test_random_weights_are_announced(
 
 
 def test_a_folder_with_unreadable_files(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images in subfolders and images with the same name are drawn. Files that are not images are named."""
+    """Images in subfolders and images with the same name are drawn.
+
+    Files that are not images are named.
+    """
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "sub").mkdir(parents=True)
     photo(40, 30).save(source / "a.png")
@@ -795,7 +810,10 @@ def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -
 def test_models_of_the_hub(
     model: Any, detectors: dict[str, Any], hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Draws a classifier and a detector of the Hub. Other and missing repositories are explained."""
+    """Draws a classifier and a detector of the Hub.
+
+    Other and missing repositories are explained.
+    """
     stvit_hub.save(model, tmp_path / "model")
     detectors["stokenattention"].save(tmp_path / "model.pt")
     contents = {

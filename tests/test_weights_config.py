@@ -1,4 +1,4 @@
-"""Tests that types and ranges in config.json and model arguments are checked before a model is built."""
+"""Tests the checks of config.json and of model arguments before a model is built."""
 
 import json
 import os
@@ -21,7 +21,10 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a model of this package and of a timm model. Tests change only config.json."""
+    """Folders of a model of this package and of a timm model.
+
+    Tests change only config.json.
+    """
     folder = tmp_path_factory.mktemp("folders")
     for name in ("test_stvit", "test_vit"):
         hub.save(timm.create_model(name, num_classes=4), folder / name)
@@ -111,7 +114,10 @@ THEIRS = [
     ],
 )
 def test_sizes_of_position_tables_are_limited(architecture: str, args: dict[str, Any], tmp_path: Path) -> None:
-    """Position tables grow with the square of the image area. They are refused before they use memory."""
+    """Position tables grow with the square of the image area.
+
+    They are refused before they use memory.
+    """
     config = {"architecture": architecture, "model_args": args, "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Tests pretrained weights from a local Hub, from folders and from files, and each error."""
+"""Tests pretrained weights from a local Hub, folders and files, and each error."""
 
 import os
 import pickle
@@ -57,7 +57,10 @@ def published(hub: Hub, folder: Path) -> Hub:
 
 
 def has_weights(loaded: torch.nn.Module, weights: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> bool:
-    """Returns whether the model has these weights, except for keys that start with one of `but`."""
+    """Returns whether the model has these weights.
+
+    Keys that start with one of `but` may differ.
+    """
     state = loaded.state_dict()
     return all(torch.equal(value, weights[key]) for key, value in state.items() if not key.startswith(but))
 

@@ -1,4 +1,7 @@
-"""Tests that all readers of weights remove key prefixes of Lightning and of PyTorch wrappers."""
+"""Tests that all readers of weights remove key prefixes.
+
+Lightning and wrappers of PyTorch add these prefixes.
+"""
 
 import logging
 from collections import OrderedDict
@@ -22,7 +25,10 @@ LEFT_OUT = {"criterion.weight": torch.ones(4), "accuracy.tp": torch.tensor(3)}
 
 
 def lightning(path: Path, weights: dict[str, torch.Tensor], prefix: str = "model.") -> Path:
-    """Writes a checkpoint like Lightning 2.6, of a module with a model, a loss and a metric."""
+    """Writes a checkpoint like Lightning 2.6.
+
+    The module has a model, a loss and a metric.
+    """
     state_dict = OrderedDict({**{f"{prefix}{key}": value for key, value in weights.items()}, **LEFT_OUT})
     progress = {"total": {"ready": 2, "completed": 2}, "current": {"ready": 2, "completed": 2}}
     checkpoint = {
@@ -111,7 +117,10 @@ def test_several_prefixes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_features_are_not_taken_for_several_models(prefix: str, tmp_path: Path) -> None:
-    """Feature models have the key stages_0 in place of stages.0, so only the ends of some keys match."""
+    """Feature models have keys with stages_0 in place of stages.0.
+
+    Only the ends of some keys match.
+    """
     features = timm.create_model("test_stvit", features_only=True).state_dict()
     torch.save({f"{prefix}{key}": value for key, value in features.items()}, tmp_path / "features.pt")
     with pytest.raises(stvit.PretrainedError, match=r"missing key stem\.0\.weight"):

@@ -1,4 +1,4 @@
-"""Tests that every reader refuses hostile weight files before it allocates memory."""
+"""Tests that all readers refuse hostile weight files before they use memory."""
 
 import argparse
 import os

@@ -106,7 +106,7 @@ def test_own_models() -> None:
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the line number and the text of each string in a program, except docstrings."""
+    """Yields line number and text of each string in a program, except docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -115,7 +115,10 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_no_other_code_parses_prefixes() -> None:
-    """Only stvit.weights contains the prefixes. Examples for the user, such as hf-hub:ORG/NAME, are allowed."""
+    """Only stvit.weights contains the prefixes.
+
+    Examples for the user, such as hf-hub:ORG/NAME, are allowed.
+    """
     prefix = re.compile(r"(hf-hub|hf_hub|local-dir):(?!ORG/NAME|FOLDER)")
     found = [
         f"{path.relative_to(ROOT)}:{line}"

@@ -1,4 +1,7 @@
-"""Tests commands under the rules of Windows (tests/windows_rules), file names, encodings and devices."""
+"""Tests commands under the rules of Windows, file names, encodings and devices.
+
+The rules are in tests/windows_rules.
+"""
 
 import argparse
 import ast
@@ -60,7 +63,7 @@ def run(*command: object, status: int = 0, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with images, a recipe, and a run that was extended from one epoch to two."""
+    """Folder with images, a recipe, and a run that was extended to two epochs."""
     folder = tmp_path_factory.mktemp("windows") / NAME
     data = write_digits(folder / "data", 40, 20)
     for split in ("train", "val"):
@@ -192,7 +195,10 @@ def test_yolo_training(photos: Path, tmp_path: Path) -> None:
 
 
 def test_text_files_are_utf8() -> None:
-    """All code of the package that opens text files sets an encoding. The default of Windows is not UTF-8."""
+    """All code of the package that opens text files sets an encoding.
+
+    The default of Windows is not UTF-8.
+    """
     found = []
     for path in (file for name in ("stvit", "adapters", "configs", "tools") for file in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -257,7 +263,7 @@ def test_windows_paths_in_recipes(
     ],
 )
 def test_run_directory_names_are_valid_on_windows(model: str, name: str, tmp_path: Path) -> None:
-    """Names of run directories contain no characters that Windows refuses and no path separators."""
+    """Names contain no path separators and no characters that Windows refuses."""
     config = train_cls.parse_args([f"--model={model}", f"--output={tmp_path}"])
     with PathLock() as lock:
         folder, _ = find_run(config.run, to_recipe(config), run_label(model, 32), lock)
@@ -265,7 +271,7 @@ def test_run_directory_names_are_valid_on_windows(model: str, name: str, tmp_pat
 
 
 def test_card_of_a_windows_folder(tmp_path: Path) -> None:
-    """The Python code of a card escapes backslashes, so that Python reads the path of the folder."""
+    """The Python code of a card escapes the backslashes of the path."""
     hub.save(stvit.create_model("test_stvit", num_classes=2), tmp_path)
     name = r"local-dir:C:\Users\new\flowers"
     card = model_card(tmp_path, name)
@@ -283,7 +289,10 @@ def test_model_files_of_ultralytics_keep_backslashes(tmp_path: Path) -> None:
 
 
 def test_shards_on_a_drive(own_digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """webdataset treats C:/shards/x.tar as a URL. On Linux, a folder named 'C:' stands for the drive."""
+    """webdataset treats C:/shards/x.tar as a URL.
+
+    On Linux, a folder named 'C:' stands for the drive.
+    """
     shards = tmp_path / "C:/shards"
     shards.mkdir(parents=True)
     flags = as_shards(own_digits_folder, shards)
@@ -335,7 +344,10 @@ def test_unsupported_uses_of_mps_are_refused(
 
 
 def test_benchmark_waits_for_mps() -> None:
-    """The benchmark synchronizes the device. Otherwise it would time only the launches."""
+    """The benchmark synchronizes the device.
+
+    Otherwise it would time only the launches.
+    """
     if torch.backends.mps.is_available():
         measure.synchronize(torch.device("mps"))
     else:

@@ -1,4 +1,7 @@
-"""Calls in another process: results, errors, limits on time and memory, and the end of each process."""
+"""Tests calls in another process.
+
+The tests cover results, errors, limits on time and memory, and the end of each process.
+"""
 
 import multiprocessing
 import os
@@ -67,7 +70,10 @@ def test_memory_is_limited(worker: Worker) -> None:
 
 
 def test_a_call_that_hangs_is_stopped_and_others_continue(worker: Worker, tmp_path: Path) -> None:
-    """A call that waited gets its result from the next process. A process that ends by itself is an error as well."""
+    """A call that waited gets its result from the next process.
+
+    A process that ends by itself is an error as well.
+    """
     first = worker.call(add, 1, 1)[1]
     results: list[Any] = []
 

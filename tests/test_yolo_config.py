@@ -1,4 +1,4 @@
-"""Tests model files: made from those of the installed Ultralytics, found by name, refused if wrong."""
+"""Tests model files that are made from those of the installed Ultralytics."""
 
 from pathlib import Path
 from typing import Any

@@ -40,7 +40,10 @@ def fresh(script: str, *arguments: Any, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of a detector that trained for two epochs with backbone rates. Tests must not change it."""
+    """Run directory of a detector that trained for two epochs with backbone rates.
+
+    Tests must not change it.
+    """
     folder = tmp_path_factory.mktemp("runs")
     model = YOLO("yolo26n-stvit_pico.yaml", **RATES)
     model.train(

@@ -1,4 +1,4 @@
-"""Tests of detectors on a Hub: the command publishes them, and opening them runs no code."""
+"""Tests that detectors are published on a Hub, and that opening one runs no code."""
 
 import io
 import os
@@ -33,7 +33,10 @@ Push = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the weights of a detector trained for an epoch. Tests must not change them."""
+    """Returns the weights of a detector trained for an epoch.
+
+    Tests must not change them.
+    """
     folder = tmp_path_factory.mktemp("runs")
     YOLO("yolo26n-stvit_pico.yaml").train(data=str(photos), epochs=1, project=str(folder), name="run", nbs=4, **QUICK)
     return folder / "run/weights"

@@ -1,4 +1,7 @@
-"""Shows that Ultralytics still needs each change in stvit.adapters.yolo.patches. If a test fails, remove the change."""
+"""Shows that Ultralytics still needs each change in stvit.adapters.yolo.patches.
+
+If a test fails, remove the change.
+"""
 
 import inspect
 import sys

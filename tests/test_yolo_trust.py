@@ -1,4 +1,4 @@
-"""Tests that no way of opening a checkpoint runs its code, unless the user trusts the file."""
+"""Tests that opening a checkpoint runs no code, unless the user trusts the file."""
 
 import os
 import subprocess
@@ -194,7 +194,7 @@ def test_checkpoints_of_older_versions_are_opened(stock: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "value"), [("detect", torch.nn.Linear), ("forward", Detect.forward), ("criterion", torch.nn.Linear)]
 )
-def test_what_stands_in_for_a_method_is_refused(stock: Path, tmp_path: Path, name: str, value: Any) -> None:
+def test_objects_in_place_of_a_method_are_refused(stock: Path, tmp_path: Path, name: str, value: Any) -> None:
     checkpoint = torch.load(stock, weights_only=False)
     vars(checkpoint["model"].model[-1])[name] = value
     torch.save(checkpoint, tmp_path / "evil.pt")

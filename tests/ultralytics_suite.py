@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs Ultralytics' own tests, from its source archive, on models of this package.
+"""Runs Ultralytics' own tests, from its source archive, on our models.
 
     python tests/ultralytics_suite.py                      # all tests
     python tests/ultralytics_suite.py --fast               # a selection that takes half a minute
@@ -276,7 +276,10 @@ def unpack_tests(archive: Path, folder: Path) -> None:
 
 
 def write_plugin(folder: Path) -> None:
-    """Copies this file as a pytest plugin, and writes a command `yolo` that registers our classes."""
+    """Copies this file as a pytest plugin, and writes a command `yolo`.
+
+    The command registers our classes.
+    """
     for name in ("plugin", "bin"):
         (folder / name).mkdir()
     shutil.copy(__file__, folder / "plugin")
@@ -385,7 +388,10 @@ def check_backbone(model: Any, path: Path) -> None:
 
 
 class Thing(NamedTuple):
-    """Object in a photograph with its box (left, top, right, bottom), relative to the photograph."""
+    """Object in a photograph.
+
+    The box is (left, top, right, bottom), relative to the size of the photograph.
+    """
 
     name: str
     box: tuple[float, float, float, float]
@@ -555,7 +561,7 @@ def oriented_labels(scene: Scene) -> list[str]:
 
 
 def semantic_mask(scene: Scene, size: tuple[int, int]) -> Any:
-    """Returns a mask with sky, building and road from top to bottom, and the objects in front of them."""
+    """Returns a mask with sky, building, road and the objects in front of them."""
     import numpy as np
 
     mask = np.full(size, BUILDING, dtype=np.uint8)
@@ -569,9 +575,9 @@ def semantic_mask(scene: Scene, size: tuple[int, int]) -> Any:
 
 
 def depth_map(scene: Scene) -> Any:
-    """Returns depth in meters, (H, W): ground, objects in front of it, and sky without depth (0).
+    """Returns depth in meters, (H, W).
 
-    The ground is nearer toward the bottom.
+    The ground is nearer toward the bottom. Objects stand in front of it. The sky has no depth (0).
     """
     import numpy as np
 
@@ -670,7 +676,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Collects tests that need a network, too, because the files that they download already exist."""
+    """Collects tests that need a network, too.
+
+    The files that they download already exist.
+    """
     import ultralytics.utils
     import ultralytics.utils.checks
     import ultralytics.utils.events
@@ -684,7 +693,10 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests in LEFT_OUT, before Ultralytics' conftest deselects slow tests."""
+    """Deselects the tests in LEFT_OUT.
+
+    Afterwards Ultralytics' conftest deselects slow tests.
+    """
     ids = {item: _test_id(item.nodeid) for item in items}
     entries = {_entry(test) for test in ids.values()}
     expected = [name for name in LEFT_OUT if name.partition("::")[0] in _suite["files"]]
@@ -706,7 +718,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _own_folders(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Copies our model files to the folder of a test, and restores the settings after it."""
+    """Copies our model files to the folder of a test, and restores the settings."""
     if {"monkeypatch", "tmp_path"} <= set(request.fixturenames):
         for path in request.config.rootpath.glob("yolo26*.yaml"):
             shutil.copy(path, request.getfixturevalue("tmp_path"))

@@ -47,7 +47,10 @@ def _denied(path: Any) -> PermissionError:
 
 
 def _in_use(path: Any) -> bool:
-    """Returns whether this process has the file, or a file in the folder, open or mapped."""
+    """Returns whether this process has a file, or a file in a folder, open.
+
+    Mapped files count as open.
+    """
     path = os.path.realpath(os.fsdecode(path))
     if not os.path.exists(path):
         return False
