@@ -217,7 +217,7 @@ def _opens_text(call: ast.Call) -> bool:
     if name in ("read_text", "write_text"):
         return True
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    if owner in ("os", "Image", "tarfile", "webbrowser", "models", "self") or name == "NamedTemporaryFile":
+    if owner in ("os", "Image", "tarfile", "webbrowser", "models", "format", "self") or name == "NamedTemporaryFile":
         return False
     place = 1 if isinstance(call.func, ast.Name) else 0
     modes = [argument for argument in call.args[place:] if isinstance(argument, ast.Constant)]
