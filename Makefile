@@ -19,7 +19,7 @@ help:  ## List the commands
 
 setup: $(VENV)/.installed  ## Create .venv and install the project with its extras
 
-# Made again only when the dependencies change; pip resolves torch and torchvision together, so that they match.
+# Installs again when pyproject.toml changes. pip resolves torch and torchvision together, so that they match.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
@@ -68,7 +68,7 @@ lint: setup  ## Check style, spelling, docstrings and types
 	ln -s $(wildcard $(CURDIR)/stvit/*) $(addprefix $(CURDIR)/,adapters configs tools) build/typed/stvit
 	$(BIN)/mypy
 
-format: setup  ## Mend style where that can be done by a machine
+format: setup  ## Fix style automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -76,5 +76,5 @@ format: setup  ## Mend style where that can be done by a machine
 docs: setup  ## Build the documentation site in build/site (under a minute)
 	$(BIN)/python docs/build_site.py
 
-clean:  ## Remove what the commands above made, results in runs/ excepted
+clean:  ## Remove environments and build outputs, but not runs/
 	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -871,14 +871,14 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def stvit_small(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-S (table 1)."""
+    """Creates STViT-S (table 1)."""
     model_args = {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)}
     return _create_stvit("stvit_small", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def stvit_base(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-B (table 1)."""
+    """Creates STViT-B (table 1)."""
     model_args = {
         "dims": (96, 192, 384, 512),
         "depths": (4, 6, 14, 6),
@@ -890,7 +890,7 @@ def stvit_base(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-L (table 1)."""
+    """Creates STViT-L (table 1)."""
     model_args = {
         "dims": (96, 192, 448, 640),
         "depths": (4, 7, 19, 8),
@@ -902,7 +902,7 @@ def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Pico: 2 M parameters, a third of the depth of small, half its width."""
+    """Creates STViT-Pico: 2 M parameters, 1/3 of the depth of small, half the width."""
     model_args = {
         "dims": (32, 64, 128, 192),
         "depths": (1, 2, 3, 1),
@@ -914,7 +914,7 @@ def stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Nano: 5 M parameters, two thirds of the depth of small, half its width."""
+    """Creates STViT-Nano: 5 M parameters, 2/3 of the depth of small, half the width."""
     model_args = {
         "dims": (32, 64, 160, 256),
         "depths": (2, 3, 6, 2),
@@ -926,14 +926,14 @@ def stvit_nano(pretrained: bool = False, **kwargs: Any) -> STViT:
 
 @register_model
 def stvit_tiny(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT-Tiny: 12 M parameters, two thirds of the depth of small."""
+    """Creates STViT-Tiny: 12 M parameters, two thirds of the depth of small."""
     model_args = {"dims": (64, 128, 256, 384), "depths": (2, 3, 6, 2), "num_heads": (1, 2, 4, 6)}
     return _create_stvit("stvit_tiny", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_stvit(pretrained: bool = False, **kwargs: Any) -> STViT:
-    """STViT for tests, with less than 0.5 M parameters."""
+    """Creates a model for tests, with less than 0.5 M parameters."""
     model_args = {
         "dims": (32, 32, 64, 64),
         "depths": (1, 1, 1, 1),

@@ -5,6 +5,7 @@ objects, is shorter than 80 characters and does not begin with a word that hides
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +39,9 @@ def _check(node: ast.Module | _Definition, path: Path, is_public: bool, name: st
         first = text.splitlines()[0] if text else ""
         if len(first) >= LIMIT:
             yield f"{place}: the first line has {len(first)} characters, the limit is {LIMIT - 1}"
-        if first.split(" ")[0] in WORDS:
-            yield f"{place}: the first line begins with {first.split(' ')[0]!r}; say what the object does or returns"
+        word = re.match(r"\w*", first)[0]
+        if word in WORDS:
+            yield f"{place}: the first line begins with {word!r}; say what the object does or returns"
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _Definition):
             is_described = is_public and not child.name.startswith("_") and child.name not in _KNOWN

@@ -1,19 +1,15 @@
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import hub_server
 import pytest
 import torch
 from PIL import Image
 
-# Tests import `fill.py`, which rebuilds the inputs of the golden files.
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
-
+from tests import hub_server
 
 # Ultralytics reads these variables when it is imported, and processes that tests start inherit them. Ultralytics then
 # uses a settings folder for tests, installs no packages and sends no requests.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fill
 import pytest
 import timm
 import torch
@@ -20,6 +19,7 @@ from stvit.tools import benchmark
 from stvit.tools.benchmarks import models
 from stvit.tools.benchmarks.measure import peak_memory, take_turns
 from stvit.tools.benchmarks.published import PublishedAttention, published
+from tests.golden import fill
 
 ROOT = Path(__file__).parents[1]
 GPU = (ROOT / "docs/benchmarks/gpu.md").read_text()

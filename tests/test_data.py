@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import REPOSITORY, serve
 
 import stvit
 from stvit.tools import train_cls
@@ -20,6 +19,7 @@ from stvit.tools.common.cli import CommandError
 from stvit.tools.common.data import open_images
 from stvit.tools.common.distributed import Distributed
 from stvit.tools.common.loaders import ResumableBatchSampler, TrainLoader
+from tests.hub_server import REPOSITORY, serve
 
 # Numbers of two training images and one validation image in `digits_folder`.
 BAD = (3, 17, 70)

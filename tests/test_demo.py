@@ -27,7 +27,6 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import Hub
 from PIL import Image
 from ultralytics.utils import ASSETS
 
@@ -43,6 +42,7 @@ from stvit.tools.demonstration import tasks
 from stvit.tools.demonstration.config import LimitsConfig, ModelsConfig
 from stvit.tools.demonstration.models import ModelList, OpenedModels
 from stvit.weights import Source
+from tests.hub_server import Hub
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

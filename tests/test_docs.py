@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from fill import draw
-from hub_server import OWNER, Hub
 from PIL import Image
 from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT
 
 from stvit.adapters.yolo import YOLO
 from stvit.hub import save
 from stvit.tools import benchmark, convert_checkpoint, demo, export, push_to_hub, train_cls, validate_cls, visualize
+from tests.golden.fill import draw
+from tests.hub_server import OWNER, Hub
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -219,7 +219,9 @@ def test_detection_runs_as_written(photos: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.long
 def test_notebook_runs(tmp_path: Path) -> None:
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()

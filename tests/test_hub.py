@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import stvit
@@ -17,6 +16,7 @@ from stvit.hub import Details, HubError, Metric, Release, Repository, push, save
 from stvit.hub.folder import read_config
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.release import open_output
+from tests.hub_server import Hub
 
 REPO = "org/net"
 METRIC = Metric("top-1", 81.5, "digits", "validation", "20 images at 32 pixels")

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import timm
-from hub_server import Hub
 
 from stvit import hub as stvit_hub
 from stvit.adapters.yolo import YOLO
 from stvit.tools.common.cli import CommandError
 from stvit.tools.demonstration.hub_models import Downloads, check_config, check_modules
 from stvit.weights import Source
+from tests.hub_server import Hub
 
 
 @pytest.fixture(scope="module")

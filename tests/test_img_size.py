@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_server
 import pytest
 import timm
 import torch
@@ -17,6 +16,7 @@ from stvit.tools import benchmark, convert_checkpoint, export, push_to_hub, trai
 from stvit.tools.demonstration.config import ModelsConfig
 from stvit.tools.demonstration.models import ModelList, OpenedModels
 from stvit.tools.demonstration.tasks import classify
+from tests import hub_server
 
 DATA = ["--dataset=sklearn/digits", "--workers=0"]
 TRAIN = [*DATA, "--epochs=1", "--batch-size=256", "--lr=1e-3", "--warmup-epochs=0", "--experiment=it"]

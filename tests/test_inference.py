@@ -9,18 +9,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import fill
 import pytest
 import timm
 import torch
 from timm.layers import DropPath, LayerScale2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from versions import needs_newer_torch
 
 import stvit
 from stvit import inference
 from stvit.stvit import ResidualDepthwiseConv, STViTBlock
+from tests.golden import fill
+from tests.versions import needs_newer_torch
 
 SIZES = [(2, 64, 96), (1, 75, 50), (3, 33, 130)]
 

@@ -12,7 +12,6 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from hub_server import Hub
 from PIL import Image
 from timm.models import save_for_hf
 from torch import nn
@@ -34,6 +33,7 @@ from transformers import (
 import stvit  # noqa: F401  registers the models in timm
 from stvit import hub as hub_module
 from stvit.tools import push_to_hub, train_cls
+from tests.hub_server import Hub
 
 # Model folders in transformers
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import fill
 import numpy as np
 import pytest
 import torch
@@ -19,10 +18,11 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
-from versions import needs_newer_torch
 
 from stvit import ops
 from stvit.ops import SuperTokenAttention, portable, reference, sample_super_tokens, upsample_super_tokens
+from tests.golden import fill
+from tests.versions import needs_newer_torch
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "op.npz")
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import OWNER, READER, STRANGER, Hub
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load, load_file, save_file
 
@@ -24,6 +23,7 @@ from stvit.hub import files as hub_files
 from stvit.hub.card import CARD_MARK
 from stvit.hub.push import compare_model_with_hub
 from stvit.tools import push_to_hub, train_cls, validate_cls
+from tests.hub_server import OWNER, READER, STRANGER, Hub
 
 REPO = "org/net"
 Push = Callable[..., str]

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import timm
-from hub_server import Hub
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils import ASSETS
 
 from stvit.hub import save
+from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

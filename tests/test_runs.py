@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_data import KINDS
 
 from stvit.tools import push_to_hub, train_cls, validate_cls
 from stvit.tools.common import locks, runs
@@ -35,6 +34,7 @@ from stvit.tools.common.locks import InUseError, PathLock
 from stvit.tools.common.signals import StopRequest
 from stvit.tools.common.snapshots import fetch_run
 from stvit.weights import Source
+from tests.test_data import KINDS
 
 CPU = Distributed(torch.device("cpu"))
 SHORT = (

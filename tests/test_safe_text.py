@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import timm
 import yaml
-from hub_server import OWNER, Hub
 from PIL import Image
 
 import stvit
@@ -26,6 +25,7 @@ from stvit.tools import convert_checkpoint, push_to_hub, train_cls, validate_cls
 from stvit.tools.common import classification
 from stvit.tools.common.cli import CommandError, OneProcessError
 from stvit.tools.common.flags import to_recipe
+from tests.hub_server import OWNER, Hub
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3" * 11

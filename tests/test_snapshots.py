@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import OWNER, STRANGER, Hub
 
 import stvit
 from stvit.tools import train_cls
 from stvit.tools.common import snapshots
+from tests.hub_server import OWNER, STRANGER, Hub
 
 REPO = "org/run"
 # Everything with a state, in a run of a second or two.

@@ -19,8 +19,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_data import KINDS, as_shards
-from test_runs import as_torch_folder, children, first, open_of
 
 from stvit.tools import train_cls, validate_cls
 from stvit.tools.common import data
@@ -29,6 +27,8 @@ from stvit.tools.common.cli import CommandError, OneProcessError
 from stvit.tools.common.data import ImageDataset
 from stvit.tools.common.image_folders import ImageTar
 from stvit.tools.common.signals import StopNow, StopRequest
+from tests.test_data import KINDS, as_shards
+from tests.test_runs import as_torch_folder, children, first, open_of
 
 SHORT = "--model=test_stvit --img-size=32 --epochs=1 --batch-size=20 --workers=0 --lr=1e-3 --experiment=it".split()
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"

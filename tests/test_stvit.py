@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fill
 import numpy as np
 import pytest
 import timm
@@ -17,12 +16,13 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from versions import needs_newer_torch
 
 import stvit
 from stvit import STViT
 from stvit.stvit import checkpoint_filter_fn
 from stvit.weights.official import official_key
+from tests.golden import fill
+from tests.versions import needs_newer_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL_SHAPES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official_keys.json").read_text())

@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import source_archive
 import timm
-from hub_server import Hub
 from safetensors.torch import save
 
 import stvit  # noqa: F401  registers the models in timm
+from tests import source_archive
+from tests.hub_server import Hub
 
 # `make test` runs these two, which have all kinds of layers. `make test-long` runs the others.
 SOME = ["test_stvit", "stvit_small"]

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from fill import draw
-from hub_server import REPOSITORY, serve
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
@@ -26,6 +24,8 @@ from torchvision.datasets import ImageFolder
 from stvit.tools import train_cls, validate_cls
 from stvit.tools.common import validation
 from stvit.tools.common.evaluation import confidence_interval
+from tests.golden.fill import draw
+from tests.hub_server import REPOSITORY, serve
 
 ROOT = Path(__file__).parents[1]
 

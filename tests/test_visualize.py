@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hub_server import Hub
 from PIL import Image
 from torch import nn
 from ultralytics.utils import ASSETS
@@ -36,6 +35,7 @@ from stvit.tools.common import viewing
 from stvit.tools.visualizing import measures
 from stvit.tools.visualizing.pictures import PICTURES, find_checkpoints
 from stvit.visualize import draw, super_tokens
+from tests.hub_server import Hub
 
 BUS = ASSETS / "bus.jpg"
 

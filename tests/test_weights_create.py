@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import STRANGER, Hub
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save
 from timm.models import adapt_input_conv
@@ -23,6 +22,7 @@ from stvit import PretrainedDownloadError, PretrainedError
 from stvit import hub as hub_module
 from stvit.weights.errors import explain_errors
 from stvit.weights.official import find_variant
+from tests.hub_server import STRANGER, Hub
 
 REPO = "team/test_stvit.in1k"
 CONVERT = "python -m stvit.tools.convert_checkpoint FILE --output FOLDER"

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import Hub
 from safetensors.torch import save_file
 
 import stvit
@@ -26,6 +25,7 @@ from stvit.tools.common.cli import CommandError
 from stvit.tools.common.viewing import is_detector
 from stvit.weights.check import WeightsFileError, check_file, class_names, count_elements
 from stvit.weights.read import read_file
+from tests.hub_server import Hub
 
 WEIGHTS: dict[str, Any] = {
     "a": torch.randn(3, 4),

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_data import as_shards
 
 import stvit
 from stvit import hub
@@ -30,6 +29,7 @@ from stvit.tools.common.flags import to_recipe
 from stvit.tools.common.locks import PathLock
 from stvit.tools.common.runs import find_run, run_label
 from stvit.tools.visualizing import pictures
+from tests.test_data import as_shards
 
 ROOT = Path(__file__).parents[1]
 # cp1252 cannot encode this name.

@@ -16,10 +16,10 @@ import torch
 import ultralytics
 from torch import nn
 from ultralytics.utils import ASSETS
-from versions import needs_gloo_average
 
 from stvit.adapters.yolo import YOLO, DetectionTrainer, TimmBackbone, model_file
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
+from tests.versions import needs_gloo_average
 
 QUICK = {"imgsz": 64, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu", "mosaic": 0.0}
 RATES = {"backbone_lr_scale": 0.1, "layer_decay": 0.8}

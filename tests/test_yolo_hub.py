@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import ultralytics
-from hub_server import OWNER, Hub
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from ultralytics.utils import ASSETS
@@ -25,6 +24,7 @@ from stvit.adapters.yolo.checkpoint import open_safely
 from stvit.adapters.yolo.hub import _OrderedPickler, _without_paths
 from stvit.tools import push_to_hub
 from stvit.tools import yolo as yolo_command
+from tests.hub_server import OWNER, Hub
 
 REPO = "org/detector"
 QUICK = {"imgsz": 64, "batch": 4, "plots": False, "amp": False, "device": "cpu", "mosaic": 0.0, "optimizer": "AdamW"}

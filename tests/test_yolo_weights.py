@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import pytest
 import timm
 import torch
@@ -15,6 +14,7 @@ from timm.models import save_for_hf
 
 from stvit.adapters.yolo import YOLO
 from stvit.adapters.yolo.weights import load_backbone
+from tests import hub_server
 
 QUICK = {"imgsz": 64, "epochs": 1, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu"}
 

@@ -123,7 +123,8 @@ def run_suite(folder: Path, args: argparse.Namespace, pytest_args: Sequence[str]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SuiteError(f"the tests need {', '.join(missing)}: pip install {' '.join(missing)}")
-    import source_archive  # not importable in the processes of the tests
+    sys.path.append(str(Path(__file__).parents[1]))
+    from tests import source_archive  # not importable in the processes of the tests
 
     try:
         archive = source_archive.fetch("ultralytics")

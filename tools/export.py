@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0, 1 after an error, 130 after Ctrl-C.
     """
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
+        logging.getLogger(library).setLevel(logging.ERROR)
     return run(export, from_flags(ExportConfig, create_parser().parse_args(argv)))
 
 

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 after an error, or 130 after Ctrl-C.
     """
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
     args = create_parser().parse_args(argv)

@@ -26,10 +26,9 @@ from collections.abc import Sequence
 
 from huggingface_hub.utils import disable_progress_bars
 
-from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.classification_flags import create_parser as create_parser, parse_args
+from stvit.tools.common.cli import run
 from stvit.tools.common.config import ClassificationConfig
-from stvit.tools.common.flags import add_sections, from_flags
-from stvit.tools.common.recipes import parse_with_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,25 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         disable_progress_bars()
     return run(train, config)
-
-
-def create_parser() -> Parser:
-    """Returns the parser. Flags have timm's names."""
-    parser = Parser(prog="train_cls.py", description="Trains an image classifier: STViT, or any timm model.")
-    parser.add_argument("--config", "-c", metavar="FILE", help="recipe (YAML) whose keys are flags of this program")
-    add_sections(parser, ClassificationConfig)
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> ClassificationConfig:
-    """Parses the command line.
-
-    It overrides the recipe (`--config`), which overrides the defaults.
-
-    Raises:
-        SystemExit: With status 2 and one line on standard error, if a flag or a key is unknown or has a wrong type.
-    """
-    return from_flags(ClassificationConfig, parse_with_recipe(create_parser, argv))
 
 
 def train(config: ClassificationConfig) -> None:

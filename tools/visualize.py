@@ -46,14 +46,14 @@ def create_parser() -> Parser:
     """Returns the parser of the command's flags."""
     parser = Parser(prog="visualize.py", description="Draws the super tokens of a model over images.")
     parser.add_argument("image", metavar="IMAGE", help="image file or directory of images")
-    group = parser.add_argument_group("model", "default: stvit_small with random weights")
+    group = parser.add_argument_group("model")
     add_flags(group, ModelSource)
     group.add_argument(
         "--checkpoints", nargs="+", metavar="PATH", help="run directories or checkpoints to compare on one sheet"
     )
     group = parser.add_argument_group("pictures")
     group.add_argument("--stage", type=count, nargs="+", metavar="S", help="stages (default: all with super tokens)")
-    group.add_argument("--block", type=int, default=-1, metavar="B", help="block of the stage (default: the last)")
+    group.add_argument("--block", type=int, default=-1, metavar="B", help="block of the stage; -1 is the last")
     which = group.add_mutually_exclusive_group()
     which.add_argument(
         "--token", type=count, metavar="N", help="token of association and attention (default: at the center)"
@@ -66,11 +66,9 @@ def create_parser() -> Parser:
         type=positive,
         default=DrawConfig.img_size,
         metavar="N",
-        help=f"largest width and height; larger images are reduced (default: {DrawConfig.img_size})",
+        help="largest width and height; larger images are reduced",
     )
-    group.add_argument(
-        "--output", default="super_tokens", metavar="DIR", help="directory of the results (default: super_tokens)"
-    )
+    group.add_argument("--output", default="super_tokens", metavar="DIR", help="directory of the results")
     group = parser.add_argument_group("measures")
     group.add_argument(
         "--masks",

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Runs Ultralytics' `yolo` command with STViT and other timm backbones.
+r"""Runs Ultralytics' `yolo` command with STViT and other timm backbones.
 
-    python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml epochs=10 optimizer=MuSGD
-    python -m stvit.tools.yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml \
+    stvit yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml epochs=10 optimizer=MuSGD
+    stvit yolo detect train model=yolo26s-stvit_small.yaml data=coco8.yaml \
         pretrained_backbone=stvit_small.in1k stock_weights=yolo26s.pt backbone_lr_scale=0.1 layer_decay=0.9
-    python -m stvit.tools.yolo train resume model=runs/detect/train/weights/last.pt
-    python -m stvit.tools.yolo predict model=runs/detect/train/weights/best.pt source=photos
+    stvit yolo train resume model=runs/detect/train/weights/last.pt
+    stvit yolo predict model=runs/detect/train/weights/best.pt source=photos
 
-`python tools/yolo.py` is the same command. It takes the arguments of `yolo`; `yolo help` lists them.
+`python tools/yolo.py` and `python -m stvit.tools.yolo` are the same command. It takes the arguments of `yolo`.
+`yolo help` lists them.
 
 model can also be yolo26{n,s,m,l,x}-BACKBONE{,-seg,-sem,-pose,-obb,-depth,-cls}.yaml. BACKBONE is one of
     stvit_pico to stvit_large, or another timm model with feature maps

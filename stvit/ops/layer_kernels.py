@@ -50,7 +50,11 @@ def _gelu_slope(x, cdf):
 
 
 @triton.jit
-def _load_weights(weight_ptr, c, C):
+def _load_weights(
+    weight_ptr,  # (C, 1, 3, 3), contiguous
+    c,
+    C,
+):
     """Returns the nine weights of each channel, row by row, (1, channels) each."""
     at = weight_ptr + c * 9
     w0 = tl.load(at, mask=c < C, other=0.0).to(tl.float32)[None, :]
@@ -82,27 +86,56 @@ def _find_strips(strips, rows, H, W, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr)
 
 
 @triton.jit
-def _load_pixel(ptr, at, is_row, x, W, c, C):
+def _load_pixel(
+    x_ptr,  # (B, H, W, C), contiguous
+    at,
+    is_row,
+    x,
+    W,
+    c,
+    C,
+):
     """Loads one pixel of each strip as float32, (S, channels).
 
     Pixels outside the map are zero.
     """
     mask = (is_row & (x >= 0) & (x < W))[:, None] & (c < C)[None, :]
-    return tl.load(ptr + (at * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(x_ptr + (at * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_activated(ptr, at, is_row, x, W, c, C, HAS_GELU: tl.constexpr, IS_EXACT: tl.constexpr):
-    value = _load_pixel(ptr, at, is_row, x, W, c, C)
+def _load_activated(
+    x_ptr,  # (B, H, W, C), contiguous
+    at,
+    is_row,
+    x,
+    W,
+    c,
+    C,
+    HAS_GELU: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+):
+    """Loads one pixel of each strip, (S, channels), and activates it with `HAS_GELU`."""
+    value = _load_pixel(x_ptr, at, is_row, x, W, c, C)
     if HAS_GELU:
         value = value * _normal_cdf(value, IS_EXACT)
     return value
 
 
 @triton.jit
-def _store_pixel(ptr, at, is_row, x, W, c, C, value):
+def _store_pixel(
+    y_ptr,  # (B, H, W, C), contiguous
+    at,
+    is_row,
+    x,
+    W,
+    c,
+    C,
+    value,
+):
+    """Stores one pixel of each strip, (S, channels), except outside the map."""
     mask = (is_row & (x < W))[:, None] & (c < C)[None, :]
-    tl.store(ptr + (at * C)[:, None] + c[None, :], value, mask=mask)
+    tl.store(y_ptr + (at * C)[:, None] + c[None, :], value, mask=mask)
 
 
 @triton.jit

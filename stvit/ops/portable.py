@@ -14,6 +14,8 @@ Shapes: as in stvit/ops/reference.py, and
 import torch
 import torch.nn.functional as F
 
+__all__ = ["is_exporting", "sample_super_tokens", "upsample_super_tokens"]
+
 # torch 2.6 cannot tell torch.export from torch.compile, so its exported programs use the reference.
 _is_torch_export = getattr(torch.compiler, "is_exporting", lambda: False)
 

@@ -21,6 +21,8 @@ changes nothing.
 import torch
 import torch.nn.functional as F
 
+__all__ = ["aggregate", "associate", "sample_super_tokens", "upsample_super_tokens"]
+
 # torch.compile of torch 2.6 expects wrong strides after cropping by padding. There, `_crop` slices as in eager mode.
 _is_new_torch = hasattr(torch.compiler, "is_exporting")
 _torch_is_compiling = torch.compiler.is_compiling if _is_new_torch else lambda: False

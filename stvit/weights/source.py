@@ -84,7 +84,7 @@ class Source:
             return cls.file(path)
         if timm.is_model(text) and path.suffix.lower() not in _FILE_SUFFIXES:
             return cls("timm", text)
-        is_repo_id = text.count("/") == 1 and not path.suffix
+        is_repo_id = text.count("/") == 1 and not path.suffix and not path.is_absolute()
         if is_repo_id and allow_bare_repo_id:
             return cls.hub(text)
         repo_id = text if is_repo_id else "ORG/NAME"

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from .. import train_cls
+from ..common.classification_flags import parse_args
 from ..common.cli import CommandError, progress_bar, reason
 from ..common.data import open_images
 from ..common.distributed import Distributed
@@ -113,7 +113,7 @@ def _torchvision_loader(config: LoaderConfig, workers: int) -> Callable[[int], i
 def _our_loader(config: LoaderConfig, workers: int, recipe: str | None) -> Callable[[int], int]:
     flags = [f"--config={recipe}"] if recipe else ["--color-jitter=0", "--train-interpolation=bicubic"]
     flags += [f"--data-dir={config.data_dir}", f"--batch-size={config.batch_size}", f"--workers={workers}"]
-    settings = train_cls.parse_args([*flags, "--val-split=train"])
+    settings = parse_args([*flags, "--val-split=train"])
     distributed = Distributed(torch.device("cpu"))
     images = open_images(settings.data, distributed, seed=settings.run.seed).train
     images.source = Subset(images.source, _choose_images(len(images), config))

@@ -135,6 +135,8 @@ def _recipe_flags(create_parser: Callable[[], Parser], path: Path) -> list[str]:
 def _read_recipe(path: Path, parser: Parser) -> dict[Any, Any]:
     try:
         recipe = load_yaml(read_utf8(path, _MAX_YAML_BYTES)) or {}
+    except FileNotFoundError:
+        parser.error(f"--config {path} does not exist")
     except (OSError, ValueError) as error:
         is_escape = "unknown escape character" in str(error) or "escape sequence of" in str(error)
         hint = "; write Windows paths without quotes, or in single quotes" if is_escape else ""

@@ -21,6 +21,13 @@ def _host_name(text: str) -> str:
     return text
 
 
+def _port(text: str) -> int:
+    """Parses the number of a port."""
+    if positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port of at most 65535, got {text}")
+    return int(text)
+
+
 @dataclass
 class ModelsConfig:
     """Chooses the models that the page offers.
@@ -45,9 +52,7 @@ class ServerConfig:
     """Address of the page."""
 
     host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
-    port: int | None = flag(
-        None, "port to listen on (default: the first free one from 7860)", type=positive, metavar="N"
-    )
+    port: int | None = flag(None, "port to listen on (default: the first free one from 7860)", type=_port, metavar="N")
     allow_host: list[str] = flag(
         [],
         "further address that the page answers to; may be repeated (always included: the address that it listens on; "
@@ -62,18 +67,18 @@ class ServerConfig:
 class LimitsConfig:
     """Limits on uploads and computations."""
 
-    max_megabytes: int = flag(10, "largest image file", type=positive, metavar="N")
-    max_megapixels: int = flag(25, "largest image", type=positive, metavar="N")
+    max_megabytes: int = flag(10, "largest image file", type=_port, metavar="N")
+    max_megapixels: int = flag(25, "largest image", type=_port, metavar="N")
     max_total_megabytes: int = flag(
         1000,
         "disk space for uploads and pictures of all users; above half of it, the oldest ones are deleted",
         type=positive,
         metavar="N",
     )
-    max_seconds: int = flag(60, "longest computation of a request", type=positive, metavar="N")
-    max_gigabytes: int = flag(8, "memory for models that users type in (Linux only)", type=positive, metavar="N")
+    max_seconds: int = flag(60, "longest computation of a request", type=_port, metavar="N")
+    max_gigabytes: int = flag(8, "memory for models that users type in (Linux only)", type=_port, metavar="N")
     img_size: int = flag(
-        640, "largest width and height that a detector or the super tokens see", type=positive, metavar="N"
+        640, "largest width and height that a detector or the super tokens see", type=_port, metavar="N"
     )
 
     def check(self) -> None:

@@ -99,7 +99,7 @@ def open_data(
 
 
 class EvenSubset:
-    """A number of images, evenly spaced in a source.
+    """Evenly spaced subset of a dataset.
 
     Image folders are sorted by class, so that the first images would all be of the same class.
     """
