@@ -26,7 +26,8 @@ from collections.abc import Sequence
 
 from huggingface_hub.utils import disable_progress_bars
 
-from stvit.tools.common.classification_flags import create_parser as create_parser, parse_args
+from stvit.tools.common.classification_flags import create_parser as create_parser
+from stvit.tools.common.classification_flags import parse_args
 from stvit.tools.common.cli import run
 from stvit.tools.common.config import ClassificationConfig
 
