@@ -34,7 +34,7 @@ train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores);
 test: setup  ## Run the tests (up to 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
-test-long: setup  ## Run the tests that `make test` leaves out (half an hour on two cores)
+test-long: setup  ## Run the tests that `make test` leaves out (over an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 test-gpu: setup  ## Run the tests that need a GPU (under 90 seconds on an H100 and 12 cores)

@@ -252,6 +252,7 @@ def test_op_and_train(tmp_path: Path) -> None:
     assert int(row["memory_mib"]) > int(row["step_mib"]) > 1
 
 
+@pytest.mark.long
 def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Detectors are measured in inference, and in training with their own loss."""
     table = tmp_path / "detectors.csv"

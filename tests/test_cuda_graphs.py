@@ -635,7 +635,7 @@ def compiled(model: nn.Module, x: torch.Tensor) -> Callable[..., Any]:
 
 
 @also_on_gpu
-@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("is_used", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("through", [scripted, traced, exported, exported_strictly, compiled])
 def test_exporters_see_the_original_method(
     through: Callable[..., Callable[..., Any]], is_used: bool, captures: list[Any]

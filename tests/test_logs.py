@@ -94,6 +94,7 @@ def test_loggers_that_are_not_installed(tmp_path: Path) -> None:
     assert result.stderr == "".join(f"error: --log-{name} needs {name}: pip install {name}\n" for name in names)
 
 
+@pytest.mark.long
 def test_without_matplotlib_only_the_curve_is_missing(tmp_path: Path, digits_folder: Path) -> None:
     flags = [*SHORT, f"--data-dir={digits_folder}", f"--output={tmp_path}"]
     program = "import sys\nsys.modules['matplotlib.figure'] = None\nfrom stvit.tools import train_cls\n"

@@ -61,7 +61,7 @@ def test_help_of_a_command_imports_no_pytorch(name: str) -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        "import stvit, timm; print(timm.is_model('stvit_small'))",
+        pytest.param("import stvit, timm; print(timm.is_model('stvit_small'))", marks=pytest.mark.long),
         "import timm, stvit; print(timm.is_model('stvit_small'))",
         # A command imports public names at their first use.
         "import sys; sys.argv[0] = 'stvit'; import stvit; assert 'torch' not in sys.modules; "

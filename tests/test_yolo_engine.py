@@ -536,7 +536,11 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
             None,
             r"stvit.adapters.yolo needs Ultralytics: pip install 'stvit\[yolo\]' installs it \(ultralytics>=8.4.190\)",
         ),
-        ("8.4.189", r"needs Ultralytics 8.4.190, found 8.4.189: pip install 'stvit\[yolo\]'"),
+        pytest.param(
+            "8.4.189",
+            r"needs Ultralytics 8.4.190, found 8.4.189: pip install 'stvit\[yolo\]'",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_ultralytics_missing_or_too_old(version: str | None, message: str, tmp_path: Path) -> None:
