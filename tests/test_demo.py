@@ -1014,7 +1014,7 @@ def test_space_runs(space: Path, models: Path, photo: Path, tmp_path: Path) -> N
             best = next(iter(tasks.classify(loaded(models, "runs/vehicles"), open_image(photo))))
             assert best in browser.text("#classes").splitlines()
             assert "hf-hub" not in browser.text("body")
-            # There is no detector, and no tab for it.
+            # Without a detector, the page has no tab for detection.
             assert [tab.text for tab in browser.all("button[role=tab]") if tab.text] == ["Classify", "Super tokens"]
     finally:
         browser.driver.quit()

@@ -90,7 +90,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run.
 
-    It also shows that --resume auto starts a run if there is none.
+    It also shows that --resume auto starts a new run if no run exists.
     """
     folder = tmp_path_factory.mktemp("reference")
     out = finish(folder)

@@ -41,7 +41,6 @@ GPU everything runs at tiny sizes.
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit.tools.benchmarks import config, plots
-from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.cli import Parser, run, silence_libraries
 from stvit.tools.common.flags import add_flags, from_flags
 
 
@@ -106,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 on success, 1 after an error, 130 after Ctrl-C.
     """
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     return run(benchmark, create_parser().parse_args(argv))
 
 

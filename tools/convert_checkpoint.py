@@ -17,11 +17,10 @@ training script or of tools/train_cls.py, or a file with only weights. The model
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
-from stvit.tools.common.cli import CommandError, Parser, run
+from stvit.tools.common.cli import CommandError, Parser, run, silence_libraries
 from stvit.tools.common.config import WeightsFlags, add_source_arguments
 
 
@@ -30,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0, 1 after an error, 130 after Ctrl-C.
     """
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     return run(convert, create_parser().parse_args(argv))
 
 

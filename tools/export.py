@@ -22,14 +22,13 @@ The command opens each file with its own runtime and compares it with the PyTorc
 differs is not written. With data, the command also compares the accuracy on the validation images.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.cli import Parser, run, silence_libraries
 from stvit.tools.common.flags import add_sections, from_flags
 from stvit.tools.exporting.config import ExportConfig
 from stvit.tools.exporting.preflight import check_flags, check_output, check_packages
@@ -40,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0, 1 after an error, 130 after Ctrl-C.
     """
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     return run(export, from_flags(ExportConfig, create_parser().parse_args(argv)))
 
 

@@ -19,14 +19,13 @@ changes no file and can be repeated. The token is that of `hf auth login` or HF_
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
 
-from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.cli import Parser, run, silence_libraries
 from stvit.tools.common.config import PushConfig, WeightsFlags, add_source_arguments
 from stvit.tools.common.flags import add_flags, from_flags
 
@@ -36,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 after an error, or 130 after Ctrl-C.
     """
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     if not sys.stderr.isatty():
         disable_progress_bars()
     args = create_parser().parse_args(argv)

@@ -20,7 +20,6 @@ The run directory <output>/<experiment>/ contains:
     checkpoints/            states from which --resume auto continues
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from stvit.tools.common.classification_flags import create_parser as create_parser
 from stvit.tools.common.classification_flags import parse_args
-from stvit.tools.common.cli import run
+from stvit.tools.common.cli import run, silence_libraries
 from stvit.tools.common.config import ClassificationConfig
 
 
@@ -38,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 on success, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     config = parse_args(argv)
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     if not sys.stderr.isatty():
         disable_progress_bars()
     return run(train, config)

@@ -15,11 +15,10 @@ writes them to results.json, the accuracy of each class to per_class.csv, and th
 to confusion.png.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 
-from stvit.tools.common.cli import Parser, run
+from stvit.tools.common.cli import Parser, run, silence_libraries
 from stvit.tools.common.config import ValidationConfig
 from stvit.tools.common.flags import add_flags, add_sections, from_flags
 from stvit.tools.common.recipes import parse_with_recipe
@@ -30,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0, 1 after an error, 130 after Ctrl-C.
     """
-    for library in ("timm", "huggingface_hub"):  # this program reports their errors itself
-        logging.getLogger(library).setLevel(logging.ERROR)
+    silence_libraries()
     return run(validate, parse_args(argv))
 
 

@@ -106,7 +106,7 @@ def describe_context() -> tuple[str, str]:
 
     Returns:
         The value of STVIT_OPS_BACKEND, and the reason why PyTorch does not support custom operators here. Each is ""
-        if there is none.
+        if it does not exist.
     """
     return _forced_backend(), _why_not_in_this_context()
 

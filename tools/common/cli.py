@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import io
+import logging
 import math
 import os
 import re
@@ -54,6 +55,15 @@ class Interrupted(CommandError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.status = 128 + signum
+
+
+def silence_libraries() -> None:
+    """Hides warnings of timm and huggingface_hub.
+
+    The command prints their errors itself.
+    """
+    for library in ("timm", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def run(command: Callable[[T], None], args: T) -> int:

@@ -39,7 +39,7 @@ class ModelList:
             config: Settings of the list.
 
         Raises:
-            CommandError: If a model is unknown, or there is none.
+            CommandError: If a model is unknown, or the list is empty.
         """
         self.takes_hub_ids = config.hub
         random = RANDOM_MODELS if config.random else ()

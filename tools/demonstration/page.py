@@ -364,7 +364,7 @@ def _require_image(session: Session) -> Image.Image:
     """Returns the uploaded image.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If the user has not uploaded an image.
     """
     if session.image is None:
         raise CommandError("there is no image yet; upload one")
