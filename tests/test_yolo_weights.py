@@ -127,7 +127,7 @@ def test_backbone_of_another_timm_model(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("other", r"cannot load .* into stvit_pico: .*The weights do not fit the model .*weights of stvit_nano"),
-        ("garbage", r"cannot read weights of a classifier \(.*pass a detector's checkpoint to YOLO"),
+        ("garbage", r"cannot read weights of a classifier \(.*pass weights of stvit_pico, not of a whole detector"),
         ("empty", r"cannot load pretrained_backbone=.* into stvit_pico"),
     ],
 )

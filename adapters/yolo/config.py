@@ -20,7 +20,7 @@ import ultralytics
 import yaml
 from ultralytics.utils import ROOT, USER_CONFIG_DIR, YAML
 
-from .modules import create_net, feature_maps
+from stvit.adapters.backbone import create_net, feature_maps
 
 __all__ = [
     "RATES",

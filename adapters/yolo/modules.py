@@ -8,21 +8,18 @@ Shapes:
     H, W     height and width of an image or feature map
 """
 
-import difflib
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d
 from torch import nn
 from ultralytics.nn.modules import C2PSA, RepVGGDW
 from ultralytics.utils import LOGGER
 
 import stvit
+from stvit.adapters.backbone import create_net, feature_maps, image_stats
 from stvit.inference import fold_constants
-from stvit.weights.config import check_model_args
 
 __all__ = ["C2STA", "BackboneBatchNorm2d", "StokenAttention", "TimmBackbone"]
 
@@ -106,15 +103,13 @@ class TimmBackbone(RepVGGDW):
         self.model_args = dict(model_args or {})
         self.channels = [feature_info[index]["num_chs"] for index in out_indices]
         self.reductions = [feature_info[index]["reduction"] for index in out_indices]
-        prune(self.net, self.out_indices)
+        self.net.prune_intermediate_layers(self.out_indices, prune_head=True)
         for module in self.net.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BackboneBatchNorm2d
         # Buffers, because Ultralytics turns on the gradient of every parameter.
-        cfg = self.net.pretrained_cfg
-        for stat, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-            values = torch.tensor(_adapt_channels(cfg.get(stat) or default, in_chans)).reshape(1, in_chans, 1, 1)
-            self.register_buffer(stat, values, persistent=False)
+        for stat, values in zip(("mean", "std"), image_stats(self.net, in_chans), strict=True):
+            self.register_buffer(stat, torch.tensor(values).reshape(1, in_chans, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
         """Returns the feature maps of images.
@@ -273,63 +268,6 @@ class C2STA(C2PSA):
         """
         _check_channels("C2STA", x, self.dim)
         return super().forward(x)
-
-
-def create_net(name: str, **kwargs: Any) -> Any:
-    """Creates a timm model without classifier and without pretrained weights.
-
-    Raises:
-        ValueError: If the model or an argument does not exist, or an argument has a wrong value.
-    """
-    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
-        raise ValueError(f"unknown backbone {name!r}; {hint}")
-    check_model_args(kwargs)  # the model file may come from another person
-    kwargs = lists_to_tuples(kwargs)
-    try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot create the backbone {name} with {kwargs}: {error}") from error
-
-
-def lists_to_tuples(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Replaces lists in model arguments by tuples.
-
-    YAML files have only lists, but timm expects tuples.
-    """
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
-
-
-def feature_maps(net: Any, name: str) -> list[dict[str, Any]]:
-    """Returns timm's `feature_info` of a model.
-
-    It has a dictionary with 'num_chs' and 'reduction' for each feature map.
-
-    Raises:
-        ValueError: If the model has no feature maps.
-    """
-    feature_info = getattr(net, "feature_info", None)
-    if not feature_info or not hasattr(net, "forward_intermediates"):
-        raise ValueError(
-            f"the backbone {name} has no feature maps in timm; choose a model that supports features_only=True"
-        )
-    return list(feature_info)
-
-
-def prune(net: Any, out_indices: list[int]) -> None:
-    """Removes the layers after the last feature map of `out_indices`, and the head."""
-    net.prune_intermediate_layers(out_indices, prune_head=True)
-
-
-def _adapt_channels(values: tuple[float, ...], in_chans: int) -> list[float]:
-    """Adapts a mean or standard deviation to another number of channels.
-
-    timm adapts the weights of a first convolution in the same way.
-    """
-    if in_chans == 1:
-        return [sum(values) / len(values)]
-    return [values[channel % len(values)] for channel in range(in_chans)]
 
 
 def _attention(dim: int, stoken_size: int | list[int], n_iter: int, num_heads: int | None) -> stvit.SuperTokenAttention:

@@ -7,21 +7,18 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv
 from torch import nn
 from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import LOGGER
 
-import stvit
-from stvit.weights.check import check_file
-from stvit.weights.official import strip_model_prefix
+from stvit.adapters.backbone import load_backbone as load_timm_backbone
 from stvit.weights.source import Source
 
 from .checkpoint import check_local, fetch_checkpoint
-from .modules import TimmBackbone, lists_to_tuples, prune
+from .modules import TimmBackbone
 
 __all__ = ["align", "find_backbone", "load_backbone", "load_stock", "transfer"]
 
@@ -50,28 +47,14 @@ def load_backbone(backbone: TimmBackbone, source: str | Path | bool) -> int:
         ValueError: If the source does not exist or belongs to another model.
         RuntimeError: If the weights cannot be read or do not fit.
     """
-    name, kwargs = _timm_arguments(backbone, source)
-    try:
-        net: Any = stvit.create_model(name, pretrained=True, in_chans=backbone.in_chans, **lists_to_tuples(kwargs))
-    except Exception as error:  # of the network, the Hub or an arbitrary file
-        raise RuntimeError(f"cannot load pretrained_backbone={str(source)!r} into {backbone.name}: {error}") from error
-    expected = timm.models.model_entrypoint(backbone.name.split(".")[0])
-    found = timm.models.model_entrypoint(str(net.pretrained_cfg.get("architecture") or name.split(".")[0]))
-    if found is not expected:
-        raise ValueError(
-            f"pretrained_backbone={str(source)!r} is a {found.__name__} checkpoint, but the backbone is {backbone.name}"
-        )
-    prune(net, backbone.out_indices)
-    weights, target = net.state_dict(), backbone.net.state_dict()
-    unfit = [key for key, value in target.items() if key not in weights or weights[key].shape != value.shape]
-    if unfit or not target:
-        raise RuntimeError(
-            f"pretrained_backbone={str(source)!r} does not fit {backbone.name}: {len(unfit)} of {len(target)} tensors "
-            f"are missing or have another shape: {', '.join(unfit[:5])}; pass weights of {backbone.name}"
-        )
-    backbone.net.load_state_dict({key: weights[key] for key in target})
-    LOGGER.info(f"Loaded {len(target)}/{len(target)} tensors of the backbone {backbone.name} from {source}")
-    return len(target)
+    return load_timm_backbone(
+        backbone.net,
+        backbone.name,
+        source,
+        in_chans=backbone.in_chans,
+        model_args=backbone.model_args,
+        log=LOGGER.info,
+    )
 
 
 def load_stock(model: BaseModel, source: str | Path | nn.Module, *, trust: bool = False) -> list[str]:
@@ -254,61 +237,6 @@ def _stock_layers(model: nn.Module) -> list[int]:
     if isinstance(stock, list) and len(stock) == len(layers):
         return stock
     return [-1 if isinstance(layer, TimmBackbone) else place for place, layer in enumerate(layers)]
-
-
-def _timm_arguments(backbone: TimmBackbone, source: str | Path | bool) -> tuple[str, dict[str, Any]]:
-    """Returns the name and arguments with which timm loads the weights of a source.
-
-    Raises:
-        ValueError: If the source does not exist or belongs to another model.
-        RuntimeError: If a file cannot be read.
-    """
-    kwargs = dict(backbone.model_args)
-    if source is True:
-        return backbone.name, kwargs
-    if not isinstance(source, (str, Path)) or not str(source):
-        raise ValueError(f"pretrained_backbone must be a timm tag, a Hub id, a folder, a file or True, got {source!r}")
-    try:
-        parsed = Source.parse(source, allow_bare_repo_id=True)
-    except ValueError as error:
-        raise ValueError(f"pretrained_backbone: {error}, or a tag of {backbone.name}") from error
-    if parsed.kind == "file":
-        num_classes = _count_classes(parsed.path, backbone)
-        overlay = {"file": str(parsed.path), "num_classes": num_classes}
-        return backbone.name, {**kwargs, "num_classes": num_classes, "pretrained_cfg_overlay": overlay}
-    architecture = parsed.name.split(".")[0]
-    if parsed.kind == "timm" and architecture != backbone.name.split(".")[0]:
-        raise ValueError(
-            f"pretrained_backbone={parsed.name!r} is a {architecture} checkpoint, but the backbone is {backbone.name}"
-        )
-    return str(parsed), kwargs
-
-
-def _count_classes(path: Path, backbone: TimmBackbone) -> int:
-    """Returns the number of classes in a file of weights; 0 without a classifier.
-
-    timm must create the model with this number. Otherwise timm would ignore missing keys in the file.
-    """
-    try:
-        check_file(path)
-        state_dict = load_state_dict(str(path))
-    except Exception as error:  # an arbitrary file
-        first_line = str(error).strip().partition("\n")[0]
-        raise RuntimeError(
-            f"pretrained_backbone={str(path)!r}: cannot read weights of a classifier ({type(error).__name__}: "
-            f"{first_line}); pass a detector's checkpoint to YOLO(...) or as pretrained="
-        ) from error
-    try:
-        state_dict = strip_model_prefix(backbone.name, state_dict)[0]
-    except ValueError as error:
-        raise RuntimeError(f"pretrained_backbone={str(path)!r}: {error}") from error
-    classifier = backbone.net.pretrained_cfg.get("classifier")
-    names = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    for name in [*names, "head"]:  # 'head' in the authors' code
-        weight = state_dict.get(f"{name}.weight")
-        if isinstance(weight, torch.Tensor):
-            return int(weight.shape[0])
-    return 0
 
 
 def _label(source: str | Path | nn.Module) -> str:
