@@ -18,7 +18,8 @@ from stvit.tools.common.bad_images import BadImages
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.data import open_images
 from stvit.tools.common.distributed import Distributed
-from stvit.tools.common.loaders import ResumableBatchSampler, TrainLoader
+from stvit.tools.common.examples import ResumableBatchSampler
+from stvit.tools.common.loaders import TrainLoader
 from tests.hub_server import REPOSITORY, serve
 
 # Numbers of two training images and one validation image in `digits_folder`.
@@ -264,6 +265,28 @@ def test_resumed_within_an_epoch(kind: str, digits_folder: Path, tmp_path: Path)
     assert train_cls.main(flags) == 0
     assert [path.name for path, content in whole.items() if path.exists() and path.read_bytes() != content] == []
     assert (tmp_path / "it/last/model.safetensors").exists()
+
+
+def test_batches_of_groups() -> None:
+    """An update has images of one group, except for those that are left over."""
+    groups = [index % 3 == 0 for index in range(100)]  # 34 and 66 images
+    sampler = ResumableBatchSampler(100, 4, Distributed(torch.device("cpu")), accum_steps=2, groups=groups)
+    batches = list(sampler)
+    assert len(batches) == sampler.steps == 24
+    mixed = [len({groups[index] for _, _, index in batch}) > 1 for batch in batches]
+    assert sum(mixed) <= 2  # one update, from 2 + 2 images that are left over
+    assert [place for batch in batches for _, place, _ in batch] == list(range(96))
+    assert len({index for batch in batches for _, _, index in batch}) == 96
+    kinds = [groups[batch[0][2]] for batch in batches[::2]]
+    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)  # in random order
+    shares = [
+        list(ResumableBatchSampler(100, 4, Distributed(torch.device("cpu"), rank, 2), groups=groups))
+        for rank in range(2)
+    ]
+    for first, second, one, two in zip(batches[::2], batches[1::2], *shares, strict=True):
+        assert sorted(first + second) == sorted(one + two)
+    sampler.first_step = 5
+    assert list(sampler) == batches[5:]
 
 
 def test_repeated_augmentation_gives_different_views(digits_folder: Path) -> None:

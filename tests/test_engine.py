@@ -47,12 +47,13 @@ class Regression(TrainingTask):
 class Brightness(Job):
     """Learns the mean brightness of images.
 
-    It counts nothing in training, and its evaluation has no loss.
+    It counts nothing in training, its loss has two parts, and its evaluation has no loss.
     """
 
     best_metric = "close"
     titles = {"close": "close guesses"}  # noqa: RUF012
     counts: Mapping[str, str] = {}
+    losses = ("loss_squared", "loss_constant")
     label, description = "brightness", "a regression"
 
     def __init__(self, config: Config, distributed: Any) -> None:
@@ -71,7 +72,9 @@ class Brightness(Job):
 
     def step(self, batch: Any, is_first: bool) -> StepResult:
         image, _ = batch
-        return StepResult(self.task(image, image.mean(dim=(1, 2, 3)))["loss"], len(image))
+        loss = self.task(image, image.mean(dim=(1, 2, 3)))["loss"]
+        losses = {"loss_squared": loss, "loss_constant": torch.tensor(0.5)}
+        return StepResult(loss + 0.5, len(image), losses=losses)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         model.eval()
@@ -83,6 +86,9 @@ class Brightness(Job):
         folder.mkdir()
         torch.save(model.state_dict(), folder / "weights.pth")
         (folder / "about.json").write_text(json.dumps(vars(saved)))
+
+    def write_card(self, folder: Path, name: str) -> None:
+        (folder / "README.md").write_text(name)
 
     def usage(self, folder: Path) -> str:
         return f"torch.load('{folder}/weights.pth')"
@@ -131,8 +137,12 @@ def test_a_job_without_classes(train: Train, tmp_path: Path, capsys: pytest.Capt
     assert "a regression, on cpu; results in" in said and "validation close guesses" in said
     assert f"torch.load('{tmp_path / 'whole/best'}/weights.pth')" in said
     table = rows(tmp_path / "whole")
-    assert list(table[0]) == ["epoch", "train_loss", "eval_close", "ema_close", "lr"]
+    columns = ["epoch", "train_loss", "train_loss_squared", "train_loss_constant", "eval_close", "ema_close", "lr"]
+    assert list(table[0]) == columns
     assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    for row in table:
+        assert float(row["train_loss_constant"]) == 0.5
+        assert float(row["train_loss"]) == pytest.approx(float(row["train_loss_squared"]) + 0.5)
     best = json.loads((tmp_path / "whole/best/about.json").read_text())
     assert best["value"] == max(float(row[f"{kind}_close"]) for row in table for kind in ("eval", "ema"))
     last = torch.load(tmp_path / "whole/last/weights.pth", weights_only=True)

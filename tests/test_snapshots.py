@@ -16,6 +16,7 @@ import timm
 import torch
 
 import stvit
+from stvit.hub import write_card
 from stvit.tools import train_cls
 from stvit.tools.common import snapshots
 from tests.hub_server import OWNER, STRANGER, Hub
@@ -309,7 +310,9 @@ def test_snapshot_follows_no_links(hub: Hub, train: Train, tmp_path: Path) -> No
     (run / "best").rename(tmp_path / "moved")
     (run / "best").symlink_to(tmp_path / "moved")
     reported: list[tuple[str, dict[str, Any]]] = []
-    uploads = snapshots.Snapshots(REPO, 1, run, False, lambda name, values: reported.append((name, values)), bool)
+    uploads = snapshots.Snapshots(
+        REPO, 1, run, False, write_card, lambda name, values: reported.append((name, values)), bool
+    )
     uploads.after_epoch(1)
     assert [name for name, _ in reported] == ["hub_failed"] and "best in " in reported[0][1]["error"], said
     assert hub.requests == []

@@ -150,6 +150,10 @@ class Classification(Job):
         )
         hub.save(model, folder, label_names=self.images.class_names, data_config=self.data_config, details=details)
 
+    def write_card(self, folder: Path, name: str) -> None:
+        """Writes the card of a classifier."""
+        hub.write_card(folder, name)
+
     def usage(self, folder: Path) -> str:
         """Returns a line of Python that creates the model with its weights."""
         return f"import stvit, timm; model = timm.create_model({str(Source.folder(folder))!r}, pretrained=True)"

@@ -25,8 +25,20 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class DataConfig:
-    """Selects and loads the images."""
+class LoadingConfig:
+    """Loads the images of any task in batches."""
+
+    batch_size: int = flag(128, "images per step and process", type=positive, metavar="N", short="-b")
+    validation_batch_size: int | None = flag(
+        None, "images per evaluation step and process (default: --batch-size)", type=positive, metavar="N", short="-vb"
+    )
+    workers: int = flag(4, "image loading processes", type=count, metavar="N", short="-j")
+    max_bad_images: int = flag(0, "unreadable images to skip before stopping", type=count, metavar="N")
+
+
+@dataclass
+class DataConfig(LoadingConfig):
+    """Selects and loads the images of a classifier."""
 
     data_dir: str | None = flag(
         None, "folder with train/<class>/* and val/<class>/*, or train.tar and val.tar", metavar="DIR"
@@ -35,12 +47,6 @@ class DataConfig:
     train_split: str = flag("train", "split to train on", metavar="NAME")
     val_split: str = flag("validation", "split to evaluate on", metavar="NAME")
     dataset_download: bool = flag(False, "download a torch/… dataset into --data-dir")
-    batch_size: int = flag(128, "images per step and process", type=positive, metavar="N", short="-b")
-    validation_batch_size: int | None = flag(
-        None, "images per evaluation step and process (default: --batch-size)", type=positive, metavar="N", short="-vb"
-    )
-    workers: int = flag(4, "image loading processes", type=count, metavar="N", short="-j")
-    max_bad_images: int = flag(0, "unreadable images to skip before stopping", type=count, metavar="N")
     allow_shard_commands: bool = flag(
         False,
         "run the programs that addresses of wds/ shards name: any command for pipe:, curl for http:, gsutil for gs:",
@@ -320,7 +326,20 @@ class OptimConfig:
     sched_on_updates: bool = flag(False, "change the learning rate after each update, not after each epoch")
     warmup_epochs: int = flag(5, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
     warmup_lr: float = flag(1e-6, "learning rate of the first step", type=at_least_zero, metavar="X")
+    warmup_updates: int | None = flag(
+        None, "updates of warmup, instead of --warmup-epochs; needs --sched-on-updates", type=positive, metavar="N"
+    )
     min_lr: float = flag(1e-5, "learning rate of the last epoch", type=at_least_zero, metavar="X")
+    decay_epochs: float | None = flag(
+        None, "epochs between decays (step, default: 90), or of the last phase (wsd, default: 0.2 of all)",
+        type=above_zero, metavar="X",
+    )  # fmt: skip
+    decay_milestones: list[int] | None = flag(
+        None, "epochs after which the learning rate decays (multistep)", type=positive, nargs="+", metavar="E"
+    )
+    decay_rate: float | None = flag(
+        None, "factor of each decay (default: 0.1), or the power of poly (default: 1)", type=above_zero, metavar="X"
+    )
     bn_eval: bool = flag(False, "keep BatchNorm in evaluation mode, so that its statistics do not change")
     sync_bn: bool = flag(False, "compute BatchNorm statistics over all processes (GPUs)")
     model_ema: bool = flag(False, "keep an exponential moving average of the weights, evaluate it and save it")
@@ -382,7 +401,11 @@ class RunConfig:
 class TrainConfig(Protocol):
     """Sections that the settings of every training command have."""
 
-    data: DataConfig
+    @property
+    def data(self) -> LoadingConfig:
+        """Batch size and workers."""
+        ...
+
     optim: OptimConfig
     device: TrainDeviceConfig
     run: RunConfig

@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.ImageFile import ImageFile
 from timm.data import create_dataset, resolve_input_data_config
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
-from stvit.images import READERS, SUFFIXES, UnreadableImageError, convert_image, open_image
+from stvit.images import SUFFIXES, UnreadableImageError
 
-from .bad_images import MAX_BAD_IN_A_ROW, MAX_PIXELS, BadImages, describe_problem
 from .cli import CommandError, OneProcessError, reason
 from .config import DataConfig
 from .distributed import Distributed
+from .examples import ExampleDataset
 from .image_folders import ImageFolder, ImageTar, TorchImageFolder
-from .random_state import seeded_random
 from .shards import ShardDataset, check_description, check_shards, restrict_webdataset
 
 # Equivalent names of a split, as in timm.
@@ -45,89 +43,19 @@ def resolve_data_config(settings: Mapping[str, Any], model: Any, use_test_size: 
     return config
 
 
-class ImageDataset(Dataset):
-    """Images and class numbers of a source, opened by `stvit.images`.
+class ImageDataset(ExampleDataset):
+    """Images and class numbers of a source.
 
-    The next image replaces an unreadable training image. An unreadable validation image gets class number -1, so that
-    no metric counts it.
-
-    Attributes:
-        transform: Transform of the images, set by the loader.
-        bad_images: Records images that cannot be read.
+    An unreadable validation image gets class number -1, so that no metric counts it.
     """
 
-    def __init__(self, source: Any, mode: str, seed: int = 0) -> None:
-        """Wraps a source.
+    def example(self, image: Image.Image, target: Any) -> tuple[Any, int]:
+        """Returns the transformed image and its class number."""
+        return self.transform(image), target
 
-        Args:
-            source: Sequence of pairs of an image and its class number. The image is a PIL image, a path or an open
-                file.
-            mode: Pillow mode of the images, L or RGB.
-            seed: Seed of the augmentation.
-        """
-        self.source = source
-        self.mode = mode
-        self.seed = seed
-        self.transform: Any = None
-        self.bad_images = BadImages()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Any, int]:
-        """Returns a transformed image and its class number.
-
-        The key is an index, or (epoch, place in the epoch, index) in training. The augmentation depends only on the
-        seed, the epoch and the place. So it is the same with any number of processes and workers, and in a resumed run.
-        """
-        if isinstance(key, tuple):
-            epoch, place, index = key
-            for offset in range(MAX_BAD_IN_A_ROW):
-                image, target = self.read((index + offset) % len(self))
-                if image is not None:
-                    with seeded_random(self.seed, epoch, place):
-                        return self._apply_transform(image, index + offset), target
-            raise OneProcessError(
-                f"{MAX_BAD_IN_A_ROW} images in a row cannot be read, the last one is "
-                f"{self.name((index + offset) % len(self))}; check the disk or network drive"
-            )
-        image, target = self.read(key)
-        blank = Image.new(self.mode, (8, 8))
-        return self._apply_transform(image or blank, key), -1 if image is None else target
-
-    def read(self, index: int) -> tuple[Image.Image | None, int]:
-        """Returns an image and its class number.
-
-        For an unreadable image that may be skipped, it returns (None, -1).
-        """
-        given: Any = None
-        try:
-            given, target = self.source[index]
-            # A file that another library opened and has not decoded yet.
-            if isinstance(given, ImageFile) and type(given) not in READERS.values():
-                raise UnreadableImageError(f"not an image of a supported format ({', '.join(READERS)})")
-            if isinstance(given, Image.Image):
-                return convert_image(given, self.mode), target
-            return open_image(given, self.mode, MAX_PIXELS), target
-        except CommandError:  # does not concern only this image
-            raise
-        except Exception as error:  # damaged images raise nearly every exception
-            self.bad_images.add(given if isinstance(given, str) else self.name(index), describe_problem(error))
-        return None, -1
-
-    def _apply_transform(self, image: Image.Image, index: int) -> Any:
-        try:
-            return self.transform(image)
-        except Exception as error:
-            raise OneProcessError(
-                f"cannot transform image {self.name(index % len(self))}: {reason(error)}; check --aa and the other "
-                "augmentation flags"
-            ) from error
-
-    def name(self, index: int) -> str:
-        """Returns the path of an image, or its number if it has no path."""
-        name = self.source.filename(index, absolute=True) if hasattr(self.source, "filename") else None
-        return name or f"number {index}"
+    def unreadable(self, index: int) -> tuple[Any, int]:
+        """Returns a blank image and class number -1."""
+        return self._apply_transform(Image.new(self.mode, (8, 8)), -1, index)
 
 
 class _ParquetImages:

@@ -359,14 +359,16 @@ class Engine:
     # Metrics
 
     def _train_metrics(self) -> dict[str, float]:
-        """Returns mean loss and percentages of the epoch so far, over all processes."""
+        """Returns mean losses and percentages of the epoch so far, over all processes."""
         progress, device = self.state.progress, self.distributed.device
         dtype = torch.float64 if device.type != "mps" else torch.float32
-        values = [progress.loss_sum, *progress.counts.values(), progress.images]
-        loss_sum, *counts, images = self.distributed.sum(torch.tensor(values, dtype=dtype, device=device)).tolist()
-        metrics = {"loss": loss_sum / images}
-        for name, value in zip(progress.counts, counts, strict=True):
-            metrics[self.job.counts[name]] = 100 * value / images
+        sums = progress.sums()
+        totals = self.distributed.sum(torch.tensor(list(sums.values()), dtype=dtype, device=device)).tolist()
+        sums = dict(zip(sums, totals, strict=True))
+        images = sums["images"]
+        metrics = {"loss": sums["loss_sum"] / images}
+        metrics |= {self.job.counts[name]: 100 * sums[name] / images for name in progress.counts}
+        metrics |= {name: sums[name] / images for name in progress.losses}
         self._check_loss(metrics["loss"], f"in epoch {progress.epoch + 1}, at or before step {progress.step}")
         return metrics
 
@@ -452,6 +454,7 @@ class Engine:
             run.hub_every,
             self.folder,
             run.hub_private,
+            write_card=self.job.write_card,
             event=event,
             is_stopped=lambda: bool(self.session.stop),
         )

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
-from .data import ImageDataset, Images
+from .data import Images
+from .examples import ExampleDataset
 from .shards import ShardDataset
 from .structure import find_mismatch
 
@@ -61,10 +62,12 @@ def _names_and_labels(dataset: Any) -> Iterator[tuple[str, str]]:
         yield from ((f"{name} {length}", "shards") for name, length in zip(info.filenames, lengths, strict=False))
         yield f"{info.num_samples} {info.alt_label}", "shards"
         return
-    assert isinstance(dataset, ImageDataset)
+    assert isinstance(dataset, ExampleDataset)
     source = dataset.source
-    if hasattr(source, "paths_and_labels"):  # ours
-        pairs: Iterable[tuple[Any, Any]] = source.paths_and_labels()
+    if hasattr(source, "names_and_labels"):  # of detection and segmentation: the label is empty
+        pairs: Iterable[tuple[Any, Any]] = source.names_and_labels()
+    elif hasattr(source, "paths_and_labels"):  # ours
+        pairs = source.paths_and_labels()
     elif hasattr(source, "samples"):  # torchvision's folders
         pairs = ((_relative(path, source.root), label) for path, label in source.samples)
     elif hasattr(source, "targets") or hasattr(source, "labels"):  # torchvision's arrays
@@ -124,7 +127,9 @@ def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 continue
             name = repr(names[int(label)]) if names and label.isdecimal() and int(label) < len(names) else label
             how = f"{number}, now {new_number}" if number != new_number else f"{number}, different or in another order"
-            found.append(f"of class {name} {how}" if label != "shards" else "the list of shards in _info.json")
+            if label == "shards":
+                how = "the list of shards in _info.json"
+            found.append(f"of class {name} {how}" if label not in ("shards", "") else how)
         total = f" ({totals[0]}, now {totals[1]} in all)" if totals[0] != totals[1] and "shards" not in after else ""
         found = found or ["another order"]
         changes.append(f"{title} images{total}: {_some(found)}")

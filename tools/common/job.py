@@ -1,7 +1,7 @@
 """The interface between a training command and the engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,11 +36,13 @@ class StepResult:
         loss: Mean loss over the images of the batch, with gradients.
         images: Number of images.
         counts: Numbers of images by the names in `Job.counts`, such as correctly classified ones; scalar tensors.
+        losses: Parts of the loss by the names in `Job.losses`; scalar tensors.
     """
 
     loss: torch.Tensor
     images: int
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Job(ABC):
         best_metric: Metric of `evaluate` that chooses the best weights. Higher is better.
         titles: Names of the metrics to show, in percent, by their keys in the results of `evaluate`.
         counts: Names of the counts of `step`, and the metric that each becomes as a percentage of the images.
+        losses: Names of the parts of the loss, whose means are recorded.
     """
 
     model: nn.Module
@@ -89,6 +92,7 @@ class Job(ABC):
     best_metric: str
     titles: Mapping[str, str]
     counts: Mapping[str, str]
+    losses: Sequence[str] = ()
 
     @abstractmethod
     def begin_epoch(self, epoch: int) -> None:
@@ -115,6 +119,15 @@ class Job(ABC):
     @abstractmethod
     def save(self, model: nn.Module, folder: Path, saved: SavedWeights) -> None:
         """Writes the weights and everything needed to load them to an empty folder."""
+
+    @abstractmethod
+    def write_card(self, folder: Path, name: str) -> None:
+        """Writes the model card of saved weights, for the Hub.
+
+        Args:
+            folder: Folder that `save` wrote.
+            name: Name that loads the model, such as 'hf-hub:org/name'.
+        """
 
     @abstractmethod
     def usage(self, folder: Path) -> str:

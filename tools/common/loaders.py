@@ -3,75 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from .cli import CommandError, reason
 from .config import AugmentConfig, DataConfig
 from .distributed import Distributed
+from .examples import ResumableBatchSampler, check_update_size
 from .shards import ShardDataset
 from .signals import ignore_signals_in_worker
 from .timm_patches import patch_posterize
-
-
-class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of one process, from any step of any epoch on.
-
-    A batch is a list of keys of `ImageDataset`. The order of an epoch depends only on the seed and the epoch. Its
-    images are distributed first to the steps, then to the processes of a step. So an update has the same images,
-    however many processes and steps share it. Images that do not fill an update are left out.
-
-    Attributes:
-        steps: Steps of an epoch.
-        epoch: Epoch to iterate over.
-        first_step: Step to begin with.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        distributed: Distributed,
-        accum_steps: int = 1,
-        repeats: int = 1,
-        seed: int = 0,
-    ) -> None:
-        """Computes the number of steps.
-
-        Args:
-            length: Number of images.
-            batch_size: Images per step and process.
-            distributed: The processes that share each step.
-            accum_steps: Steps per update.
-            repeats: Views of an image in a row, each augmented differently (repeated augmentation, Hoffer et al. 2020).
-                An epoch keeps its length, so it has fewer different images.
-            seed: Seed of the order.
-        """
-        self.length = length
-        self.batch_size = batch_size
-        self.rank, self.world_size = distributed.rank, distributed.size
-        self.repeats = repeats
-        self.seed = seed
-        self.steps = length // (batch_size * distributed.size * accum_steps) * accum_steps
-        self.epoch = 0
-        self.first_step = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
-        )
-        order = torch.randperm(self.length, generator=generator)
-        order = order.repeat_interleave(self.repeats)[: self.length]
-        size = self.batch_size * self.world_size
-        for step in range(self.first_step, self.steps):
-            places = range(step * size + self.rank, (step + 1) * size, self.world_size)
-            yield [(self.epoch, place, int(order[place])) for place in places]
 
 
 class TrainLoader:
@@ -118,14 +61,7 @@ class TrainLoader:
         if self.is_stream:
             images.reader.set_loader_cfg(num_workers=data.workers)
         else:
-            update = data.batch_size * distributed.size * accum_steps
-            if len(images) < update:
-                raise CommandError(
-                    f"an update takes {update} images (--batch-size {data.batch_size}"
-                    + (f" x {distributed.size} processes" if distributed.size > 1 else "")
-                    + (f" x --grad-accum-steps {accum_steps}" if accum_steps > 1 else "")
-                    + f"), but there are only {len(images)} training images; lower --batch-size"
-                )
+            check_update_size(len(images), data, distributed, accum_steps)
             self.batches = ResumableBatchSampler(
                 len(images), data.batch_size, distributed, accum_steps, augment.aug_repeats, seed
             )

@@ -34,15 +34,40 @@ def create_optimizer(
     Raises:
         CommandError: If timm cannot create them.
     """
+    if config.warmup_updates is not None and not config.sched_on_updates:
+        raise CommandError("--warmup-updates needs --sched-on-updates, which changes the learning rate in each update")
+    if config.sched == "multistep" and not config.decay_milestones:
+        raise CommandError("--sched multistep needs --decay-milestones, the epochs after which the rate decays")
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=config))
-        schedule = scheduler_kwargs(config) | {"warmup_prefix": False}
+        schedule = schedule_arguments(config, updates_per_epoch)
         scheduler, _ = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates_per_epoch)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
         raise CommandError(
             f"cannot create optimizer {config.opt} with schedule {config.sched}: {reason(error)}"
         ) from error
     return optimizer, scheduler
+
+
+def schedule_arguments(config: OptimConfig, updates_per_epoch: int) -> dict[str, Any]:
+    """Returns the arguments of timm's `create_scheduler_v2` for a schedule.
+
+    Args:
+        config: The schedule.
+        updates_per_epoch: Updates of an epoch.
+    """
+    arguments: dict[str, Any] = scheduler_kwargs(config) | {"warmup_prefix": False}
+    if config.decay_rate is None:
+        arguments["decay_rate"] = 1.0 if config.sched == "poly" else 0.1
+    if config.warmup_updates is not None:
+        # timm multiplies it by the updates of an epoch.
+        arguments["warmup_epochs"] = config.warmup_updates / updates_per_epoch
+    if config.decay_milestones is None:
+        del arguments["decay_milestones"]
+    elif not config.sched_on_updates:
+        # timm counts epochs from 1 here, and would decay an epoch earlier than a schedule of updates.
+        arguments["decay_milestones"] = [epoch + 1 for epoch in config.decay_milestones]
+    return arguments
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from stvit.hub import HubError, Repository, write_card
+from stvit.hub import HubError, Repository
 from stvit.hub.files import copy_file
 from stvit.weights.source import Source
 
@@ -39,13 +39,14 @@ class Snapshots:
     A failure is a warning.
 
     The branch `last` gets the newest checkpoint, the records and all weights, with the last weights as its model. The
-    branch main gets the best weights. timm loads both branches.
+    branch main gets the best weights. Both branches can be loaded.
 
     Args:
         repo_id: Id of the repository. A missing repository is created.
         every: Epochs between snapshots.
         folder: Run directory.
         private: Whether a new repository is private.
+        write_card: Writes the card of a model folder. It takes the folder and the name that loads the model.
         event: Records an event in the log of the run.
         is_stopped: Returns whether the user or the scheduler wants the program to end.
     """
@@ -56,11 +57,12 @@ class Snapshots:
         every: int,
         folder: Path,
         private: bool,
+        write_card: Callable[[Path, str], object],
         event: Callable[[str, dict[str, Any]], None],
         is_stopped: Callable[[], bool],
     ) -> None:
         self.repo_id, self.every, self.folder, self.private = repo_id, every, folder, private
-        self._event, self._is_stopped = event, is_stopped
+        self._write_card, self._event, self._is_stopped = write_card, event, is_stopped
         self._upload: _Upload | None = None
         self._uploaded: int | None = None
         self._is_due = False
@@ -157,7 +159,7 @@ class Snapshots:
             remove_tree(place)
             self._report("hub_failed", {"epoch": epoch, "error": reason(error)})
             return
-        self._upload = _Upload(self.repo_id, self.private, place, epoch)
+        self._upload = _Upload(self.repo_id, self.private, place, epoch, self._write_card)
         self._upload.start()
 
     def _report(self, name: str, values: dict[str, Any]) -> None:
@@ -181,8 +183,11 @@ class _Upload(threading.Thread):
         error: Reason of the failure, after a failed upload.
     """
 
-    def __init__(self, repo_id: str, private: bool, place: Path, epoch: int) -> None:
+    def __init__(
+        self, repo_id: str, private: bool, place: Path, epoch: int, write_card: Callable[[Path, str], object]
+    ) -> None:
         super().__init__(daemon=True, name="hub-upload")
+        self.write_card = write_card
         self.repo_id, self.private, self.place, self.epoch = repo_id, private, place, epoch
         self.since = self.until = time.monotonic()
         self.commit: str | None = None
@@ -191,8 +196,8 @@ class _Upload(threading.Thread):
     def run(self) -> None:
         main, last, message = self.place / "main", self.place / BRANCH, f"After epoch {self.epoch}"
         try:
-            write_card(main, str(Source.hub(self.repo_id)))
-            write_card(last, str(Source.hub(self.repo_id, BRANCH)))
+            self.write_card(main, str(Source.hub(self.repo_id)))
+            self.write_card(last, str(Source.hub(self.repo_id, BRANCH)))
             # The copy is private already, so that `stvit.hub.push` would only copy it again.
             repository = Repository(self.repo_id)
             repository.upload(main, private=self.private, message=message)

@@ -1,5 +1,6 @@
 """State of a training run: saved to checkpoints, and resumed exactly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Progress:
         loss_sum: Sum of the losses of this process's images in that epoch.
         images: Number of those images.
         counts: Other counts of those images, by the names in `Job.counts`.
+        losses: Sums of the parts of the loss of those images, by the names in `Job.losses`.
         history: Metrics of each epoch done.
         best: Epoch, metric and kind of weights ("", "EMA") of the best evaluation.
         wandb_id: Weights & Biases run.
@@ -40,6 +42,7 @@ class Progress:
     loss_sum: float = 0.0
     images: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: list[Any] = field(default_factory=lambda: [-1, -1.0, ""])
     wandb_id: str | None = None
@@ -49,19 +52,28 @@ class Progress:
         self.step = self.images = 0
         self.loss_sum = 0.0
         self.counts = dict.fromkeys(self.counts, 0)
+        self.losses = dict.fromkeys(self.losses, 0.0)
+
+    def sums(self) -> dict[str, Any]:
+        """Returns the sums over this process's images of the epoch."""
+        return {"loss_sum": self.loss_sum, "images": self.images, **self.counts, **self.losses}
+
+    def load_sums(self, values: Mapping[str, Any]) -> None:
+        """Loads sums that `sums` returned."""
+        self.loss_sum, self.images = values["loss_sum"], values["images"]
+        self.counts = {name: values[name] for name in self.counts}
+        self.losses = {name: values[name] for name in self.losses}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the progress for a checkpoint, with the counts beside the other values."""
+        """Returns the progress for a checkpoint, with the sums beside the other values."""
         values = dict(vars(self))
-        return values | values.pop("counts")
+        return values | values.pop("counts") | values.pop("losses")
 
     def load(self, values: dict[str, Any]) -> None:
         """Loads what `to_dict` returned."""
-        for name in vars(self):
-            if name == "counts":
-                self.counts = {count: values[count] for count in self.counts}
-            else:
-                setattr(self, name, values[name])
+        for name in vars(self).keys() - {"counts", "losses"}:
+            setattr(self, name, values[name])
+        self.load_sums(values)
 
 
 class EpochSums:
@@ -72,20 +84,27 @@ class EpochSums:
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
         self._progress = progress
-        self._loss = torch.tensor(progress.loss_sum, dtype=torch.float64 if device.type != "mps" else None).to(device)
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        self._loss = torch.tensor(progress.loss_sum, dtype=dtype, device=device)
         self._counts = {name: torch.tensor(value, device=device) for name, value in progress.counts.items()}
+        self._losses = {
+            name: torch.tensor(value, dtype=dtype, device=device) for name, value in progress.losses.items()
+        }
 
     def add(self, result: StepResult) -> None:
         """Adds the result of a step."""
         self._loss += result.loss.detach() * result.images
         for name in self._counts:
             self._counts[name] += result.counts[name]
+        for name in self._losses:
+            self._losses[name] += result.losses[name].detach() * result.images
         self._progress.images += result.images
 
     def store(self) -> None:
         """Copies the sums to the progress."""
         self._progress.loss_sum = self._loss.item()
         self._progress.counts = {name: int(value) for name, value in self._counts.items()}
+        self._progress.losses = {name: value.item() for name, value in self._losses.items()}
 
 
 class TrainState:
@@ -114,7 +133,7 @@ class TrainState:
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self.fingerprint = fingerprint
         self.updates = job.train_loader.steps // config.optim.grad_accum_steps
-        self.progress = Progress(counts=dict.fromkeys(job.counts, 0))
+        self.progress = Progress(counts=dict.fromkeys(job.counts, 0), losses=dict.fromkeys(job.losses, 0.0))
         self.changes: list[str] = []
         self.former_epochs: int | None = None
 
@@ -139,13 +158,7 @@ class TrainState:
 
     def _process_state(self) -> dict[str, Any]:
         """Returns the state that differs between processes."""
-        progress = self.progress
-        return {
-            "random": get_random_state(self.distributed.device),
-            "loss_sum": progress.loss_sum,
-            "images": progress.images,
-            **progress.counts,
-        }
+        return {"random": get_random_state(self.distributed.device), **self.progress.sums()}
 
     def _shared_state(self) -> dict[str, Any]:
         """Returns the state that is the same in all processes."""
@@ -237,16 +250,12 @@ class TrainState:
         if len(processes) == self.distributed.size:
             own = processes[rank]
             set_random_state(own["random"], self.distributed.device)
-            progress.loss_sum, progress.images = own["loss_sum"], own["images"]
-            progress.counts = {name: own[name] for name in progress.counts}
+            progress.load_sums(own)
             return
         # The data stay the same. Random numbers that each process draws (dropout, mixup, …) cannot.
-        totals = {
-            name: sum(process[name] for process in processes) if rank == 0 else 0
-            for name in ("loss_sum", "images", *progress.counts)
-        }
-        progress.loss_sum, progress.images = totals["loss_sum"], totals["images"]
-        progress.counts = {name: totals[name] for name in progress.counts}
+        progress.load_sums(
+            {name: sum(process[name] for process in processes) if rank == 0 else 0 for name in progress.sums()}
+        )
         random_seed(self.config.run.seed + self.update, rank)
         self.distributed.print_primary(
             f"resuming with {self.distributed.size} processes a run of {len(processes)} processes"
@@ -282,7 +291,7 @@ class TrainState:
             return "progress is negative"
         if (step > 0) != (sum(process["images"] for process in processes) > 0):
             return f"progress.step is {step}, but the processes have seen {'no' if step else 'some'} images since"
-        metrics = ["train_loss", *(f"train_{name}" for name in self.job.counts.values())]
+        metrics = ["train_loss", *(f"train_{name}" for name in (*self.job.counts.values(), *self.job.losses))]
         metrics.append(f"eval_{self.job.best_metric}")
         measured = {"epoch": 0, **dict.fromkeys(metrics, 0.0)}
         if len(history) != epoch:

@@ -1,0 +1,58 @@
+"""Learning rate schedules of a training."""
+
+import pytest
+from torch import nn
+
+from stvit.tools.common.cli import CommandError
+from stvit.tools.common.config import OptimConfig
+from stvit.tools.common.optimization import create_optimizer, current_lr
+
+UPDATES = 10  # of an epoch
+
+
+def rates(**settings: object) -> list[float]:
+    """Returns the learning rate of each update of a training, as the engine sets it."""
+    config = OptimConfig(**{"lr": 1.0, "min_lr": 0.0, "warmup_epochs": 0, "warmup_lr": 0.0, **settings})
+    optimizer, scheduler = create_optimizer(config, nn.Linear(2, 2), UPDATES)
+    found = []
+    for epoch in range(config.epochs):
+        for update in range(UPDATES):
+            found.append(current_lr(optimizer))
+            scheduler.step_update(epoch * UPDATES + update + 1)
+        scheduler.step(epoch + 1)
+    return found
+
+
+@pytest.mark.parametrize("on_updates", [False, True])
+def test_multistep_decays_after_its_epochs(on_updates: bool) -> None:
+    found = rates(epochs=4, sched="multistep", decay_milestones=[2, 3], sched_on_updates=on_updates)
+    expected = [1.0] * 20 + [0.1] * 10 + [0.01] * 10
+    late = [19, 29] if on_updates else []  # timm decays one update early
+    assert [rate for i, rate in enumerate(found) if i not in late] == pytest.approx(
+        [rate for i, rate in enumerate(expected) if i not in late]
+    )
+
+
+def test_poly_is_linear_by_default() -> None:
+    found = rates(epochs=4, sched="poly", sched_on_updates=True)
+    assert found == pytest.approx([1 - i / 40 for i in range(40)])
+    squared = rates(epochs=4, sched="poly", sched_on_updates=True, decay_rate=2.0)
+    assert squared == pytest.approx([(1 - i / 40) ** 2 for i in range(40)])
+
+
+def test_warmup_of_updates() -> None:
+    found = rates(epochs=2, sched="constant", sched_on_updates=True, warmup_updates=4)
+    assert found[:6] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_updates": 4}, "--warmup-updates needs --sched-on-updates"),
+        ({"sched": "multistep"}, "--sched multistep needs --decay-milestones"),
+        ({"sched": "cosin"}, "cannot create optimizer adamw with schedule cosin"),
+    ],
+)
+def test_wrong_schedules(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(CommandError, match=message):
+        create_optimizer(OptimConfig(lr=1.0, **settings), nn.Linear(2, 2), UPDATES)
