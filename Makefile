@@ -23,7 +23,7 @@ setup: $(VENV)/.installed  ## Create .venv and install the project with its extr
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[train,yolo,visualize,export,demo,dev]'
+	$(BIN)/python -m pip install --editable '.[train,yolo,detection,segmentation,visualize,export,demo,dev]'
 	touch $@
 
 train: setup  ## Train stvit_pico on handwritten digits (a minute on two cores); CONFIG=… and ARGS=… for other runs
