@@ -28,6 +28,7 @@ __all__ = [
     "STRIDES",
     "TimmBackboneMixin",
     "TimmFeatures",
+    "check_backbone",
     "create_features",
     "create_net",
     "feature_maps",
@@ -142,16 +143,25 @@ def create_net(name: str, **kwargs: Any) -> Any:
     Raises:
         ValueError: If the model or an argument does not exist, or an argument has a wrong value.
     """
-    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
-        raise ValueError(f"unknown backbone {name!r}; {hint}")
-    check_model_args(kwargs)  # the arguments may come from another person's file
+    check_backbone(name, kwargs)
     kwargs = lists_to_tuples(kwargs)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot create the backbone {name} with {kwargs}: {error}") from error
+
+
+def check_backbone(name: str, model_args: Mapping[str, Any]) -> None:
+    """Checks that timm has a model, and that its arguments are safe.
+
+    Raises:
+        ValueError: If the model does not exist, or an argument has a wrong type or range.
+    """
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
+        raise ValueError(f"unknown backbone {name!r}; {hint}")
+    check_model_args(model_args)  # the arguments may come from another person's file
 
 
 def lists_to_tuples(model_args: Mapping[str, Any]) -> dict[str, Any]:

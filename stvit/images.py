@@ -32,7 +32,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-__all__ = ["READERS", "SUFFIXES", "UnreadableImageError", "convert_image", "decode_image", "open_image"]
+__all__ = ["READERS", "SUFFIXES", "UnreadableImageError", "convert_image", "decode_image", "image_size", "open_image"]
 
 # Pillow's reader of each format. PIL.Image.open would try all of Pillow's readers. Some are rarely tested, and the one
 # for PostScript starts Ghostscript. Ultralytics also replaces PIL.Image.open with a function that installs packages.
@@ -108,6 +108,30 @@ def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int
     return converted if method is None else converted.transpose(method)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Returns width and height of the image that `open_image` returns. The pixels are not decoded.
+
+    Args:
+        path: Image file.
+
+    Raises:
+        OSError: If the file cannot be opened or read.
+        UnreadableImageError: If the format is not in `READERS`, or the header is damaged.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
+        raise UnreadableImageError("not a regular file", _name(path))
+    with open(path, "rb") as file:
+        kind = _find_kind(file, _name(path))
+        try:
+            image = READERS[kind](file)
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
+        except Exception as error:  # a damaged file makes Pillow raise nearly everything
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UnreadableImageError(f"damaged header ({error})", _name(path)) from error
+
+
 def convert_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     """Converts an image to RGB or gray, following the rules of this module.
 
@@ -156,15 +180,25 @@ def decode_image(source: str | Path | BinaryIO, max_pixels: int | None = None) -
         return _decode(file, _name(source), max_pixels)
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
+def _find_kind(file: BinaryIO, name: str) -> str:
+    """Returns the format of a file by its first bytes, a key of `READERS`.
+
+    Raises:
+        UnreadableImageError: If the format is not supported.
+    """
     start = file.read(12)
     file.seek(0)
-    kind = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
     if start[:4] == b"RIFF" and start[8:] == b"WEBP":
-        kind = "WebP"
+        return "WebP"
+    kind = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
     if kind is None:
         *kinds, last = READERS
         raise UnreadableImageError(f"not an image of a supported format ({', '.join(kinds)} or {last})", name)
+    return kind
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int | None) -> ImageFile:
+    kind = _find_kind(file, name)
     if max_pixels is None and Image.MAX_IMAGE_PIXELS is not None:
         max_pixels = 2 * Image.MAX_IMAGE_PIXELS
     try:
