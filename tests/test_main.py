@@ -19,7 +19,7 @@ def test_help_lists_each_command_in_one_line() -> None:
     shown = run(STVIT, "--help")
     assert shown.returncode == 0 and not shown.stderr
     for name, (_, summary) in COMMANDS.items():
-        assert f"  {name:<11}{summary}\n" in shown.stdout
+        assert f"  {name:<13}{summary}\n" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert run(STVIT).returncode == 2
 

@@ -141,7 +141,7 @@ def test_a_saved_model_loads_with_its_arguments(backbone_folder: Path, tmp_path:
 def test_load_refuses_other_folders(backbone_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PretrainedError, match="it is a classifier of timm"):
         segmentation.load(backbone_folder)
-    with pytest.raises(PretrainedError, match="no config.json in"):
+    with pytest.raises(PretrainedError, match="no config"):
         segmentation.load(tmp_path)
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("train_cls", "train an image classifier on ImageNet or your own images"),
     "validate": ("validate_cls", "measure the accuracy of an image classifier"),
+    "train-seg": ("train_seg", "train a semantic segmentation model on ADE20K or your own label maps"),
+    "validate-seg": ("validate_seg", "measure the mIoU of a semantic segmentation model"),
+    "predict-seg": ("predict_seg", "predict the class of each pixel in images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
     "convert": ("convert_checkpoint", "convert a checkpoint to a folder that timm loads"),
     "push": ("push_to_hub", "upload a model, a detector or a demo to the Hugging Face Hub"),
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<11}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:<13}{summary}" for name, (_, summary) in COMMANDS.items()]
     end = "`stvit COMMAND --help` lists the flags of a command."
     return "\n".join(["usage: stvit COMMAND [FLAGS]", "", "commands:", *lines, "", end])
 

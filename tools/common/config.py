@@ -406,8 +406,16 @@ class TrainConfig(Protocol):
         """Batch size and workers."""
         ...
 
-    optim: OptimConfig
-    device: TrainDeviceConfig
+    @property
+    def optim(self) -> OptimConfig:
+        """Optimizer and schedule."""
+        ...
+
+    @property
+    def device(self) -> TrainDeviceConfig:
+        """Device and precision."""
+        ...
+
     run: RunConfig
 
 

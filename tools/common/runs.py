@@ -25,8 +25,10 @@ RUN_LOCK = ".stvit.lock"
 # Flags that a resumed run may change. They affect where and how fast it runs, but not its results.
 RESUME_MUTABLE = {
     "batch_size",
+    "check_data",
     "checkpoint_epochs",
     "checkpoint_steps",
+    "class_names",
     "compile",
     "data_dir",
     "device",
@@ -42,6 +44,10 @@ RESUME_MUTABLE = {
     "log_wandb",
     "max_bad_images",
     "output",
+    "train_images",
+    "train_labels",
+    "val_images",
+    "val_labels",
     "validation_batch_size",
     "wandb_project",
     "workers",

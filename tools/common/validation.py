@@ -52,7 +52,7 @@ def validate(config: ValidationConfig) -> None:
         PathLock() as lock,
     ):
         if output is not None:
-            distributed.on_primary(partial(_take_output, output, lock))
+            distributed.on_primary(partial(take_output, output, lock))
         check_dtype(distributed.device, device.model_dtype)
         opened = _open_model(replace(config.source, img_size=image.img_size), device, distributed)
         model = opened.model
@@ -95,7 +95,7 @@ def validate(config: ValidationConfig) -> None:
             _write_results(output, results, counts, names or images.class_names)
 
 
-def _take_output(folder: Path, lock: PathLock) -> None:
+def take_output(folder: Path, lock: PathLock) -> None:
     """Creates the folder of the results and locks it against other evaluations.
 
     Raises:

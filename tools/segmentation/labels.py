@@ -1,0 +1,162 @@
+"""Label maps: image files whose values are class numbers, as in ADE20K.
+
+Shapes:
+    H, W     height and width of an image
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stvit.images import UnreadableImageError, decode_image
+
+from ..common.bad_images import MAX_PIXELS
+from ..common.cli import CommandError, reason
+from ..common.files import read_utf8
+
+# Label of pixels that neither the loss nor a metric counts. Files may use another value for them.
+IGNORED = 255
+MAX_CLASSES = IGNORED
+_MAX_VALUE = (1 << 16) - 1
+_INVALID = -1
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """Meaning of the values in the files of a dataset.
+
+    Attributes:
+        num_classes: Number of classes, numbered from 0.
+        reduce_zero_label: Whether value 0 is ignored and value N is class N - 1, as in ADE20K.
+        ignore_index: Value of pixels that are ignored.
+    """
+
+    num_classes: int
+    reduce_zero_label: bool = False
+    ignore_index: int = IGNORED
+
+    def table(self) -> np.ndarray:
+        """Returns the label of each value, int16 (65536,): a class, `IGNORED`, or -1 for a wrong value."""
+        table = np.full(_MAX_VALUE + 1, _INVALID, np.int16)
+        first = 1 if self.reduce_zero_label else 0
+        table[first : first + self.num_classes] = np.arange(self.num_classes)
+        table[:first] = IGNORED
+        if self.ignore_index <= _MAX_VALUE:
+            table[self.ignore_index] = IGNORED
+        return table
+
+    def describe(self) -> str:
+        """Returns the valid values for messages."""
+        low = 0 if not self.reduce_zero_label else 1
+        values = f"{low} to {low + self.num_classes - 1}"
+        return f"{values}, {'0 or ' if self.reduce_zero_label else 'or '}{self.ignore_index} for ignored pixels"
+
+
+class LabelReader:
+    """Reads label maps of a dataset.
+
+    Attributes:
+        rules: Meaning of the values.
+    """
+
+    def __init__(self, rules: LabelRules) -> None:
+        self.rules = rules
+        self._table = rules.table()
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Returns the labels of a file: classes, or `IGNORED`.
+
+        Args:
+            path: Label map.
+            size: Width and height that it must have; None for any.
+
+        Returns:
+            Labels, uint8 (H, W).
+
+        Raises:
+            ValueError: If the file cannot be read, has colors, has another size, or contains a wrong value. The message
+                does not contain the path.
+        """
+        values = read_values(path)
+        if size is not None and (values.shape[1], values.shape[0]) != size:
+            raise ValueError(
+                f"{values.shape[1]}x{values.shape[0]} pixels, but its image has {size[0]}x{size[1]}; make both the same"
+            )
+        if values.min() < 0 or values.max() > _MAX_VALUE:
+            raise ValueError(self._describe_wrong(Counter(values.ravel().tolist())))
+        labels = self._table[values]
+        if (labels == _INVALID).any():
+            raise ValueError(self._describe_wrong(Counter(values[labels == _INVALID].tolist())))
+        return labels.astype(np.uint8)
+
+    def _describe_wrong(self, counts: Counter[int]) -> str:
+        wrong = {
+            value: number
+            for value, number in sorted(counts.items())
+            if not 0 <= value <= _MAX_VALUE or self._table[value] == _INVALID
+        }
+        value, number = next(iter(wrong.items()))
+        more = f" (and {len(wrong) - 1} other values)" if len(wrong) > 1 else ""
+        return f"value {value} in {number} pixels{more}, expected {self.rules.describe()}"
+
+
+def read_values(path: Path) -> np.ndarray:
+    """Returns the stored values of a label map, integers (H, W). The values of a palette image are its indices.
+
+    Raises:
+        ValueError: If the file cannot be read, or has colors.
+    """
+    try:
+        image = decode_image(path, MAX_PIXELS)
+    except UnreadableImageError as error:
+        raise ValueError(error.problem) from error
+    except OSError as error:
+        raise ValueError(error.strerror or reason(error)) from error
+    if image.format in ("JPEG", "WEBP"):
+        raise ValueError(f"a {image.format} file, whose compression changes the values; save the labels as PNG")
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"colors (mode {image.mode}), expected one channel of class numbers; convert each color to its class number"
+        )
+    values = np.asarray(image)
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def save_values(values: np.ndarray, path: Path) -> None:
+    """Writes a label map as a gray PNG file.
+
+    Args:
+        values: Values from 0 to 65535, (H, W). The file has 8 bits if they are at most 255.
+        path: File to write.
+    """
+    Image.fromarray(values.astype(np.uint8 if values.max(initial=0) <= 255 else np.uint16)).save(path, format="PNG")
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Reads the names of the classes, in order.
+
+    Args:
+        path: Text file with one name per line, or ADE20K's objectInfo150.txt: columns separated by tabs, the last one
+            with synonyms separated by commas. The first synonym is the name.
+
+    Raises:
+        CommandError: If the file cannot be read, or has no name or too many.
+    """
+    try:
+        lines = [line for line in read_utf8(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read --class-names {path}: {reason(error)}") from error
+    if lines and "\t" in lines[0]:
+        rows = [line.split("\t") for line in lines]
+        is_header = not rows[0][0].strip().isdecimal()
+        names = [row[-1].partition(",")[0].strip() for row in (rows[1:] if is_header else rows)]
+    else:
+        names = [line.strip() for line in lines]
+    if not names or not all(names):
+        raise CommandError(f"--class-names {path} has no class names; write one name per line")
+    if len(names) > MAX_CLASSES:
+        raise CommandError(f"--class-names {path} has {len(names)} names, more than the limit of {MAX_CLASSES} classes")
+    return names

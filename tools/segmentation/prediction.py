@@ -1,0 +1,101 @@
+"""Predicts the label maps of image files."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision.transforms.v2 import functional as VF
+
+from stvit.images import convert_image
+
+from ..common.cli import CommandError, progress_bar, reason
+from ..common.distributed import DTYPES, autocast, check_dtype, join_processes
+from ..common.files import atomic_write
+from ..common.image_files import ImageError, find_images, open_image
+from .config import PredictionConfig, SourceConfig
+from .draw import draw_overlay
+from .inference import MULTI_SCALES, Predictor, Scaling
+from .labels import save_values
+from .model import open_model
+
+
+def scaling_of(source: SourceConfig, multi_scale: bool = False) -> Scaling:
+    """Returns the sizes that the flags describe."""
+    if multi_scale:
+        return Scaling(source.short_side, source.long_side, MULTI_SCALES, flip=True)
+    return Scaling(source.short_side, source.long_side)
+
+
+def predict(config: PredictionConfig) -> None:
+    """Writes a label map and a picture for each image, and names the unreadable images at the end.
+
+    Raises:
+        CommandError: If a flag is wrong, the model cannot be loaded, or an image cannot be read.
+    """
+    root, output = Path(config.image).expanduser(), Path(config.output).expanduser()
+    images = find_images(root, output)
+    names = output_names(root, images)
+    with join_processes(config.device.device, config.device.dist_backend) as distributed:
+        if distributed.size > 1:
+            raise CommandError("this command runs in one process; run it without torchrun")
+        check_dtype(distributed.device, config.device.model_dtype)
+        dtype = DTYPES[config.device.model_dtype]
+        model = open_model(config.source.checkpoint).to(device=distributed.device, dtype=dtype)
+        predictor = Predictor(
+            model,
+            distributed.device,
+            dtype,
+            scaling=scaling_of(config.source, config.source.multi_scale),
+            context=partial(autocast, config.device, distributed.device),
+            channels_last=config.device.channels_last,
+        )
+        errors: list[str] = []
+        with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
+            for path, name in zip(images, names, strict=True):
+                try:
+                    _predict_file(path, output, name, predictor, config.opacity)
+                except ImageError as error:
+                    message = str(error)
+                    errors.append(message if path.name in message else f"{path.name}: {message}")
+                bar.update()
+    done = len(images) - len(errors)
+    if done:
+        print(f"wrote the label maps and pictures of {done} image{'s' if done > 1 else ''} to {output}")
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise CommandError(f"{len(errors)} of {len(images)} images were skipped: {'; '.join(errors[:3])}{more}")
+
+
+def _predict_file(path: Path, output: Path, name: str, predictor: Predictor, opacity: float) -> None:
+    image, model = open_image(path), predictor.model
+    seen = convert_image(image, "L") if model.in_chans == 1 else image
+    classes = predictor.predict(VF.pil_to_tensor(seen)[None])[0].cpu().numpy()
+    values = classes if model.category_ids is None else np.asarray(model.category_ids)[classes]
+    overlay = draw_overlay(image, classes, model.label_names, model.num_classes, opacity)
+    _write(output / "labels" / f"{name}.png", partial(save_values, values))
+    _write(output / "overlays" / f"{name}.png", partial(overlay.save, format="PNG"))
+
+
+def _write(path: Path, write: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, write)
+    except OSError as error:
+        raise CommandError(f"cannot write to --output: {reason(error)}") from error
+
+
+def output_names(root: Path, images: Sequence[Path]) -> list[str]:
+    """Returns a name without suffix for the results of each image, with its subfolders.
+
+    Images that differ only in their suffix keep it.
+
+    Args:
+        root: Image file or folder of the images.
+        images: The images.
+    """
+    base = root if root.is_dir() else root.parent
+    paths = [path.relative_to(base).as_posix() for path in images]
+    stems = [path.rpartition(".")[0] or path for path in paths]
+    return [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
