@@ -8,8 +8,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("train_cls", "train an image classifier on ImageNet or your own images"),
     "validate": ("validate_cls", "measure the accuracy of an image classifier"),
-    "train-seg": ("train_seg", "train a semantic segmentation model on ADE20K or your own label maps"),
-    "validate-seg": ("validate_seg", "measure the mIoU of a semantic segmentation model"),
+    "train-seg": ("train_seg", "train a segmentation model on ADE20K or your own label maps"),
+    "validate-seg": ("validate_seg", "measure the mIoU of a segmentation model"),
     "predict-seg": ("predict_seg", "predict the class of each pixel in images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
     "convert": ("convert_checkpoint", "convert a checkpoint to a folder that timm loads"),
