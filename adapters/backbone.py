@@ -76,7 +76,8 @@ class TimmFeatures(nn.Module):
         self.out_indices = list(out_indices)
         self.channels: list[int] = [info[index]["num_chs"] for index in out_indices]
         self.reductions: list[int] = [info[index]["reduction"] for index in out_indices]
-        net.prune_intermediate_layers(self.out_indices, prune_head=True)
+        # DDP fails if a layer is not used, and some models have a norm after the last feature map.
+        net.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
         self.net = net
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -91,6 +92,14 @@ class TimmFeatures(nn.Module):
         Raises:
             ValueError: If the model does not accept the size of the images.
         """
+        if not torch.jit.is_scripting():
+            return self._forward(x)
+        maps = self.net.forward_intermediates(x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True)
+        assert isinstance(maps, list)
+        return maps
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         try:
             return self.net.forward_intermediates(
                 x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True
