@@ -1,6 +1,8 @@
 """Dataclasses as flags: parsing, defaults of commands, and the recipe of a run."""
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from stvit.tools.common.cli import CommandLineSwitch, Parser, positive
 from stvit.tools.common.config import ImageConfig, RunConfig
 from stvit.tools.common.flags import add_flags, add_sections, flag, from_flags, section, to_recipe
+from stvit.tools.common.recipes import parse_with_recipe
 
 
 @dataclass
@@ -56,3 +59,24 @@ def test_recipe_has_all_flags_but_those_of_one_command() -> None:
     assert {"names": ["red"], "count": 3, "is_bright": False, "img_size": 32}.items() <= recipe.items()
     assert not {"is_allowed", "once", "colors", "image"} & set(recipe)
     assert not {"resume", "allow_changed_data"} & set(to_recipe(RunConfig(resume="auto")))
+
+
+@dataclass
+class Light:
+    is_on: bool = flag(True, "on", action=argparse.BooleanOptionalAction)
+    is_bright: bool = flag(False, "bright")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_recipe_turns_flags_on_and_off(value: bool, tmp_path: Path) -> None:
+    """Also a flag that is on by default."""
+
+    def create_parser() -> Parser:
+        parser = Parser(prog="light")
+        parser.add_argument("--config")
+        add_flags(parser, Light)
+        return parser
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"is_on: {str(value).lower()}\nis_bright: {str(value).lower()}\n")
+    assert from_flags(Light, parse_with_recipe(create_parser, [f"--config={recipe}"])) == Light(value, value)

@@ -161,7 +161,8 @@ def _value_flags(action: argparse.Action, value: Any) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, got {clipped(value)}")
-        return [option] if value else []
+        off = [name for name in action.option_strings if name.startswith("--no-") and name != option]
+        return [option] if value else off[:1]  # a flag may be on by default
     if isinstance(action, KeyValues):
         if not isinstance(value, dict):
             raise ValueError(f"must be a mapping, got {clipped(value)}")
