@@ -22,15 +22,27 @@ from safetensors.torch import load_file, save_file
 
 from stvit.hub import Details, HubError
 from stvit.hub.card import CARD, NOT_MEASURED, TAGS, Card, class_list, is_edited, table
-from stvit.hub.files import file_sha256
+from stvit.hub.files import copy_file, file_sha256
 from stvit.hub.folder import CONFIG, WEIGHTS
+from stvit.hub.push import mismatched_tensors
 from stvit.safe_text import clipped, code_span, escape_markdown
 from stvit.weights.check import count_elements
 from stvit.weights.config import SPARE_PARAMETERS, check_model_args, limit_parameters, read_content
 from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error, describe_repository
 from stvit.weights.source import Source
 
-__all__ = ["FolderConfig", "Recipe", "load_model", "model_card", "read_config", "save_model", "write_card"]
+__all__ = [
+    "FolderConfig",
+    "Recipe",
+    "copy_folder",
+    "is_adapter_folder",
+    "load_model",
+    "load_pushed",
+    "model_card",
+    "read_config",
+    "save_model",
+    "write_card",
+]
 
 _MAX_CLASSES = 1 << 16
 # The Hub's name of the task of each adapter.
@@ -180,7 +192,9 @@ def read_config(folder: Path) -> FolderConfig:
     content = read_content(folder / CONFIG)
     if "architecture" in content:
         raise ValueError(f"it is a classifier of timm ({clipped(content['architecture'])}), not a model of an adapter")
-    for key, kind in (("adapter", str), ("builder", str), ("args", dict)):
+    if content.get("adapter") not in _PIPELINES:
+        raise ValueError(f"adapter must be one of {', '.join(_PIPELINES)}, got {clipped(content.get('adapter'))}")
+    for key, kind in (("builder", str), ("args", dict)):
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} must be {'text' if kind is str else 'a mapping'}, got {clipped(content.get(key))}")
     label_names = _read_list(content, "label_names", str)
@@ -189,6 +203,65 @@ def read_config(folder: Path) -> FolderConfig:
         raise ValueError(f"{len(label_names)} label_names, but {len(category_ids)} category_ids")
     recipe = Recipe(content["adapter"], content["builder"], content["args"])
     return FolderConfig(recipe, label_names, category_ids, Details.from_dict(content.get("stvit") or {}))
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Returns whether config.json of a folder describes a model of an adapter."""
+    try:
+        return "adapter" in read_content(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+
+
+def copy_folder(source: Path, folder: Path, name: str, license: str | None = None) -> FolderConfig:
+    """Copies a model folder, and writes its card.
+
+    A card that a person wrote or edited is copied instead.
+
+    Args:
+        source: Model folder.
+        folder: Folder to write.
+        name: Name that will load the model, such as 'hf-hub:org/name'.
+        license: License of the weights, in the Hub's spelling; None for the license in the folder.
+
+    Raises:
+        HubError: If config.json is damaged, or a file is a link.
+        OSError: If a file cannot be copied.
+    """
+    try:
+        config = read_config(source)
+    except ValueError as error:
+        raise HubError(f"cannot read {source / CONFIG}: {error}; save the model again") from error
+    for file in (WEIGHTS, CONFIG, CARD):
+        if file != CARD or ((source / CARD).is_file() and is_edited(source / CARD)):
+            copy_file(source, file, folder / file)
+    if license is not None:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content["stvit"] = {**(content.get("stvit") or {}), "license": license}
+        (folder / CONFIG).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_card(folder, name)
+    return config
+
+
+def load_pushed(folder: Path, builders: Mapping[str, Callable[..., Any]], repo_id: str, commit: str) -> int:
+    """Loads a pushed model by its commit, and compares its tensors with the folder.
+
+    Returns:
+        Number of equal tensors: all tensors.
+
+    Raises:
+        HubError: If a tensor differs or the model cannot be loaded.
+    """
+    name = str(Source.hub(repo_id, commit))
+    try:
+        model = load_model(read_config(folder).recipe.adapter, builders, name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HubError(f"pushed, but loading it failed: {error}") from error
+    tensors = load_file(folder / WEIGHTS)
+    wrong = mismatched_tensors(tensors, model.state_dict())
+    if wrong:
+        raise HubError(f"pushed, but {len(wrong)} tensors of {name} differ from the folder: {', '.join(wrong[:5])}")
+    return len(tensors)
 
 
 def _read_list(content: Mapping[str, Any], key: str, kind: type) -> list[Any] | None:
@@ -258,7 +331,7 @@ def model_card(folder: Path, name: str) -> str:
     recipe, details = config.recipe, config.details
     backbone = str(recipe.args.get("backbone", "timm"))
     is_stvit = backbone.startswith("stvit")
-    pipeline = _PIPELINES.get(recipe.adapter, "image-segmentation")
+    pipeline = _PIPELINES[recipe.adapter]
     title = Path(Source.parse_model_name(name).full_name).resolve().name
     names = config.label_names or []
     parameters = sum(value.numel() for value in load_file(folder / WEIGHTS).values())

@@ -8,6 +8,7 @@
     python tools/benchmark.py resolution --models stvit_small "stvit_small(stoken_size=(8, 4, 2, 1))" --plot sizes.png
     python tools/benchmark.py data --data-dir /data/imagenet --workers 1 2 4
     python tools/benchmark.py yolo --img-size 640
+    python tools/benchmark.py dense --models "mask_rcnn(backbone='stvit_small')" --img-size 800 1280
     python tools/benchmark.py kernels --dtype bfloat16 --csv kernels.csv
     python tools/benchmark.py gpu --output gpu --minutes 5
 
@@ -27,6 +28,9 @@ passed. The baseline is a plain torchvision loader: ImageFolder with random crop
 yolo: parameters, GFLOPs (two per multiply-add, in convolutions, matrix products and attention) and latency of fused
 YOLO26 detectors at batch size 1, and the share of the backbone. Each scale is measured with the stock backbone and with
 an STViT.
+
+dense: parameters, GMAC and latency of the detectors and segmentation models of stvit.adapters for one image, and the
+share of the backbone.
 
 kernels: super token sampling and upsampling on a GPU, with Triton kernels, the reference and the compiled reference.
 They are measured without attention (functions) and with it (operator), forward only and with backward (both). The
@@ -96,6 +100,7 @@ SUBJECTS = {
     "data": Subject("images/s of the training loader", config.LoaderConfig, "data.benchmark"),
     "kernels": Subject("time of the operator's GPU kernels", config.KernelConfig, "kernels.benchmark"),
     "yolo": Subject("latency of YOLO26 detectors", config.DetectorConfig, "yolo.benchmark"),
+    "dense": Subject("size and latency of detectors and segmentation models", config.DenseConfig, "dense.benchmark"),
     "gpu": Subject("everything about a GPU in limited time", config.GpuConfig, "gpu.benchmark"),
 }
 

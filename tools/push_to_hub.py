@@ -10,7 +10,8 @@
 `python -m stvit.tools.push_to_hub` is the same program. It pushes
 
 - of a classifier: model.safetensors, config.json and the card README.md;
-- of a detector (--yolo): model.pt, an example picture and the card. No code of the checkpoint is run;
+- of a run of train_det.py or train_seg.py: the same files;
+- of a detector of Ultralytics (--yolo): model.pt, an example picture and the card. No code of the checkpoint is run;
 - with --space: the page of tools/demo.py and the model, as a Space. SOURCE may also be hf-hub:ORG/NAME.
 
 A card that a person wrote or edited is kept, in the folder and on the Hub. After the push the command loads the model

@@ -23,6 +23,13 @@ KERNEL_SIZES = {224: 128, 640: 16, 1280: 4}
 # Stock YOLO26 detectors, and those with STViT backbones.
 DETECTORS = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
 
+# Detectors with the backbones of the paper.
+DENSE_MODELS = [
+    f"{detector}(backbone='stvit_{size}')"
+    for detector in ("mask_rcnn", "cascade_mask_rcnn")
+    for size in ("small", "base")
+]
+
 
 @dataclass
 class BenchmarkConfig:
@@ -102,6 +109,23 @@ class DetectorConfig(BenchmarkConfig):
     models: list[str] = flag(DETECTORS, "model files, ours or Ultralytics'", nargs="+", metavar="NAME")
     img_size: int = flag(640, "image height and width in pixels", type=positive, metavar="N")
     repeats: int = flag(5, "measurements of each model", type=positive, metavar="N")
+
+
+@dataclass
+class DenseConfig(BenchmarkConfig):
+    """Flags of the subject dense."""
+
+    models: list[str] = flag(
+        DENSE_MODELS,
+        "functions of stvit.adapters.torchvision and stvit.adapters.segmentation, as 'NAME(backbone=\"stvit_small\")'",
+        nargs="+",
+        metavar="CALL",
+    )
+    img_size: list[int] = flag(
+        [800, 1280], "image height and width in pixels", type=positive, nargs=2, metavar=("H", "W")
+    )
+    device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
+    repeats: int = flag(5, "measurements of each model; 0 to count only parameters and GMAC", type=count, metavar="N")
 
 
 @dataclass

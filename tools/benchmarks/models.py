@@ -44,6 +44,7 @@ __all__ = [
     "is_ours",
     "make_module",
     "optimized",
+    "parse_call",
     "training_step",
 ]
 
@@ -356,17 +357,17 @@ def is_ours(spec: str) -> bool:
     """Returns whether a model has a published formulation."""
     if is_detector(spec):
         return "-stvit" in spec or "-stokenattention" in spec
-    return _parse(spec)[0].startswith(("stvit_", "test_stvit"))
+    return parse_call(spec)[0].startswith(("stvit_", "test_stvit"))
 
 
 def _create(spec: str, device: str, img_size: int) -> nn.Module:
     if is_detector(spec):
         return create_detector(spec).to(device)
-    name, kwargs = _parse(spec)
+    name, kwargs = parse_call(spec)
     return create_model(name, img_size=img_size, model_kwargs=kwargs).to(device)
 
 
-def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_call(spec: str) -> tuple[str, dict[str, Any]]:
     """Returns the name and the arguments of a model, written like a Python call."""
     try:
         call = ast.parse(spec, mode="eval").body

@@ -1,11 +1,15 @@
 """Writes a model, a detector or a demo, pushes it and compares the upload."""
 
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from stvit.adapters.folder import copy_folder, is_adapter_folder, load_pushed, read_config
 from stvit.hub import HubError, Pushed, Repository, check_token, push
 from stvit.hub.card import CARD
 from stvit.hub.push import check_license, check_push_options, check_repo_id, compare_model_with_hub
-from stvit.weights.source import Source
+from stvit.weights.source import Source, find_model_folder
 
 from . import space
 from .cli import CommandError, reason
@@ -30,8 +34,12 @@ def write_and_push(flags: PushConfig) -> None:
             check_token()
         path = flags.output or (f"hub/{flags.repo_id}" if flags.dry_run else None)
         with open_output(path, space.FILES if flags.space else MODEL_FILES, replace=True) as output:
-            write = _write_space if flags.space else _write_detector if flags.yolo else _write_classifier
-            name = write(flags, output)
+            adapter = _find_adapter_folder(flags)
+            if adapter is not None:
+                name = _write_adapter(flags, output, adapter)
+            else:
+                write = _write_space if flags.space else _write_detector if flags.yolo else _write_classifier
+                name = write(flags, output)
             folder = output.finish()
             if flags.dry_run:
                 print(f"{name}: {folder} would be pushed to {flags.repo_id}; nothing was sent")
@@ -54,6 +62,32 @@ def write_and_push(flags: PushConfig) -> None:
             _compare(pushed, flags, folder)
     except HubError as error:
         raise CommandError(str(error)) from error
+
+
+def _find_adapter_folder(flags: PushConfig) -> Path | None:
+    """Returns the folder of a detector or segmentation model; None for other sources."""
+    path = Path(flags.origin.source).expanduser()
+    if flags.yolo or not path.is_dir():
+        return None
+    try:
+        folder = find_model_folder(path, flags.weights)
+    except ValueError:  # the caller reports it
+        return None
+    return folder if is_adapter_folder(folder) else None
+
+
+def _write_adapter(flags: PushConfig, output: Output, source: Path) -> str:
+    """Writes the folder of a detector or segmentation model; returns the name of the model."""
+    for flag, value in (("--space", flags.space), ("--example", flags.example)):
+        if value:
+            raise CommandError(f"{flag} cannot be combined with {source}, which is no classifier; remove {flag}")
+    flags.origin.check_unused(str(source))
+    try:
+        config = copy_folder(source, output.fresh, str(Source.hub(flags.repo_id)), flags.license)
+    except OSError as error:
+        raise CommandError(f"cannot write {output.path or output.fresh}: {reason(error)}") from error
+    print(f"weights: {config.details.weights or 'unknown, as in the folder'}")
+    return f"{config.recipe.builder} on {config.recipe.args.get('backbone')}"
 
 
 def _write_classifier(flags: PushConfig, output: Output) -> str:
@@ -143,7 +177,12 @@ def _compare(pushed: Pushed, flags: PushConfig, folder: Path) -> None:
         return
     revision = flags.tag or flags.revision or (pushed.commit if flags.create_pr else None)
     name = str(Source.hub(pushed.repo_id, revision))
-    if flags.yolo:
+    if is_adapter_folder(folder):
+        Repository(pushed.repo_id).compare_files(folder, pushed)
+        adapter = read_config(folder).recipe.adapter
+        equal = load_pushed(folder, _builders(adapter), pushed.repo_id, pushed.commit)
+        line = f"from stvit.adapters import {adapter}; model = {adapter}.load({name!r})"
+    elif flags.yolo:
         from stvit.adapters.yolo.hub import compare_with_hub
 
         equal = compare_with_hub(folder, pushed)
@@ -153,3 +192,13 @@ def _compare(pushed: Pushed, flags: PushConfig, folder: Path) -> None:
         line = f"import stvit, timm; model = timm.create_model({name!r}, pretrained=True)"
     print(f"loaded commit {pushed.commit} from the Hub: all {equal} tensors and the checksums are equal")
     print(line)
+
+
+def _builders(adapter: str) -> Mapping[str, Callable[..., Any]]:
+    """Returns the functions of an adapter that build models."""
+    try:
+        module = importlib.import_module(f"stvit.adapters.{adapter}")
+    except ImportError as error:
+        raise CommandError(reason(error)) from error
+    builders: Mapping[str, Callable[..., Any]] = module.BUILDERS
+    return builders
