@@ -166,6 +166,8 @@ def test_grayscale(builder: str) -> None:
         ("faster_rcnn", {"backbone": "vit_tiny_patch16_224"}, "feature maps of strides 16, .*hierarchical model"),
         ("faster_rcnn", {"backbone_kwargs": {"depht": 3}}, "cannot create the backbone test_stvit .*depht"),
         ("faster_rcnn", {"frozen_stages": 5}, "frozen_stages must be from 0 to 4, got 5"),
+        ("retinanet", {"norm": "ln"}, "norm must be 'gn', 'bn' or None, got 'ln'"),
+        ("mask_rcnn", {"anchor_sizes": [8, 16]}, r"anchor_sizes must be five numbers of pixels, got \[8, 16\]"),
         ("faster_rcnn", {"pretrained_backbone": "resnet18.a1_in1k"}, "is a resnet18 checkpoint"),
     ],
 )
@@ -203,10 +205,33 @@ def test_pretrained_backbone(builder: str, pico: Path, caplog: pytest.LogCapture
 
 
 @ALL_MODELS
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+def test_normalization(builder: str, norm: str) -> None:
+    """Each convolution of the pyramid and of the heads has a normalization, except those that predict."""
+    convs = {"box_convs": 1} if "rcnn" in builder else {}
+    model = create(builder, norm=norm, **convs)
+    kind = nn.GroupNorm if norm == "gn" else nn.BatchNorm2d
+    norms = [name for name, layer in model.named_modules() if isinstance(layer, kind) and ".body." not in name]
+    assert sum(name.startswith("backbone.fpn.") for name in norms) == (6 if builder in ("retinanet", "fcos") else 8)
+    heads = {name.split(".")[1] for name in norms if name.startswith(("roi_heads.", "head."))}
+    expected = {"box_head"} if "rcnn" in builder else {"classification_head", "regression_head"}
+    if builder == "fcos" and norm == "bn":
+        expected = set()  # FCOS always has GroupNorm
+    assert heads == expected | ({"mask_head"} if "mask" in builder else set())
+    assert not [layer for layer in create(builder).backbone.fpn.modules() if isinstance(layer, kind)]
+
+
+def test_anchor_sizes() -> None:
+    model = create("mask_rcnn", anchor_sizes=[8, 16, 32, 64, 128])
+    assert model.rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
+    assert model.recipe.args["anchor_sizes"] == [8, 16, 32, 64, 128]
+
+
+@ALL_MODELS
 def test_saved_models(builder: str, tmp_path: Path) -> None:
     kwargs = {"in_chans": 1, "drop_path_rate": 0.1, "backbone_kwargs": {"stoken_size": (4, 2, 1, 1)}}
     if builder.startswith("cascade"):
-        kwargs |= {"box_convs": 1, "loss_weights": (1.0, 1.0, 1.0)}
+        kwargs |= {"box_convs": 1, "loss_weights": (1.0, 1.0, 1.0), "norm": "gn"}
     model = create(builder, **kwargs).eval()
     save_model(model, tmp_path / "saved", label_names=["person", "bus"], category_ids=[1, 6])
     loaded = detectors.load(tmp_path / "saved")

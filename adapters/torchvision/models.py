@@ -12,12 +12,14 @@ Shapes:
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -64,6 +66,8 @@ _RPN_LOSSES = ("loss_objectness", "loss_rpn_box_reg")
 # Width of torchvision's box heads, and of the convolutions of its heads.
 _HEAD_WIDTH = 1024
 _CONV_WIDTH = 256
+# Groups of GroupNorm, as in the paper (Wu and He 2018, arXiv 1803.08494).
+_GROUPS = 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ class Detector(TimmBackboneMixin):
     category_ids: list[int] | None = None
     hidden_arguments: tuple[str, ...] = (
         *("self", "args", "kwargs", "backbone", "num_classes"),
-        *("head", "rpn_head", "box_predictor", "mask_predictor"),
+        *("head", "rpn_head", "box_predictor", "mask_predictor", "norm"),
     )
 
 
@@ -142,8 +146,18 @@ class FasterRCNN(Detector, detection.FasterRCNN):
 
     loss_names = ("loss_classifier", "loss_box_reg", *_RPN_LOSSES)
 
-    def __init__(self, backbone: Pyramid, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(backbone, **_rcnn_parts(backbone, num_classes, kwargs))
+    def __init__(
+        self,
+        backbone: Pyramid,
+        num_classes: int,
+        *,
+        norm: str | None = None,
+        box_convs: int = 0,
+        anchor_sizes: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parts = _rcnn_parts(backbone, num_classes, norm, box_convs, anchor_sizes, kwargs)
+        super().__init__(backbone, **parts)
 
 
 class MaskRCNN(Detector, detection.MaskRCNN):
@@ -151,9 +165,22 @@ class MaskRCNN(Detector, detection.MaskRCNN):
 
     loss_names = ("loss_classifier", "loss_box_reg", "loss_mask", *_RPN_LOSSES)
 
-    def __init__(self, backbone: Pyramid, num_classes: int, **kwargs: Any) -> None:
-        predictor = MaskRCNNPredictor(_CONV_WIDTH, _CONV_WIDTH, num_classes)
-        super().__init__(backbone, mask_predictor=predictor, **_rcnn_parts(backbone, num_classes, kwargs))
+    def __init__(
+        self,
+        backbone: Pyramid,
+        num_classes: int,
+        *,
+        norm: str | None = None,
+        box_convs: int = 0,
+        anchor_sizes: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parts = _rcnn_parts(backbone, num_classes, norm, box_convs, anchor_sizes, kwargs)
+        masks = {
+            "mask_head": _mask_head(backbone.out_channels, norm),
+            "mask_predictor": MaskRCNNPredictor(_CONV_WIDTH, _CONV_WIDTH, num_classes),
+        }
+        super().__init__(backbone, **{**masks, **parts})
 
 
 class CascadeRCNN(Detector, detection.FasterRCNN):
@@ -172,16 +199,18 @@ class CascadeRCNN(Detector, detection.FasterRCNN):
         iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
         box_weights: Sequence[Sequence[float]] = BOX_WEIGHTS,
         loss_weights: Sequence[float] = LOSS_WEIGHTS,
+        norm: str | None = None,
         box_convs: int = 0,
+        anchor_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        parts = _rcnn_parts(backbone, num_classes, kwargs)
+        parts = _rcnn_parts(backbone, num_classes, norm, box_convs, anchor_sizes, kwargs)
         super().__init__(backbone, **{**parts, "box_head": nn.Identity(), "box_predictor": nn.Identity()})
         single: Any = self.get_submodule("roi_heads")
         size = single.box_roi_pool.output_size[0]
         self.roi_heads = CascadeRoIHeads(
             single.box_roi_pool,
-            [_box_head(backbone.out_channels, size, box_convs) for _ in iou_thresholds],
+            [_box_head(backbone.out_channels, size, box_convs, norm) for _ in iou_thresholds],
             [CascadePredictor(_HEAD_WIDTH, num_classes) for _ in iou_thresholds],
             batch_size_per_image=single.fg_bg_sampler.batch_size_per_image,
             positive_fraction=single.fg_bg_sampler.positive_fraction,
@@ -206,12 +235,13 @@ class CascadeMaskRCNN(CascadeRCNN):
         *,
         mask_roi_pool: MultiScaleRoIAlign | None = None,
         mask_head: nn.Module | None = None,
+        norm: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, **kwargs)
+        super().__init__(backbone, num_classes, norm=norm, **kwargs)
         heads = self.roi_heads
         heads.mask_roi_pool = mask_roi_pool or MultiScaleRoIAlign(["0", "1", "2", "3"], 14, sampling_ratio=2)
-        heads.mask_head = mask_head or MaskRCNNHeads(backbone.out_channels, (_CONV_WIDTH,) * 4, dilation=1)
+        heads.mask_head = mask_head or _mask_head(backbone.out_channels, norm)
         heads.mask_predictor = MaskRCNNPredictor(_CONV_WIDTH, _CONV_WIDTH, num_classes)
         self.loss_names = ("loss_mask", *self.loss_names)
 
@@ -221,38 +251,77 @@ class RetinaNet(Detector, detection.RetinaNet):
 
     loss_names = ("classification", "bbox_regression")
 
-    def __init__(self, backbone: Pyramid, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, backbone: Pyramid, num_classes: int, *, norm: str | None = None, **kwargs: Any) -> None:
         super().__init__(backbone, num_classes, head=nn.Identity(), **kwargs)
         anchors = self.anchor_generator.num_anchors_per_location()[0]
-        self.head = _RetinaNetHead(backbone.out_channels, anchors, num_classes)
+        self.head = _RetinaNetHead(backbone.out_channels, anchors, num_classes, _norm_layer(norm))
 
 
 class FCOS(Detector, detection.FCOS):
-    """torchvision's FCOS on a timm backbone; see `fcos`."""
+    """torchvision's FCOS on a timm backbone; see `fcos`.
+
+    Its heads always have GroupNorm.
+    """
 
     loss_names = ("classification", "bbox_regression", "bbox_ctrness")
 
-    def __init__(self, backbone: Pyramid, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, backbone: Pyramid, num_classes: int, *, norm: str | None = None, **kwargs: Any) -> None:
         super().__init__(backbone, num_classes, head=nn.Identity(), **kwargs)
         self.head = _FCOSHead(backbone.out_channels, 1, num_classes)
 
 
-def _rcnn_parts(backbone: Pyramid, num_classes: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _rcnn_parts(
+    backbone: Pyramid,
+    num_classes: int,
+    norm: str | None,
+    box_convs: int,
+    anchor_sizes: Sequence[int] | None,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
     """Returns the arguments of torchvision's R-CNN classes with our heads."""
-    anchors = kwargs.get("rpn_anchor_generator")
-    count = anchors.num_anchors_per_location()[0] if anchors else 3
+    anchors = kwargs.get("rpn_anchor_generator") or _anchor_generator(anchor_sizes)
+    pool = kwargs.get("box_roi_pool")
     parts = {
-        "rpn_head": _RPNHead(backbone.out_channels, count),
+        "rpn_anchor_generator": anchors,
+        "rpn_head": _RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
+        "box_head": _box_head(backbone.out_channels, pool.output_size[0] if pool else 7, box_convs, norm),
         "box_predictor": _BoxPredictor(_HEAD_WIDTH, num_classes),
     }
     return {**parts, **kwargs}
 
 
-def _box_head(in_channels: int, size: int, convs: int) -> nn.Module:
+def _anchor_generator(sizes: Sequence[int] | None) -> AnchorGenerator:
+    """Returns one size for each map of the pyramid, in three aspect ratios.
+
+    Raises:
+        ValueError: If there are not five sizes.
+    """
+    sizes = (32, 64, 128, 256, 512) if sizes is None else sizes
+    if len(sizes) != 5 or not all(isinstance(size, int | float) and size > 0 for size in sizes):
+        raise ValueError(f"anchor_sizes must be five numbers of pixels, got {sizes!r}")
+    return AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * 5)
+
+
+def _norm_layer(norm: str | None) -> Callable[[int], nn.Module] | None:
+    """Returns the function that creates a normalization layer of a number of channels.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if norm not in (None, "bn", "gn"):
+        raise ValueError(f"norm must be 'gn', 'bn' or None, got {norm!r}")
+    return {None: None, "bn": nn.BatchNorm2d, "gn": partial(nn.GroupNorm, _GROUPS)}[norm]
+
+
+def _box_head(in_channels: int, size: int, convs: int, norm: str | None) -> nn.Module:
     if not convs:
         return TwoMLPHead(in_channels * size**2, _HEAD_WIDTH)
     widths = [_CONV_WIDTH] * convs
-    return FastRCNNConvFCHead((in_channels, size, size), widths, [_HEAD_WIDTH], norm_layer=nn.BatchNorm2d)
+    return FastRCNNConvFCHead((in_channels, size, size), widths, [_HEAD_WIDTH], norm_layer=_norm_layer(norm or "bn"))
+
+
+def _mask_head(in_channels: int, norm: str | None) -> nn.Module:
+    return MaskRCNNHeads(in_channels, (_CONV_WIDTH,) * 4, dilation=1, norm_layer=_norm_layer(norm))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +339,7 @@ def faster_rcnn(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Builds a Faster R-CNN on the feature maps of strides 4 to 32 of a timm model.
@@ -289,8 +359,12 @@ def faster_rcnn(
         drop_path_rate: Stochastic depth rate of the backbone; None for its default.
         backbone_kwargs: Other arguments of the timm model.
         fpn_channels: Channels of the feature pyramid.
+        norm: Normalization in the feature pyramid and the heads: 'gn' (GroupNorm), 'bn' (BatchNorm) or None. Training
+            without pretrained weights needs it (He et al. 2019, arXiv 1811.08883).
         **kwargs: Arguments of torchvision's class, such as `min_size` and `box_score_thresh`, and of its
-            `GeneralizedRCNNTransform`.
+            `GeneralizedRCNNTransform`. In addition, `box_convs`: number of 3x3 convolutions in the box head, before one
+            fully connected layer instead of two; and `anchor_sizes`: five numbers of pixels, smaller ones for smaller
+            images (default: 32, 64, 128, 256, 512).
 
     Returns:
         The model in training mode. `recipe` stores the arguments.
@@ -313,6 +387,7 @@ def mask_rcnn(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> MaskRCNN:
     """Builds a Mask R-CNN on a timm model. The arguments are those of `faster_rcnn`.
@@ -334,13 +409,13 @@ def cascade_rcnn(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> CascadeRCNN:
     """Builds a Cascade R-CNN on a timm model, see `CascadeRoIHeads`.
 
     The arguments are those of `faster_rcnn`, and in addition `iou_thresholds`, `box_weights` and `loss_weights`, which
-    have a value for each head, and `box_convs`: number of convolutions with BatchNorm in each head, before one fully
-    connected layer instead of two. Swin's detectors have 4.
+    have a value for each head. Swin's detectors have `box_convs=4`.
 
     Raises:
         ValueError, RuntimeError: As in `faster_rcnn`.
@@ -359,6 +434,7 @@ def cascade_mask_rcnn(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> CascadeMaskRCNN:
     """Builds a Cascade Mask R-CNN on a timm model.
@@ -382,6 +458,7 @@ def retinanet(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> RetinaNet:
     """Builds a RetinaNet on the feature maps of strides 8 to 32 of a timm model.
@@ -405,6 +482,7 @@ def fcos(
     drop_path_rate: float | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
+    norm: str | None = None,
     **kwargs: Any,
 ) -> FCOS:
     """Builds an FCOS on the feature maps of strides 8 to 32 of a timm model.
@@ -448,9 +526,10 @@ def _build(cls: type[_Model], builder: str, args: dict[str, Any], kwargs: dict[s
     freeze_stages(net, args["frozen_stages"])
 
     mean, std = image_stats(net, in_chans)
-    stats = {"image_mean": mean, "image_std": std}
+    defaults = {"image_mean": mean, "image_std": std, "norm": args["norm"]}
+    pyramid = Pyramid(body, in_chans, channels, extra_blocks, _norm_layer(args["norm"]))
     create: Callable[..., Any] = cls
-    model = create(Pyramid(body, in_chans, channels, extra_blocks), num_classes, **{**stats, **kwargs})
+    model = create(pyramid, num_classes, **{**defaults, **kwargs})
     model.norm_eval = args["norm_eval"]
     model.recipe = Recipe("torchvision", builder, {**args, **kwargs})
     return model.train()

@@ -1,5 +1,7 @@
 """Feature pyramid on a timm backbone, for torchvision's detectors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -22,7 +24,14 @@ class Pyramid(nn.Module):
         out_channels: Channels of each map.
     """
 
-    def __init__(self, body: TimmFeatures, in_chans: int, out_channels: int, extra_blocks: ExtraFPNBlock) -> None:
+    def __init__(
+        self,
+        body: TimmFeatures,
+        in_chans: int,
+        out_channels: int,
+        extra_blocks: ExtraFPNBlock,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         """Creates the feature pyramid.
 
         Args:
@@ -30,10 +39,11 @@ class Pyramid(nn.Module):
             in_chans: Channels of the images.
             out_channels: Channels of each map.
             extra_blocks: Makes smaller maps from the last one.
+            norm_layer: Creates the normalization after each convolution; None for none.
         """
         super().__init__()
         self.body = body
-        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks)
+        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks, norm_layer)
         self.in_chans = in_chans
         self.out_channels = out_channels
 
