@@ -201,6 +201,7 @@ def test_drop_path_and_gradient_checkpointing() -> None:
     [
         ({"backbone": "stvit_smal"}, "unknown backbone 'stvit_smal'; did you mean stvit_small"),
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
+        ({"short_side": 0}, "short_side must be a whole number of at least 1, got 0"),
         ({"decoder_chanels": 8}, "upernet has no argument 'decoder_chanels', expected one of decoder_channels, "),
         ({"activation": "softmax"}, "upernet has no argument 'activation'"),
         ({"backbone_kwargs": {"stoken": 8}}, "cannot create upernet on the backbone test_stvit: .*stoken"),

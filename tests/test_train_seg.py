@@ -22,14 +22,15 @@ from PIL import Image
 from stvit.adapters import segmentation
 from stvit.tools import predict_seg, train_seg, validate_seg
 from stvit.tools.common.checkpoint import load_checkpoint
+from tests.hub_server import Hub
 from tests.label_maps import CLASS_NAMES, write_labeled_photos
 from tests.test_resume import same
 
 CONFIGS = sorted((Path(train_seg.__file__).parents[1] / "configs/seg").glob("*.yaml"))
 # Settings of a small model.
-SIZE = "--reduce-zero-label --short-side=64 --workers=0".split()
+DATA = "--reduce-zero-label --workers=0".split()
 RUN = (
-    "--backbone=test_stvit --crop-size=64 --no-norm-eval --batch-size=2 --warmup-epochs=0 --lr=3e-3 "
+    "--short-side=64 --backbone=test_stvit --crop-size=64 --no-norm-eval --batch-size=2 --warmup-epochs=0 --lr=3e-3 "
     "--checkpoint-steps=0"
 ).split()
 SMALL = ["--model-kwargs", "decoder_channels=16"]
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, output: Path, *flags: str) -> int:
-    line = [*RUN, *SIZE, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={output}"]
+    line = [*RUN, *DATA, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={output}"]
     return train_seg.main([*line, "--experiment=run", *SMALL, *flags])
 
 
@@ -83,11 +84,12 @@ def test_training_records_losses_and_metrics(run: Path) -> None:
 
 
 def test_the_best_weights_have_the_recorded_mean_iou(run: Path, data: Path, tmp_path: Path) -> None:
-    flags = [*SIZE, f"--data-dir={data}", f"--checkpoint={run}", f"--output={tmp_path / 'report'}", "--multi-scale"]
+    flags = [*DATA, f"--data-dir={data}", f"--checkpoint={run}", f"--output={tmp_path / 'report'}", "--multi-scale"]
     assert validate_seg.main(flags) == 0
     results = json.loads((tmp_path / "report/results.json").read_text())
     recorded = json.loads((run / "best/config.json").read_text())["stvit"]["metrics"][0]["value"]
     assert results["miou"] == pytest.approx(recorded, rel=1e-6)
+    assert results["short_side"] == 64 and results["long_side"] == 2048
     assert results["images"] == 4 and results["model"] == "upernet" and results["backbone"] == "test_stvit"
     assert results["ms_miou"] != results["miou"] and 0 <= results["ms_aacc"] <= 100
     classes = rows(tmp_path / "report/per_class.csv")
@@ -108,7 +110,7 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
         target.mkdir()
         for path in sorted(source.iterdir())[:3]:
             shutil.copy(path, target)
-    flags = [*SIZE, f"--val-images={images}", f"--val-labels={labels}", f"--checkpoint={run}"]
+    flags = [*DATA, f"--val-images={images}", f"--val-labels={labels}", f"--checkpoint={run}"]
     assert validate_seg.main([*flags, f"--output={tmp_path / 'one'}"]) == 0
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     line = [sys.executable, "-m", *torchrun, "-m", "stvit.tools.validate_seg", *flags, f"--output={tmp_path / 'two'}"]
@@ -214,7 +216,7 @@ RESUMED = (
 
 
 def start(data: Path, folder: Path) -> subprocess.Popen[str]:
-    line = [*RUN, *SIZE, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={folder}"]
+    line = [*RUN, *DATA, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={folder}"]
     command = [sys.executable, "-m", "stvit.tools.train_seg", *line, "--experiment=run", *RESUMED, *SMALL]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -262,13 +264,25 @@ def test_a_killed_run_is_the_same_run(times: int, data: Path, uninterrupted: Pat
     assert same(load_checkpoint(tmp_path / last), load_checkpoint(uninterrupted / last))
 
 
+def test_an_uploaded_run_loads_from_the_hub(hub: Hub, data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--epochs=2", "--repo-id=org/segmenter", "--hub-every=1") == 0
+    model, local = segmentation.load("hf-hub:org/segmenter"), segmentation.load(tmp_path / "run")
+    assert model.label_names == CLASS_NAMES and model.category_ids == [1, 2, 3]
+    assert all(map(torch.equal, model.state_dict().values(), local.state_dict().values()))
+    card = hub.files("org/segmenter")["README.md"].decode()
+    assert 'segmentation.load("hf-hub:org/segmenter")' in card and "pipeline_tag: image-segmentation" in card
+    assert "mIoU" in card
+    image = next((data / "images/validation").iterdir())
+    assert predict_seg.main([str(image), "--checkpoint=hf-hub:org/segmenter", f"--output={tmp_path / 'out'}"]) == 0
+
+
 # Evaluation
 
 
 def test_evaluation_refuses_other_classes(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*SIZE, f"--data-dir={data}", f"--checkpoint={run}"]
+    flags = [*DATA, f"--data-dir={data}", f"--checkpoint={run}"]
     assert validate_seg.main([*flags, f"--class-names={four_names(tmp_path)}"]) == 1
     assert "there are 3 classes, but 4 class names" in last_error(capsys)
     assert validate_seg.main([*flags, f"--checkpoint={tmp_path}"]) == 1
@@ -289,7 +303,7 @@ def photos(data: Path, tmp_path: Path) -> Path:
 
 def test_prediction_writes_label_maps_and_pictures(run: Path, data: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "predictions"
-    assert predict_seg.main([str(photos), f"--checkpoint={run}", f"--output={output}", "--short-side=64"]) == 0
+    assert predict_seg.main([str(photos), f"--checkpoint={run}", f"--output={output}"]) == 0
     names = sorted(path.relative_to(output / "labels").as_posix() for path in (output / "labels").rglob("*.png"))
     stems = ["bus_0.png", "bus_1.png", "more/bus.jpg.png", "more/bus.png.png", "zidane_0.png", "zidane_1.png"]
     assert names == stems
@@ -313,7 +327,7 @@ def test_unreadable_images_are_named_at_the_end(
 ) -> None:
     (photos / "bus_0.jpg").write_bytes(b"text")
     output = tmp_path / "predictions"
-    flags = [f"--checkpoint={run}", f"--output={output}", "--short-side=64", "--multi-scale"]
+    flags = [f"--checkpoint={run}", f"--output={output}", "--multi-scale"]
     assert predict_seg.main([str(photos), *flags]) == 1
     captured = capsys.readouterr()
     assert "wrote the label maps and pictures of 5 images" in captured.out

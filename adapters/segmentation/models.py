@@ -98,6 +98,8 @@ class _SegmentationModel(TimmBackboneMixin):
         in_chans: Channels of the images.
         mean: Mean of each image channel, for pixels from 0 to 1.
         std: Standard deviation of each image channel.
+        short_side: Largest length of the shorter side of an image, to which the commands resize images.
+        long_side: Largest length of the longer side.
         auxiliary_head: Head on the feature map of stride 16 that only the training uses, or None.
         recipe: Builder and arguments that create the model again.
     """
@@ -107,6 +109,8 @@ class _SegmentationModel(TimmBackboneMixin):
     in_chans: int
     mean: list[float]
     std: list[float]
+    short_side: int
+    long_side: int
     auxiliary_head: FCNHead | None
     recipe: Recipe
 
@@ -162,6 +166,8 @@ def upernet(
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    short_side: int = 512,
+    long_side: int = 2048,
     auxiliary_head: bool = True,
     backbone_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -180,6 +186,9 @@ def upernet(
         in_chans: Channels of the images.
         mean: Mean of each image channel, for pixels from 0 to 1 (default: the backbone's).
         std: Standard deviation of each image channel (default: the backbone's).
+        short_side: Largest length of the shorter side of an image, in pixels. The commands resize images to it; the
+            model itself accepts any size.
+        long_side: Largest length of the longer side.
         auxiliary_head: Whether to add an `FCNHead` to the feature map of stride 16. Its weight in the loss is
             `AUXILIARY_WEIGHT`.
         backbone_kwargs: Other arguments of the timm model.
@@ -203,6 +212,8 @@ def semantic_fpn(
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    short_side: int = 512,
+    long_side: int = 2048,
     auxiliary_head: bool = False,
     backbone_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -230,6 +241,8 @@ def deeplabv3plus(
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    short_side: int = 512,
+    long_side: int = 2048,
     auxiliary_head: bool = False,
     backbone_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -279,10 +292,12 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
     frozen_stages, norm_eval = given.pop("frozen_stages"), given.pop("norm_eval")
     drop_path_rate, backbone_kwargs = given.pop("drop_path_rate"), dict(given.pop("backbone_kwargs") or {})
     mean, std, has_auxiliary_head = given.pop("mean"), given.pop("std"), given.pop("auxiliary_head")
+    sides = {key: given.pop(key) for key in ("short_side", "long_side")}
     if drop_path_rate is not None:
         backbone_kwargs["drop_path_rate"] = drop_path_rate
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
+    for key, value in {"num_classes": num_classes, **sides}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     check_backbone(backbone, backbone_kwargs)
     if "output_stride" in given:
         given["encoder_output_stride"] = given.pop("output_stride")
@@ -300,6 +315,7 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot create {name} on the backbone {backbone}: {error}") from error
     model.num_classes, model.in_chans, model.norm_eval, model.recipe = num_classes, in_chans, norm_eval, recipe
+    model.short_side, model.long_side = sides.values()
     model.mean, model.std = image_stats(model.net, in_chans)
     for key, values in (("mean", mean), ("std", std)):
         if values is not None:

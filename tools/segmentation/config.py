@@ -34,7 +34,8 @@ class ValidationDataConfig(LoadingConfig):
     reduce_zero_label: bool = flag(False, "ignore value 0 of the label maps; value N is class N - 1, as in ADE20K")
     ignore_index: int = flag(255, "value of the label maps that is ignored", type=count, metavar="N")
     check_data: bool = flag(True, "read all label maps before the start", action=argparse.BooleanOptionalAction)
-    batch_size: int = flag(2, "images per step and process", type=positive, metavar="N", short="-b")
+    batch_size: int = flag(1, "images per step and process", type=positive, metavar="N", short="-b")
+    validation_batch_size: int | None = None
     train_images: str | None = None
     train_labels: str | None = None
 
@@ -43,6 +44,11 @@ class ValidationDataConfig(LoadingConfig):
 class TrainDataConfig(ValidationDataConfig):
     """Selects and loads the images of a training."""
 
+    batch_size: int = flag(2, "images per step and process", type=positive, metavar="N", short="-b")
+    validation_batch_size: int | None = flag(
+        1, "images per evaluation step and process; those of one size are evaluated at once", type=positive,
+        metavar="N", short="-vb",
+    )  # fmt: skip
     train_images: str | None = flag(None, "folder of the training images", metavar="DIR")
     train_labels: str | None = flag(None, "folder of their label maps: PNG files of the same names", metavar="DIR")
     num_classes: int | None = flag(
@@ -58,17 +64,11 @@ class ModelConfig(BackboneConfig):
 
 
 @dataclass
-class ScalingConfig:
-    """Size of the images as the model sees them."""
+class ImageConfig:
+    """Size and random changes of the images."""
 
     short_side: int = flag(512, "largest shorter side, in pixels", type=positive, metavar="N")
     long_side: int = flag(2048, "largest longer side, in pixels", type=positive, metavar="N")
-
-
-@dataclass
-class ImageConfig(ScalingConfig):
-    """Size and random changes of the images."""
-
     crop_size: int = flag(512, "height and width of the training crops, in pixels", type=positive, metavar="N")
     scale: list[float] = flag(
         [0.5, 2.0], "range of the random scale of training images", type=above_zero, nargs=2, metavar="X"
@@ -127,8 +127,12 @@ class SourceConfig:
     """Chooses a trained model, and the size of its images."""
 
     checkpoint: str = flag("", "run, model folder, or model on the Hub", required=True, metavar="PATH|hf-hub:ORG/NAME")
-    short_side: int = flag(512, "largest shorter side, in pixels", type=positive, metavar="N")
-    long_side: int = flag(2048, "largest longer side, in pixels", type=positive, metavar="N")
+    short_side: int | None = flag(
+        None, "largest shorter side, in pixels (default: as in training)", type=positive, metavar="N"
+    )
+    long_side: int | None = flag(
+        None, "largest longer side, in pixels (default: as in training)", type=positive, metavar="N"
+    )
     multi_scale: bool = flag(False, "average six scales from 0.5 to 1.75, each also mirrored", action="store_true")
 
 

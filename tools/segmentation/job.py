@@ -50,7 +50,7 @@ def prepare(config: SegmentationConfig, distributed: Distributed) -> "Segmentati
     images, rules = open_data(
         data, distributed, in_chans=config.model.in_chans, seed=config.run.seed, num_classes=data.num_classes
     )
-    model = create_model(config.model, rules.num_classes, config.image.mean, config.image.std, distributed)
+    model = create_model(config.model, config.image, rules.num_classes, distributed)
     return Segmentation(config, distributed, images, rules, prepare_model(model, config, distributed))
 
 
@@ -81,7 +81,9 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
         labels: Labels (B, H, W). `IGNORED` does not count.
     """
     labels = labels.long()
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    if logits.dtype in (torch.bfloat16, torch.float16):  # a sum over many pixels needs more digits
+        logits = logits.float()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 

@@ -1,6 +1,6 @@
 """Creates and opens the models of the segmentation commands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +10,16 @@ from stvit.weights import PretrainedError
 
 from ..common.cli import CommandError, reason
 from ..common.distributed import Distributed
-from .config import ModelConfig
+from .config import ImageConfig, ModelConfig
 
 
-def create_model(
-    config: ModelConfig,
-    num_classes: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    distributed: Distributed,
-) -> Any:
+def create_model(config: ModelConfig, image: ImageConfig, num_classes: int, distributed: Distributed) -> Any:
     """Creates the model to train, on the CPU.
 
     Args:
         config: The model and its initial weights.
+        image: Normalization and size of the images, which the model stores.
         num_classes: Number of classes.
-        mean: Mean of each image channel; None for that of the backbone.
-        std: Standard deviation of each image channel; None for that of the backbone.
         distributed: The primary process downloads weights first.
 
     Raises:
@@ -41,8 +34,10 @@ def create_model(
         "norm_eval": config.norm_eval,
         "drop_path_rate": config.drop_path,
         "in_chans": config.in_chans,
-        "mean": mean,
-        "std": std,
+        "mean": image.mean,
+        "std": image.std,
+        "short_side": image.short_side,
+        "long_side": image.long_side,
         "backbone_kwargs": config.backbone_kwargs or None,
     }
     for key in config.model_kwargs:

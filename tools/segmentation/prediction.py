@@ -21,11 +21,10 @@ from .labels import save_values
 from .model import open_model
 
 
-def scaling_of(source: SourceConfig, multi_scale: bool = False) -> Scaling:
-    """Returns the sizes that the flags describe."""
-    if multi_scale:
-        return Scaling(source.short_side, source.long_side, MULTI_SCALES, flip=True)
-    return Scaling(source.short_side, source.long_side)
+def scaling_of(source: SourceConfig, model: Any, multi_scale: bool = False) -> Scaling:
+    """Returns the sizes of the flags, or those that the model was trained for."""
+    short_side, long_side = source.short_side or model.short_side, source.long_side or model.long_side
+    return Scaling(short_side, long_side, MULTI_SCALES, flip=True) if multi_scale else Scaling(short_side, long_side)
 
 
 def predict(config: PredictionConfig) -> None:
@@ -47,7 +46,7 @@ def predict(config: PredictionConfig) -> None:
             model,
             distributed.device,
             dtype,
-            scaling=scaling_of(config.source, config.source.multi_scale),
+            scaling=scaling_of(config.source, model, config.source.multi_scale),
             context=partial(autocast, config.device, distributed.device),
             channels_last=config.device.channels_last,
         )

@@ -75,9 +75,10 @@ def validate(config: ValidationConfig) -> None:
         images.val.transform = ReadExample(LabelReader(rules))
         loader = create_example_val_loader(images.val, data, distributed, collate_images)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        sides = scaling_of(config.source, model)
         distributed.print_primary(
             f"{config.source.checkpoint}, {parameters:.1f} M parameters, {rules.num_classes} classes, "
-            f"{len(images.val)} images of at most {config.source.short_side}x{config.source.long_side} pixels, on "
+            f"{len(images.val)} images of at most {sides.short_side}x{sides.long_side} pixels, on "
             f"{f'{distributed.size} x ' if distributed.size > 1 else ''}{distributed.device.type}"
         )
         results: dict[str, Any] = {}
@@ -88,7 +89,7 @@ def validate(config: ValidationConfig) -> None:
                 model,
                 distributed.device,
                 DTYPES[device.model_dtype],
-                scaling=scaling_of(config.source, multi_scale=bool(prefix)),
+                scaling=scaling_of(config.source, model, multi_scale=bool(prefix)),
                 context=partial(autocast, device, distributed.device),
                 channels_last=device.channels_last,
             )
@@ -126,8 +127,8 @@ def _describe(config: ValidationConfig, model: Any, distributed: Distributed) ->
         "model": recipe.builder,
         "backbone": recipe.args.get("backbone"),
         "checkpoint": config.source.checkpoint,
-        "short_side": config.source.short_side,
-        "long_side": config.source.long_side,
+        "short_side": config.source.short_side or model.short_side,
+        "long_side": config.source.long_side or model.long_side,
         "mean": model.mean,
         "std": model.std,
         "data_dir": data.data_dir,
