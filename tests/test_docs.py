@@ -23,9 +23,23 @@ import torch
 from PIL import Image
 from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT
 
+from stvit.adapters import segmentation
+from stvit.adapters.folder import save_model
 from stvit.adapters.yolo import YOLO
 from stvit.hub import save
-from stvit.tools import benchmark, convert_checkpoint, demo, export, push_to_hub, train_cls, validate_cls, visualize
+from stvit.tools import (
+    benchmark,
+    convert_checkpoint,
+    demo,
+    export,
+    predict_seg,
+    push_to_hub,
+    train_cls,
+    train_seg,
+    validate_cls,
+    validate_seg,
+    visualize,
+)
 from tests.golden.fill import draw
 from tests.hub_server import OWNER, Hub
 
@@ -34,13 +48,16 @@ DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 # These pages show programs that made measurements. They need the data and the time of the measurements.
 RECORDS = {"results.md", "speed.md", "benchmarks/gpu.md"}
-FAST_PAGES = {"faq.md", "guides/data.md", "how-it-works.md", "index.md"}
+FAST_PAGES = {"faq.md", "guides/data.md", "guides/segmentation.md", "how-it-works.md", "index.md"}
 SHELL_PAGES = {"get-started.md", "guides/export.md", "guides/hub.md", "guides/super-tokens.md"}
 LABELS = ["daisy", "rose", "tulip", "violet"]
 
 PROGRAMS: dict[str, Any] = {
     "train": train_cls,
     "validate": validate_cls,
+    "train-seg": train_seg,
+    "validate-seg": validate_seg,
+    "predict-seg": predict_seg,
     "export": export,
     "convert": convert_checkpoint,
     "push": push_to_hub,
@@ -74,7 +91,7 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
     found = []
     files = {module.__name__.split(".")[-1]: name for name, module in PROGRAMS.items()} | {"yolo": "yolo"}
     for line in re.split(r"\n|; ", shell):
-        match = re.search(r"\bstvit (\w+)(.*)|(?:tools/|stvit\.tools\.)(\w+)(?:\.py)?(.*)", line)
+        match = re.search(r"\bstvit ([\w-]+)(.*)|(?:tools/|stvit\.tools\.)(\w+)(?:\.py)?(.*)", line)
         if match and "…" not in line and "--help" not in line:
             name = match[1] or files[match[3]]
             found.append((name, shlex.split(match[2] if match[1] else match[4], comments=True)))
@@ -110,6 +127,8 @@ def workplace(
     hub.add_user("owner", OWNER, orgs=("ORG",))
     hub.create_repo("ORG/flowers")
     hub.commit("ORG/flowers", {file.name: file.read_bytes() for file in (folder / "repository").iterdir()})
+    segmenter = segmentation.upernet("test_stvit", num_classes=3, decoder_channels=16)
+    save_model(segmenter, folder / "runs/streets/best", label_names=["road", "sidewalk", "car"])
     digits: Any = timm.create_model("stvit_pico", in_chans=1, num_classes=10)
     digits.pretrained_cfg.update(input_size=(1, 32, 32), mean=[0.3], std=[0.35])
     save(digits, folder / "runs/digits/best", label_names=[str(n) for n in range(10)])
@@ -141,7 +160,7 @@ def run_page(page: str, folder: Path) -> dict[str, Any]:
             exec(compile(text, page, "exec"), scope)
         elif page in SHELL_PAGES:
             for line in text.replace("\\\n", " ").splitlines():
-                match = re.match(r"stvit (\w+)(.*)", line)
+                match = re.match(r"stvit ([\w-]+)(.*)", line)
                 if match and match[1] not in ("demo", "yolo"):
                     run_command(match[1], shlex.split(match[2], comments=True), folder)
     return scope
@@ -181,6 +200,8 @@ def test_page_runs_as_written(
     if page == "guides/frameworks.md":
         assert scope["masks"].shape == (1, 4, 128, 160) and set(scope["found"]) == {"boxes", "labels", "scores"}
         assert scope["smooth"].shape == scope["y"].shape == (1, 64, 56, 56)
+    if page == "guides/segmentation.md":
+        assert scope["logits"].shape == (1, 3, 540, 405) and set(scope["names"]) <= {"road", "sidewalk", "car"}
     if page == "guides/super-tokens.md":
         assert Image.open("association.png").size == (405, 540)
 
@@ -240,7 +261,7 @@ def test_commands_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
             keys = {argument.partition("=")[0] for argument in arguments if "=" in argument}
             ours = {"pretrained_backbone", "stock_weights", "backbone_lr_scale", "layer_decay", "trust"}
             assert keys <= DEFAULT_CFG_DICT.keys() | ours, arguments
-        elif name in ("train", "validate"):
+        elif hasattr(PROGRAMS[name], "parse_args"):
             PROGRAMS[name].parse_args(arguments)
         else:
             PROGRAMS[name].create_parser().parse_args(arguments)
@@ -248,7 +269,7 @@ def test_commands_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_flags_in_the_text_exist(page: str) -> None:
-    for name, arguments in re.findall(r"(?<!`)`stvit (\w+) (.+?)`", read(page)):
+    for name, arguments in re.findall(r"(?<!`)`stvit ([\w-]+) (.+?)`", read(page)):
         if name in PROGRAMS:
             text = PROGRAMS[name].create_parser().format_help()
             for parser in find_subparsers(PROGRAMS[name].create_parser()):
