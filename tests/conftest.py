@@ -1,9 +1,11 @@
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +167,90 @@ def write_photos() -> Callable[..., Path]:
 def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data file of four photographs. Tests must not change it."""
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+COCO_NAMES = {3: "person", 7: "bus"}  # category ids with gaps
+
+
+@pytest.fixture(scope="session")
+def write_coco() -> Callable[..., Path]:
+    """Returns a function that writes photographs with annotations in COCO's format: images/ and instances.json.
+
+    The images are the two photographs of Ultralytics and their mirror images. The objects have polygons, the first
+    person of each image has an RLE, and one image has a crowd.
+    """
+
+    def write_coco(folder: Path, width: int = 96) -> Path:
+        from ultralytics.utils import ASSETS
+
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for name, boxes in BOXES.items():
+            photo = Image.open(ASSETS / f"{name}.jpg").convert("RGB")
+            photo = photo.resize((width, width * photo.height // photo.width))
+            for mirrored in (False, True):
+                picture = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else photo
+                file_name = f"{name}_{int(mirrored)}.jpg"
+                picture.save(folder / "images" / file_name)
+                image_id = 100 + len(images)
+                images.append({"id": image_id, "file_name": file_name, "width": width, "height": photo.height})
+                for number, (label, x, y, w, h) in enumerate(boxes):
+                    box = to_pixels(1 - x if mirrored else x, y, w, h, photo.size)
+                    annotation = {
+                        "id": 1 + len(annotations),
+                        "image_id": image_id,
+                        "category_id": list(COCO_NAMES)[label],
+                        "bbox": box,
+                        "iscrowd": int(name == "zidane" and mirrored and number == 1),
+                        "segmentation": octagon(box),
+                        "area": box[2] * box[3] * 7 / 9,
+                    }
+                    if number == 1:
+                        annotation["segmentation"] = rectangle_rle(box, photo.size)
+                        annotation["area"] = sum(annotation["segmentation"]["counts"][1::2])
+                    annotations.append(annotation)
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for number, name in COCO_NAMES.items()],
+        }
+        (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return write_coco
+
+
+def to_pixels(x: float, y: float, w: float, h: float, size: tuple[int, int]) -> list[float]:
+    """Returns left, top, width and height of a box, in pixels inside the image."""
+    left, top = max(0.0, (x - w / 2) * size[0]), max(0.0, (y - h / 2) * size[1])
+    right, bottom = min(size[0], (x + w / 2) * size[0]), min(size[1], (y + h / 2) * size[1])
+    return [round(value, 2) for value in (left, top, right - left, bottom - top)]
+
+
+def octagon(box: list[float]) -> list[list[float]]:
+    """Returns a polygon in a box, whose corners are cut off at a third of each side."""
+    left, top, width, height = box
+    x, y = [left + width * k / 3 for k in range(4)], [top + height * k / 3 for k in range(4)]
+    points = [(x[1], y[0]), (x[2], y[0]), (x[3], y[1]), (x[3], y[2]), (x[2], y[3]), (x[1], y[3]), (x[0], y[2]),
+              (x[0], y[1])]  # fmt: skip
+    return [[round(value, 2) for point in points for value in point]]
+
+
+def rectangle_rle(box: list[float], size: tuple[int, int]) -> dict[str, Any]:
+    """Returns the mask of a box as uncompressed run lengths, column by column."""
+    (width, height), (left, top) = size, (round(box[0]), round(box[1]))
+    right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
+    inside = bottom - top
+    runs = [left * height + top, *[inside, height - inside] * (right - left)]
+    runs[-1] = width * height - sum(runs[:-1])
+    return {"size": [height, width], "counts": runs}
+
+
+@pytest.fixture(scope="session")
+def coco_photos(write_coco: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of four photographs in COCO's format. Tests must not change it."""
+    return write_coco(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.fixture

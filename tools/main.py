@@ -8,6 +8,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("train_cls", "train an image classifier on ImageNet or your own images"),
     "validate": ("validate_cls", "measure the accuracy of an image classifier"),
+    "train-det": ("train_det", "train an object detector on COCO or your own images"),
+    "validate-det": ("validate_det", "measure the accuracy of an object detector"),
+    "predict-det": ("predict_det", "detect objects in images and draw them"),
     "train-seg": ("train_seg", "train a segmentation model on ADE20K or your own label maps"),
     "validate-seg": ("validate_seg", "measure the mIoU of a segmentation model"),
     "predict-seg": ("predict_seg", "predict the class of each pixel in images"),

@@ -33,8 +33,10 @@ class BackboneConfig:
     in_chans: int = flag(3, "image channels, 1 or 3", type=positive, metavar="N")
     drop_path: float | None = flag(None, "stochastic depth rate of the last block", type=rate, metavar="X")
     frozen_stages: int = flag(0, "stages, counted from the stem, that are not trained", type=count, metavar="N")
-    norm_eval: bool = flag(
-        True, "keep the statistics of the backbone's BatchNorm", action=argparse.BooleanOptionalAction
+    norm_eval: bool | None = flag(
+        None,
+        "keep the statistics of the backbone's BatchNorm (default: if weights are loaded)",
+        action=argparse.BooleanOptionalAction,
     )
     grad_checkpointing: bool = flag(False, "recompute the backbone's activations in the backward pass, to save memory")
     backbone_kwargs: dict[str, Any] = flag(
@@ -43,6 +45,12 @@ class BackboneConfig:
     model_kwargs: dict[str, Any] = flag(
         {}, "further arguments of the model", nargs="*", action=KeyValues, metavar="K=V"
     )
+
+    def keeps_statistics(self) -> bool:
+        """Returns whether the backbone's BatchNorm keeps its statistics, which those of random weights cannot."""
+        if self.norm_eval is None:
+            return self.pretrained_backbone is not None or self.pretrained_path is not None
+        return self.norm_eval
 
     def backbone_source(self) -> str | bool:
         """Returns `pretrained_backbone` as the functions of the adapters take it; False for random weights."""

@@ -31,7 +31,7 @@ def create_model(config: ModelConfig, image: ImageConfig, num_classes: int, dist
     arguments: dict[str, Any] = {
         "pretrained_backbone": config.backbone_source(),
         "frozen_stages": config.frozen_stages,
-        "norm_eval": config.norm_eval,
+        "norm_eval": config.keeps_statistics(),
         "drop_path_rate": config.drop_path,
         "in_chans": config.in_chans,
         "mean": image.mean,

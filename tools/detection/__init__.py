@@ -1,0 +1,1 @@
+"""Object detection: COCO data, metrics, and the parts of the commands."""

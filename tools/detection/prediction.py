@@ -1,0 +1,113 @@
+"""Detects objects in a folder of images, and writes pictures and detections."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from stvit.images import convert_image
+
+from ..common.cli import CommandError, progress_bar, reason
+from ..common.distributed import DTYPES, Distributed, autocast, check_dtype, join_processes
+from ..common.files import atomic_write
+from ..common.image_files import ImageError, find_images, open_image
+from .config import PredictionConfig
+from .draw import draw_detections
+from .inference import Detections, detect, to_device
+from .source import OpenedDetector, open_detector
+from .validation import write_detections
+
+
+def predict(config: PredictionConfig) -> None:
+    """Detects, draws and writes the results.
+
+    Raises:
+        CommandError: If a flag or the weights are wrong. If images were skipped, after all others are done.
+    """
+    root, output = Path(config.images).expanduser(), Path(config.output).expanduser()
+    if output.resolve() == (root if root.is_dir() else root.parent).resolve():
+        raise CommandError(f"--output {output} is the folder of the images, which would be overwritten; choose another")
+    images = find_images(root, output)
+    names = picture_names(root, images)
+    ids = image_ids(images)
+    with join_processes(config.device.device, config.device.dist_backend) as distributed:
+        if distributed.size > 1:
+            raise CommandError("predict_det.py runs in one process; start it without torchrun")
+        check_dtype(distributed.device, config.device.model_dtype)
+        detector = open_detector(config.source, config.device, distributed)
+        if config.device.channels_last:
+            detector.model.to(memory_format=torch.channels_last)
+        results: list[dict[str, Any]] = []
+        skipped: list[str] = []
+        by_id = dict(zip(detector.category_ids, detector.label_names, strict=True))
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
+                for path, name, image_id in zip(images, names, ids, strict=True):
+                    try:
+                        image = open_image(path)
+                    except ImageError as error:
+                        message = str(error)
+                        skipped.append(message if path.name in message else f"{path.name}: {message}")
+                        bar.write(f"warning: {skipped[-1]}; skipped", file=sys.stderr)
+                        bar.update()
+                        continue
+                    found = _detect_one(detector, image, image_id, config, distributed)
+                    relative = path.relative_to(root if root.is_dir() else root.parent).as_posix()
+                    results += [{"file_name": relative, **result} for result in found.to_coco()]
+                    _write_picture(output / name, image, found, by_id)
+                    bar.update()
+            write_detections(output / "detections.json", results)
+        except OSError as error:
+            raise CommandError(f"cannot write to --output {output}: {reason(error)}") from error
+    done = len(images) - len(skipped)
+    images_done = f"{done} image{'s' if done != 1 else ''}"
+    print(f"{len(results)} detections in {images_done}; pictures and detections.json are in {output}")
+    if skipped:
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise CommandError(f"{len(skipped)} of {len(images)} images were skipped: {'; '.join(skipped[:3])}{more}")
+
+
+def _detect_one(
+    detector: OpenedDetector, image: Any, image_id: int, config: PredictionConfig, distributed: Distributed
+) -> Detections:
+    """Returns the detections in an image whose scores reach the threshold."""
+    gray_or_color = convert_image(image, "L" if detector.in_chans == 1 else "RGB")
+    pixels = [v2.functional.pil_to_tensor(gray_or_color)]
+    moved = to_device(pixels, distributed.device, DTYPES[config.device.model_dtype])
+    with autocast(config.device, distributed.device):
+        (found,) = detect(detector.model, moved, [image_id], detector.category_ids)
+    return found.select(found.scores >= config.score_thresh)
+
+
+def _write_picture(path: Path, image: Any, found: Detections, names: dict[int, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = draw_detections(image, found, names)
+    atomic_write(path, lambda fresh: drawn.save(fresh, format="JPEG", quality=92))
+
+
+def picture_names(root: Path, images: Sequence[Path]) -> list[Path]:
+    """Returns the name of each picture: that of the image, ending in .jpg.
+
+    The former suffix stays part of the name if two names would be the same without it, ignoring case.
+    """
+    names = [path.relative_to(root if root.is_dir() else root.parent) for path in images]
+    counts = Counter(str(name.with_suffix("")).casefold() for name in names)
+    return [
+        name.with_suffix(".jpg") if counts[str(name.with_suffix("")).casefold()] == 1 else Path(f"{name}.jpg")
+        for name in names
+    ]
+
+
+def image_ids(images: Sequence[Path]) -> list[int]:
+    """Returns the id of each image: its name if all names are different numbers, as in COCO; else 1, 2, 3, …"""
+    stems = [path.stem for path in images]
+    if all(stem.isascii() and stem.isdecimal() and len(stem) < 19 for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(images) + 1))
