@@ -68,6 +68,8 @@ def test_metadata(wheel: Path) -> None:
     assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {
         "train",
         "yolo",
+        "detection",
+        "segmentation",
         "visualize",
         "export",
         "demo",
