@@ -4,7 +4,6 @@ Most tests also use another timm model for comparison.
 """
 
 import json
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -174,36 +170,3 @@ def test_segmentation_models_pytorch(decoder: str, name: str) -> None:
 def test_dilated_decoders_of_segmentation_models_pytorch(decoder: str, name: str) -> None:
     """These decoders need a backbone with a stride of 8 or 16."""
     check_decoder(decoder, name)
-
-
-class Pyramid(nn.Module):
-    """Returns timm's feature maps in the format of torchvision's detectors."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.body = timm.create_model(name, features_only=True)
-        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 32)
-        self.out_channels = 32
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.fpn(OrderedDict((str(i), maps) for i, maps in enumerate(self.body(x))))
-
-
-@BACKBONES
-def test_faster_rcnn_in_torchvision(name: str) -> None:
-    model = FasterRCNN(
-        Pyramid(name),
-        num_classes=3,
-        min_size=64,
-        max_size=96,
-        rpn_anchor_generator=AnchorGenerator(((16,), (24,), (32,), (48,)), ((0.5, 1.0, 2.0),) * 4),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=4, sampling_ratio=2),
-        rpn_post_nms_top_n_train=50,
-        rpn_post_nms_top_n_test=50,
-    )
-    images = [torch.rand(3, 64, 96), torch.rand(3, 60, 80)]
-    targets = [{"boxes": torch.tensor([[8.0, 8.0, 50.0, 40.0]]), "labels": torch.tensor([1])} for _ in images]
-    check_trained(model.backbone.body, sum(model(images, targets).values()))
-    for found in model.eval()(images):
-        assert found["boxes"].shape == (len(found["scores"]), 4)
-        assert all(torch.isfinite(found[key]).all() for key in ("boxes", "scores"))

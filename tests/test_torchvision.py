@@ -1,5 +1,6 @@
 """torchvision's detectors on timm backbones."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from ultralytics.utils import ASSETS
 
 from stvit.adapters import torchvision as detectors
 from stvit.adapters.folder import save_model
+from stvit.adapters.torchvision.complexity import count_macs
 from stvit.adapters.torchvision.models import BUILDERS
 from stvit.weights.errors import PretrainedError
 
+ROOT = Path(__file__).parents[1]
+RECORDED = list(csv.DictReader((ROOT / "docs/benchmarks/detectors.csv").open()))
 # People and bus in Ultralytics' photo bus.jpg of 810x1080 pixels, and their labels.
 BOXES = torch.tensor([[48.0, 399, 245, 903], [670, 392, 810, 878], [222, 405, 345, 861], [17, 231, 802, 768]])
 LABELS = torch.tensor([1, 1, 1, 2])
@@ -301,6 +305,38 @@ def test_autocast(builder: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sum(model.train()([image], [target(300, 400)]).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# Operations
+
+
+def test_operations_of_the_heads() -> None:
+    """Multiply-accumulates of five boxes in three box heads and of two masks, counted by hand."""
+    model = create("cascade_mask_rcnn")
+    none, boxes, masks = (
+        count_macs(model, 64, 64, boxes=boxes, masks=masks) for boxes, masks in ((0, 0), (5, 0), (0, 2))
+    )
+    assert boxes.layers - none.layers == 3 * 5 * (64 * 49 * 1024 + 1024 * 1024 + 1024 * (3 + 4))
+    convs = 14 * 14 * 9 * (64 * 256 + 3 * 256 * 256)
+    assert masks.layers - none.layers == 2 * (convs + 14 * 14 * 4 * 256 * 256 + 28 * 28 * 256 * 3)
+    assert none.attention == masks.attention > 0
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['model']}-{row['backbone']}-{row['box_convs']}")
+def test_recorded_operations(row: dict[str, str]) -> None:
+    """Counts the models of docs/benchmarks/detectors.csv again, and compares the table in docs/results.md."""
+    kwargs: dict[str, Any] = {"box_convs": int(row["box_convs"])} if row["box_convs"] != "0" else {}
+    if row["backbone"].startswith("swin"):
+        kwargs["backbone_kwargs"] = {"strict_img_size": False}
+    with torch.device("meta"):
+        model = BUILDERS[row["model"]](row["backbone"], 81, **kwargs)
+    macs = count_macs(model, int(row["height"]), int(row["width"]))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    assert (macs.layers / 1e9, macs.attention / 1e9, parameters) == pytest.approx(
+        (float(row["gmac_layers"]), float(row["gmac_attention"]), float(row["params_m"])), abs=0.051
+    )
+    total = float(row["gmac_layers"]) + float(row["gmac_attention"])
+    assert f" {parameters:.1f} | {total:.1f} |" in (ROOT / "docs/results.md").read_text()
 
 
 # Export

@@ -303,7 +303,7 @@ def _anchor_generator(sizes: Sequence[int] | None) -> AnchorGenerator:
 
 
 def _norm_layer(norm: str | None) -> Callable[[int], nn.Module] | None:
-    """Returns the function that creates a normalization layer of a number of channels.
+    """Returns the class of a normalization layer, which takes a number of channels.
 
     Raises:
         ValueError: If the name is unknown.
