@@ -19,7 +19,7 @@ from stvit.tools.segmentation.config import ImageConfig, ValidationDataConfig
 from stvit.tools.segmentation.data import LabeledImages, check_labels, open_data
 from stvit.tools.segmentation.draw import draw_overlay, palette
 from stvit.tools.segmentation.inference import MULTI_SCALES, Predictor, Scaling, argmax_resized
-from stvit.tools.segmentation.job import segmentation_loss
+from stvit.tools.segmentation.job import SegmentationTask, segmentation_loss
 from stvit.tools.segmentation.labels import IGNORED, LabelReader, LabelRules, read_class_names, save_values
 from stvit.tools.segmentation.metrics import SegmentationMetrics, compute_scores
 from stvit.tools.segmentation.transforms import RandomCrop, RandomScale, ReadExample, train_transform
@@ -189,17 +189,24 @@ def example(height: int, width: int) -> tuple[Any, Any]:
     return tv_tensors.Image((80 * labels)[None].expand(3, -1, -1).contiguous()), tv_tensors.Mask(labels)
 
 
-def share_of_equal(image: torch.Tensor, labels: torch.Tensor) -> float:
-    is_sharp = image[0] % 80 == 0
-    return float((image[0][is_sharp] // 80 == labels[is_sharp]).float().mean())
-
-
 @pytest.mark.parametrize("scale", [0.5, 1.3, 2.0])
-def test_scaled_labels_follow_the_image(scale: float) -> None:
+def test_scaled_labels_keep_their_values(scale: float) -> None:
     image, labels = RandomScale(Scaling(60, 500), (scale, scale))(*example(120, 80))
     assert image.shape[-2:] == labels.shape == (round(90 * scale), round(60 * scale))
     assert set(labels.unique().tolist()) == {0, 1, 2}
-    assert share_of_equal(image, labels) == 1
+    is_sharp = image[0] % 80 == 0
+    assert is_sharp.float().mean() > 0.9 and torch.equal(image[0][is_sharp] // 80, labels[is_sharp])
+
+
+def test_scaled_labels_are_not_shifted() -> None:
+    """At no border does a label differ from the value of most pixels that it stands for."""
+    labels = torch.zeros(60, 80, dtype=torch.uint8)
+    for border in (9, 21, 39, 53, 67):
+        labels[:, border:] = 1 - labels[:, border:]
+    image, mask = RandomScale(Scaling(60, 500), (0.25, 0.25))(
+        tv_tensors.Image(200 * labels[None]), tv_tensors.Mask(labels)
+    )
+    assert image.shape == (1, 15, 20) and torch.equal((image[0] > 100).to(torch.uint8), mask.as_subclass(torch.Tensor))
 
 
 def test_small_images_are_padded() -> None:
@@ -315,6 +322,17 @@ def test_loss_of_labeled_pixels() -> None:
     loss = segmentation_loss(logits, torch.full_like(labels, IGNORED))
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_the_auxiliary_head_counts_less() -> None:
+    logits, auxiliary = torch.randn(2, 2, 3, 4, 5).unbind()
+    labels = torch.randint(0, 3, (2, 4, 5))
+    model = nn.Module()
+    model.forward = lambda images: (logits, auxiliary)
+    result = SegmentationTask(model, segmentation_loss, verbose=False)(torch.zeros(2, 3, 4, 5), labels)
+    wanted = nn.functional.cross_entropy(logits, labels), 0.4 * nn.functional.cross_entropy(auxiliary, labels)
+    torch.testing.assert_close((result["loss_decode"], result["loss_aux"]), wanted)
+    torch.testing.assert_close(result["loss"], wanted[0] + wanted[1])
 
 
 def test_scores_by_hand() -> None:

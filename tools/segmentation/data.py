@@ -17,7 +17,7 @@ from ..common.distributed import Distributed
 from ..common.examples import ExampleDataset
 from ..common.image_folders import Ignored, find_image_files
 from .config import ValidationDataConfig
-from .labels import IGNORED, MAX_CLASSES, LabelReader, LabelRules, read_class_names
+from .labels import MAX_CLASSES, LabelReader, LabelRules, read_class_names
 
 # Class names in ADE20K's folder.
 _ADE_NAMES = "objectInfo150.txt"
@@ -223,11 +223,9 @@ def _check_pair(reader: LabelReader, image: str, labels: Path) -> np.ndarray | s
     except (OSError, UnreadableImageError):
         size = None  # reading the image reports it, and --max-bad-images decides
     try:
-        values = reader.read(labels, size)
+        return reader.find_classes(labels, size)
     except ValueError as error:
         return f"{labels}: {error}"
-    present = np.bincount(values.ravel(), minlength=IGNORED + 1)[: reader.rules.num_classes] > 0
-    return present
 
 
 def _stem(name: str) -> str:

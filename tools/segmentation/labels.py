@@ -4,7 +4,6 @@ Shapes:
     H, W     height and width of an image
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,34 +79,50 @@ class LabelReader:
             ValueError: If the file cannot be read, has colors, has another size, or contains a wrong value. The message
                 does not contain the path.
         """
-        values = read_values(path)
-        if size is not None and (values.shape[1], values.shape[0]) != size:
+        image = _open(path, size)
+        self._check_values(image)
+        return self._table[np.asarray(image).astype(np.uint16, copy=False)].astype(np.uint8)
+
+    def find_classes(self, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Returns which classes a file contains, bool (K,). It is faster than `read`.
+
+        `read` has the arguments.
+
+        Raises:
+            ValueError: As `read`.
+        """
+        values = self._check_values(_open(path, size))
+        classes = self._table[values]
+        return np.isin(np.arange(self.rules.num_classes), classes[classes != IGNORED])
+
+    def _check_values(self, image: Image.Image) -> np.ndarray:
+        """Returns the values in a label map.
+
+        Raises:
+            ValueError: If a value is neither a class nor ignored.
+        """
+        if image.mode in ("L", "P"):
+            counts = np.asarray(image.histogram())  # ten times as fast as np.unique
+            values = np.flatnonzero(counts)
+            counts = counts[values]
+        else:
+            values, counts = np.unique(np.asarray(image), return_counts=True)
+        values = values.astype(np.int64)
+        is_wrong = (values < 0) | (values > _MAX_VALUE)
+        is_wrong |= self._table[values.clip(0, _MAX_VALUE)] == _INVALID
+        if is_wrong.any():
+            more = f" (and {is_wrong.sum() - 1} other values)" if is_wrong.sum() > 1 else ""
             raise ValueError(
-                f"{values.shape[1]}x{values.shape[0]} pixels, but its image has {size[0]}x{size[1]}; make both the same"
+                f"value {values[is_wrong][0]} in {counts[is_wrong][0]} pixels{more}, expected {self.rules.describe()}"
             )
-        if values.min() < 0 or values.max() > _MAX_VALUE:
-            raise ValueError(self._describe_wrong(Counter(values.ravel().tolist())))
-        labels = self._table[values]
-        if (labels == _INVALID).any():
-            raise ValueError(self._describe_wrong(Counter(values[labels == _INVALID].tolist())))
-        return labels.astype(np.uint8)
-
-    def _describe_wrong(self, counts: Counter[int]) -> str:
-        wrong = {
-            value: number
-            for value, number in sorted(counts.items())
-            if not 0 <= value <= _MAX_VALUE or self._table[value] == _INVALID
-        }
-        value, number = next(iter(wrong.items()))
-        more = f" (and {len(wrong) - 1} other values)" if len(wrong) > 1 else ""
-        return f"value {value} in {number} pixels{more}, expected {self.rules.describe()}"
+        return values
 
 
-def read_values(path: Path) -> np.ndarray:
-    """Returns the stored values of a label map, integers (H, W). The values of a palette image are its indices.
+def _open(path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """Opens a label map. The values of a palette image are its indices.
 
     Raises:
-        ValueError: If the file cannot be read, or has colors.
+        ValueError: If the file cannot be read, has colors, or has another size.
     """
     try:
         image = decode_image(path, MAX_PIXELS)
@@ -121,8 +136,11 @@ def read_values(path: Path) -> np.ndarray:
         raise ValueError(
             f"colors (mode {image.mode}), expected one channel of class numbers; convert each color to its class number"
         )
-    values = np.asarray(image)
-    return values.astype(np.uint8) if values.dtype == bool else values
+    if size is not None and image.size != size:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels, but its image has {size[0]}x{size[1]}; make both the same"
+        )
+    return image
 
 
 def save_values(values: np.ndarray, path: Path) -> None:
