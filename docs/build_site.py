@@ -51,7 +51,17 @@ REFERENCE = {
         ["stvit.visualize", "stvit.superpixels"],
     ),
     "images": ("Images", "How image files are opened.", ["stvit.images"]),
-    "yolo": ("YOLO adapter", "Ultralytics' YOLO26 on the backbones of timm.", ["stvit.adapters"]),
+    "yolo": ("YOLO adapter", "Ultralytics' YOLO26 on the backbones of timm.", ["stvit.adapters.yolo"]),
+    "detection": (
+        "torchvision adapter",
+        "torchvision's detectors on the backbones of timm.",
+        ["stvit.adapters.torchvision"],
+    ),
+    "segmentation": (
+        "Segmentation adapter",
+        "Decoders of segmentation_models.pytorch on the backbones of timm.",
+        ["stvit.adapters.segmentation"],
+    ),
     "other": ("Other modules", "What the modules above have in common.", ["stvit"]),
 }
 

@@ -297,11 +297,15 @@ def test_autocast(builder: str) -> None:
     model = create(builder, min_size=320, max_size=480).eval()
     score_threshold(model, 0.005)
     image = photo(300, 400)
+    proposals: list[torch.Tensor] = []
+    if hasattr(model, "rpn"):
+        model.rpn.register_forward_hook(lambda _module, _args, output: proposals.extend(output[0]))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = model([image])[0]
         maps = model.backbone(torch.rand(1, 3, 64, 64))
     assert found["boxes"].dtype == torch.float32 and all(value.dtype == torch.float32 for value in maps.values())
     assert (found["boxes"][found["boxes"] > 257] % 2 > 0.01).any()
+    assert all(boxes.dtype == torch.float32 for boxes in proposals)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sum(model.train()([image], [target(300, 400)]).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
