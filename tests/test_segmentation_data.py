@@ -1,7 +1,11 @@
 """Tests label maps, the checks of a dataset, augmentation, inference and metrics."""
 
+import importlib.util
+import json
 import re
+import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from stvit.tools.segmentation.metrics import SegmentationMetrics, compute_scores
 from stvit.tools.segmentation.transforms import RandomCrop, RandomScale, ReadExample, train_transform
 from tests.label_maps import write_labeled_photos
 
+ROOT = Path(__file__).parents[1]
 CPU = Distributed(torch.device("cpu"))
 ADE = LabelRules(3, reduce_zero_label=True)
 
@@ -390,3 +395,60 @@ def test_every_class_number_has_a_place_in_a_picture() -> None:
     picture = draw_overlay(Image.new("RGB", (15, 10)), classes, None, 150, 1.0)
     assert re.fullmatch(r"\d+x\d+", f"{picture.width}x{picture.height}")
     assert np.array_equal(np.asarray(picture)[:10, :15].reshape(150, 3), palette(150))
+
+
+# The script that makes label maps of other annotations
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    """Returns the program docs/make_label_maps.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_label_maps", ROOT / "docs/make_label_maps.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_label_maps_of_coco(script: ModuleType, tmp_path: Path) -> None:
+    def square(left: int, side: int) -> list[list[int]]:
+        return [[left, 0, left + side, 0, left + side, side, left, side]]
+
+    Image.new("RGB", (12, 8)).save(tmp_path / "a.png")
+    shapes = [(7, square(0, 2), 0), (5, square(0, 8), 0), (7, square(8, 2), 0), (9, square(10, 1), 0)]
+    shapes.append((5, {"size": [8, 12], "counts": [88, 8]}, 1))  # the last column, which is a crowd
+    items = [
+        {
+            "id": number,
+            "image_id": 1,
+            "category_id": category,
+            "segmentation": shape,
+            "iscrowd": crowd,
+            "area": 8 if crowd else (shape[0][2] - shape[0][0]) ** 2,
+            "bbox": [0, 0, 12, 8],
+        }
+        for number, (category, shape, crowd) in enumerate(shapes, start=1)
+    ]
+    categories = [{"id": number, "name": f"class {number}"} for number in (5, 7, 9)]
+    images = [{"id": 1, "file_name": "a.png", "width": 12, "height": 8}]
+    content = {"images": images, "annotations": items, "categories": categories}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    arguments = ["coco", str(tmp_path / "instances.json"), str(tmp_path), str(tmp_path / "out"), "--classes", "2"]
+    script.main(arguments)
+    assert read_class_names(tmp_path / "out/class_names.txt") == ["background", "class 5", "class 7"]
+    labels = LabelReader(LabelRules(3)).read(tmp_path / "out/annotations/training/a.png", (12, 8))
+    # The small square is in front of the large one. The category with the fewest pixels is ignored, as is the crowd.
+    assert labels[0].tolist() == [2, 2, 1, 1, 1, 1, 1, 1, 2, 2, 255, 255]
+    assert labels[7].tolist() == [1] * 8 + [0, 0, 0, 255]
+    open_data(ValidationDataConfig(data_dir=str(tmp_path / "out")), CPU, num_classes=3)
+
+
+def test_label_maps_of_penn_fudan(script: ModuleType, tmp_path: Path) -> None:
+    for name, value in (("PNGImages/a", 0), ("PedMasks/a_mask", 2)):
+        Image.new("L", (4, 3), value).save(tmp_path / "file.png")
+        with zipfile.ZipFile(tmp_path / "wheel.whl", "a") as wheel:
+            wheel.write(tmp_path / "file.png", f"{script.PENN_FUDAN}/{name}.png")
+    script.main(["penn-fudan", str(tmp_path / "wheel.whl"), str(tmp_path / "out")])
+    source = open_source(tmp_path / "out", "validation")
+    assert len(source) == 1 and (LabelReader(LabelRules(2)).read(source[0][1]) == 1).all()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "class_names.txt", "images"]

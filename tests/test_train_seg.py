@@ -28,10 +28,10 @@ from tests.test_resume import same
 
 CONFIGS = sorted((Path(train_seg.__file__).parents[1] / "configs/seg").glob("*.yaml"))
 # Settings of a small model.
-DATA = "--reduce-zero-label --workers=0".split()
+DATA = ["--workers=0"]
 RUN = (
-    "--short-side=64 --backbone=test_stvit --crop-size=64 --no-norm-eval --batch-size=2 --warmup-epochs=0 --lr=3e-3 "
-    "--checkpoint-steps=0"
+    "--reduce-zero-label --short-side=64 --backbone=test_stvit --crop-size=64 --no-norm-eval --batch-size=2 "
+    "--warmup-epochs=0 --lr=3e-3 --checkpoint-steps=0"
 ).split()
 SMALL = ["--model-kwargs", "decoder_channels=16"]
 
@@ -119,6 +119,19 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == processes and one["images"] == two["images"] == 3
     assert [one[name] for name in ("miou", "macc", "aacc")] == [two[name] for name in ("miou", "macc", "aacc")]
+
+
+@pytest.mark.long  # test_distributed.py trains classifiers on several processes
+@pytest.mark.parametrize("model", ["upernet", "semantic_fpn"])
+def test_training_on_several_processes(model: str, data: Path, tmp_path: Path) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stvit.tools.train_seg"]
+    flags = [*RUN, *DATA, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={tmp_path}"]
+    flags += ["--experiment=run", "--epochs=2", f"--model={model}", "--model-ema", "--model-ema-decay=0.5"]
+    done = subprocess.run([sys.executable, "-m", *torchrun, *flags], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    history = rows(tmp_path / "run/summary.csv")
+    assert len(history) == 2 and all(np.isfinite(float(value)) for row in history for value in row.values())
+    assert validate_seg.main([*DATA, f"--data-dir={data}", f"--checkpoint={tmp_path / 'run/best'}"]) == 0
 
 
 def test_images_without_labels_give_a_loss_of_zero(data: Path, tmp_path: Path) -> None:
@@ -285,6 +298,8 @@ def test_evaluation_refuses_other_classes(
     flags = [*DATA, f"--data-dir={data}", f"--checkpoint={run}"]
     assert validate_seg.main([*flags, f"--class-names={four_names(tmp_path)}"]) == 1
     assert "there are 3 classes, but 4 class names" in last_error(capsys)
+    assert validate_seg.main([*flags, "--no-reduce-zero-label"]) == 1
+    assert "expected 0 to 2, or 255 for ignored pixels" in last_error(capsys)
     assert validate_seg.main([*flags, f"--checkpoint={tmp_path}"]) == 1
     assert "--checkpoint: " in last_error(capsys)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluates a semantic segmentation model.
 
-    python tools/validate_seg.py --checkpoint runs/upernet --data-dir ADEChallengeData2016 --reduce-zero-label
+    python tools/validate_seg.py --checkpoint runs/upernet --data-dir ADEChallengeData2016
     python tools/validate_seg.py --checkpoint hf-hub:ORG/NAME --data-dir … --multi-scale --output report
     torchrun --nproc-per-node 8 tools/validate_seg.py --checkpoint … --data-dir …
 

@@ -31,7 +31,11 @@ class ValidationDataConfig(LoadingConfig):
         "class names: one per line, or ADE20K's objectInfo150.txt (default: the latter in --data-dir, if present)",
         metavar="FILE",
     )
-    reduce_zero_label: bool = flag(False, "ignore value 0 of the label maps; value N is class N - 1, as in ADE20K")
+    reduce_zero_label: bool | None = flag(
+        None,
+        "ignore value 0 of the label maps; value N is class N - 1, as in ADE20K (default: as in training)",
+        action=argparse.BooleanOptionalAction,
+    )
     ignore_index: int = flag(255, "value of the label maps that is ignored", type=count, metavar="N")
     check_data: bool = flag(True, "read all label maps before the start", action=argparse.BooleanOptionalAction)
     batch_size: int = flag(1, "images per step and process", type=positive, metavar="N", short="-b")
@@ -49,6 +53,7 @@ class TrainDataConfig(ValidationDataConfig):
         1, "images per evaluation step and process; those of one size are evaluated at once", type=positive,
         metavar="N", short="-vb",
     )  # fmt: skip
+    reduce_zero_label: bool = flag(False, "ignore value 0 of the label maps; value N is class N - 1, as in ADE20K")
     train_images: str | None = flag(None, "folder of the training images", metavar="DIR")
     train_labels: str | None = flag(None, "folder of their label maps: PNG files of the same names", metavar="DIR")
     num_classes: int | None = flag(

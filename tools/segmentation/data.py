@@ -125,7 +125,7 @@ def open_data(
         raise CommandError("the number of classes is unknown; pass --class-names FILE, or --num-classes N")
     if count > MAX_CLASSES:
         raise CommandError(f"--num-classes {count} is more than the limit of {MAX_CLASSES} classes")
-    rules = LabelRules(count, config.reduce_zero_label, config.ignore_index)
+    rules = LabelRules(count, bool(config.reduce_zero_label), config.ignore_index)
     splits = ["training", "validation"] if is_training else ["validation"]
     sources = [LabeledImages(*_folders(config, split)) for split in splits]
     for source in sources:

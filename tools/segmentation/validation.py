@@ -62,6 +62,8 @@ def validate(config: ValidationConfig) -> None:
         model = model.to(device=distributed.device, dtype=DTYPES[device.model_dtype])
         if device.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        if data.reduce_zero_label is None:  # the classes of such a model have the values 1, 2, …
+            data.reduce_zero_label = model.category_ids is not None
         images, rules = open_data(
             data,
             distributed,
