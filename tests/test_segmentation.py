@@ -83,6 +83,8 @@ def test_channels_last_backbone() -> None:
     assert [tuple(y.shape) for y in features[2:]] == [(1, 16, 16, 16), (1, 32, 8, 8), (1, 64, 4, 4), (1, 128, 2, 2)]
     assert all(map(torch.equal, features[2:], wanted))
     assert model(images).shape == (1, 4, 64, 64)
+    with pytest.raises(ValueError, match="the backbone swin_tiny_patch4_window7_224 does not accept images of 96x64"):
+        model(torch.randn(1, 3, 70, 64))
     # The norm after the last block has no effect on the maps.
     assert not [key for key, _ in model.named_parameters() if key.startswith("encoder.model.net.norm.")]
 

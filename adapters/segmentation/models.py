@@ -20,8 +20,8 @@ from torch import nn
 
 from stvit.adapters.backbone import (
     TimmBackboneMixin,
+    TimmFeatures,
     check_backbone,
-    feature_maps,
     freeze_stages,
     image_stats,
     lists_to_tuples,
@@ -57,15 +57,14 @@ class FCNHead(nn.Sequential):
         )
 
 
-class Features(nn.Module):
+class Features(TimmFeatures):
     """Feature extractor for `timm.create_model(features_only=True, feature_cls=Features)`.
 
-    timm's own extractors take the layers out of the model, or do not return maps in the layout that smp expects. This
-    one keeps the model, so that its methods for layer decay and gradient checkpointing remain.
+    timm's own extractors take the layers out of the model, or do not return maps in the layout that smp expects.
 
     Attributes:
-        net: timm model without the layers after the last feature map.
-        feature_info: Channels and strides of the feature maps.
+        feature_info: Channels and strides of the feature maps, as smp reads them.
+        is_channels_last: Whether the maps are (B, H, W, C).
     """
 
     def __init__(self, net: Any, out_indices: Sequence[int], output_fmt: str = "NCHW", **_: Any) -> None:
@@ -76,17 +75,13 @@ class Features(nn.Module):
             out_indices: Indices of the feature maps in the model's `feature_info`.
             output_fmt: Layout of the returned maps. timm passes that of the model.
         """
-        super().__init__()
-        feature_maps(net, type(net).__name__)
-        self.out_indices = tuple(out_indices)
-        net.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
-        self.feature_info = FeatureInfo(net.feature_info, self.out_indices)
+        super().__init__(net, str(net.pretrained_cfg.get("architecture")), out_indices)
+        self.feature_info = FeatureInfo(net.feature_info, tuple(out_indices))
         self.is_channels_last = str(output_fmt).upper().endswith("NHWC")
-        self.net = net
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Returns the feature maps of images."""
-        maps = self.net.forward_intermediates(x, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True)
+        maps = super().forward(x)
         return [y.permute(0, 2, 3, 1) for y in maps] if self.is_channels_last else maps
 
 
