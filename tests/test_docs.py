@@ -227,6 +227,29 @@ def prepare_super_tokens(folder: Path) -> None:
 
 
 @pytest.mark.long
+def test_commands_of_the_detection_guide_run(
+    write_coco: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs the commands for your own images, with a smaller model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    folder = write_coco(tmp_path / "data")
+    (folder / "images").rename(tmp_path / "photos")
+    for name in ("train.json", "val.json"):
+        shutil.copy(folder / "instances.json", name)
+    sizes = "--min-size 64 --max-size 96 --test-size 64 --epochs 1 --decay-milestones 1 --batch-size 2"
+    small = {"train-det": f"--backbone test_stvit {sizes} --workers 0", "validate-det": "--workers 0"}
+    done = []
+    for name, arguments in commands("guides/detection.md"):
+        if "/data/coco" not in arguments:
+            done.append(name)
+            assert PROGRAMS[name].main([*arguments, *shlex.split(small.get(name, ""))]) == 0
+    assert done == ["train-det", "validate-det", "predict-det"]
+    assert {path.name for path in Path("report").iterdir()} == {"results.json", "per_class.csv", "detections.json"}
+    assert len(list(Path("predictions").glob("*.jpg"))) == 4
+
+
+@pytest.mark.long
 def test_detection_runs_as_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the page of YOLO26 on fewer and smaller images.
 

@@ -26,6 +26,7 @@ from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.detection import requirements
 from stvit.tools.detection.config import MODELS
 from stvit.tools.detection.metrics import METRICS
+from tests.hub_server import Hub
 
 CONFIGS = Path(__file__).parents[1] / "configs/det"
 # A detector that trains in seconds.
@@ -452,6 +453,30 @@ def test_a_checkpoint_that_is_no_detector(
     data = [str(coco_photos / "images")] if command is predict_det else data_flags(coco_photos, ["val"])
     assert command.main([*data, "--checkpoint=nowhere", *([f"--output={tmp_path}"])]) == 1
     assert capsys.readouterr().err.startswith("error: --checkpoint: ")
+
+
+def test_a_run_is_uploaded_and_loaded_from_the_hub(
+    hub: Hub, coco_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both branches load, and another machine continues the run."""
+    flags = [*SMALL, *data_flags(coco_photos), "--model=mask_rcnn", "--workers=0", "--decay-milestones", "1"]
+    flags += ["--experiment=it", "--repo-id=org/detector"]
+    assert train_det.main([*flags, "--epochs=1", f"--output={tmp_path / 'first'}"]) == 0
+    run = tmp_path / "first/it"
+    assert hub.files("org/detector")["model.safetensors"] == (run / "best/model.safetensors").read_bytes()
+    card = hub.files("org/detector")["README.md"].decode()
+    assert "pipeline_tag: object-detection" in card and 'torchvision.load("hf-hub:org/detector")' in card
+    assert "| box AP | " in card and "| mask AP | " in card and "person" in card and "bus" in card
+    model = detectors.load("hf-hub:org/detector@last")
+    for key, value in detectors.load(run / "last").state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    capsys.readouterr()
+    val = data_flags(coco_photos, ["val"])
+    assert validate_det.main(["--checkpoint=hf-hub:org/detector", *val, "--workers=0"]) == 0
+    assert capsys.readouterr().out.startswith("hf-hub:org/detector, ")
+    assert train_det.main([*flags, "--epochs=2", f"--output={tmp_path}", "--resume=hf-hub:org/detector@last"]) == 0
+    assert "1 epochs and 0 updates are done" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ..common.bad_images import MAX_PIXELS
 from ..common.cli import CommandError, reason
 from ..common.files import read_utf8
 
-# COCO's own file has 0.45 GB, and takes 4 GB of memory while it is read.
+# COCO's own file has 0.45 GB, and takes 5 GB of memory while it is read.
 MAX_BYTES = 4 << 30
 MOST_NAMED = 3
 # COCO's boxes and polygons exceed the images by fractions of a pixel.

@@ -1,5 +1,6 @@
 """Object detection and instance segmentation, as a job of the training engine."""
 
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,7 @@ class Detection(Job):
             seed=config.run.seed,
             groups=aspect_ratio_groups(images.train.source.aspect_ratios(), config.data.aspect_ratio_groups),
         )
+        self._measured: dict[bool, dict[str, float]] = {}  # last metrics of the model and of its moving average (True)
         self.val_loader = create_example_val_loader(images.val, config.data, distributed, collate)
         self.task = DetectionTask(model, distributed.device, self.dtype)
         self.label = run_label(f"{config.model.model}_{config.model.backbone}", config.image.test_size)
@@ -216,6 +218,7 @@ class Detection(Job):
                 )
         gathered = gather_detections(found, self.distributed)
         scores = self.distributed.on_primary(partial(compute_scores, self.coco, gathered, self.with_masks))
+        self._measured[model is not self.model] = scores.values
         return scores.values
 
     def save(self, model: nn.Module, folder: Path, saved: SavedWeights) -> None:
@@ -223,15 +226,16 @@ class Detection(Job):
 
         config.json contains how the model is built, class names, category ids and accuracy.
         """
-        epochs, image = self.config.optim.epochs, self.config.image
+        epochs, image, values = self.config.optim.epochs, self.config.image, self._measured[saved.is_ema]
+        name = os.fsencode(self.coco.path.stem).decode("utf-8", "replace")
         how = (
-            f"{len(self.images.val)} images of {self.coco.path.name}, shorter side {image.test_size} and longer side "
+            f"{len(self.images.val)} images of {name}, shorter side {image.test_size} and longer side "
             f"at most {image.max_size} pixels; tools/train_det.py after epoch {saved.epoch} of {epochs}"
             f"{', the best of the run on these images' if saved.is_best else ''}"
         )
         details = hub.Details(
             weights=f"{'moving average (EMA)' if saved.is_ema else 'as trained'}, after epoch {saved.epoch}",
-            metrics=[hub.Metric(self.titles[self.best_metric], saved.value, self.coco.path.stem, "validation", how)],
+            metrics=[hub.Metric(title, values[key], name, "validation", how) for key, title in self.titles.items()],
         )
         save_model(model, folder, label_names=self.coco.names, category_ids=self.coco.category_ids, details=details)
 
