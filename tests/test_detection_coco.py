@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -446,9 +447,11 @@ def test_changed_objects_change_the_fingerprint(content: Content, coco_photos: P
     assert find_changes(before, after) == ["training images: 4, different or in another order"]
 
 
-def test_paths_stay_in_the_folder(coco_photos: Path) -> None:
+def test_a_source_can_be_sent_to_another_process(coco_photos: Path) -> None:
+    """Worker processes on Windows and macOS receive it as a pickle."""
     coco = Coco(coco_photos / "instances.json")
-    source = CocoSource(coco, coco_photos / "images", [2, 0], with_objects=True)
+    source = pickle.loads(pickle.dumps(CocoSource(coco, coco_photos / "images", [2, 0], with_objects=True)))
     path, target = source[0]
     assert path == os.path.join(coco_photos / "images", "zidane_0.jpg") and target["image_id"] == 102
+    assert torch.equal(target["masks"], coco.target(2)["masks"])
     assert source.aspect_ratios() == [96 / 54, 96 / 128]

@@ -88,9 +88,12 @@ def to_device(images: Iterable[torch.Tensor], device: torch.device, dtype: torch
 def detect(
     model: Any, images: Sequence[torch.Tensor], image_ids: Sequence[int], category_ids: Sequence[int | None]
 ) -> list[Detections]:
-    """Returns the detections in a batch of images.
+    """Returns the detections in some images.
 
-    torchvision's models paste all masks of a batch into images of full size. Here only a few exist at the same time.
+    The model sees one image at a time. In a batch, smaller images would be padded, which changes their feature maps a
+    little, so that results would depend on the batch size and the number of processes.
+
+    torchvision's models paste all masks into images of full size. Here only a few of these exist at the same time.
 
     Args:
         model: torchvision detector in evaluation mode.
@@ -100,11 +103,11 @@ def detect(
     """
     # -1 stands for no category: label 0 is the background.
     categories = np.array([-1, *(-1 if number is None else number for number in category_ids)], dtype=np.int64)
-    sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
     has_masks = isinstance(model, GeneralizedRCNN) and model.roi_heads.has_mask()
-    outputs = _run_without_pasting(model, images, sizes) if has_masks else model(list(images))
     detections = []
-    for output, size, image_id in zip(outputs, sizes, image_ids, strict=True):
+    for image, image_id in zip(images, image_ids, strict=True):
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        output = _run_without_pasting(model, image, size) if has_masks else model([image])[0]
         # A model that has diverged returns NaN.
         kept = output["boxes"].isfinite().all(dim=1) & output["scores"].isfinite()
         boxes, scores, labels = (output[key][kept] for key in ("boxes", "scores", "labels"))
@@ -115,19 +118,16 @@ def detect(
     return detections
 
 
-def _run_without_pasting(
-    model: Any, images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]
-) -> list[dict[str, torch.Tensor]]:
+def _run_without_pasting(model: Any, image: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Does what `GeneralizedRCNN.forward` does, except that masks stay (N, 1, M, M)."""
-    batch, _ = model.transform(list(images))
+    batch, _ = model.transform([image])
     features = model.backbone(batch.tensors)
     if isinstance(features, torch.Tensor):
         features = {"0": features}
     proposals, _ = model.rpn(batch, features)
-    outputs: list[dict[str, torch.Tensor]] = model.roi_heads(features, proposals, batch.image_sizes)[0]
-    for output, resized, size in zip(outputs, batch.image_sizes, sizes, strict=True):
-        output["boxes"] = resize_boxes(output["boxes"], list(resized), list(size))
-    return outputs
+    output: dict[str, torch.Tensor] = model.roi_heads(features, proposals, batch.image_sizes)[0][0]
+    output["boxes"] = resize_boxes(output["boxes"], list(batch.image_sizes[0]), list(size))
+    return output
 
 
 def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> list[str]:

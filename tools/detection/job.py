@@ -73,18 +73,25 @@ def create_model(config: ModelConfig, *, num_classes: int, min_size: int, max_si
     Raises:
         CommandError: If an argument is wrong, or weights cannot be loaded.
     """
+    arguments: dict[str, Any] = {
+        "pretrained_backbone": config.backbone_source(),
+        "in_chans": config.in_chans,
+        "frozen_stages": config.frozen_stages,
+        "norm_eval": config.keeps_statistics(),
+        "drop_path_rate": config.drop_path,
+        "backbone_kwargs": config.backbone_kwargs,
+        "min_size": min_size,
+        "max_size": max_size,
+    }
+    for key in config.model_kwargs:
+        if key in arguments or key in ("backbone", "num_classes"):
+            own = {"min_size": "test-size", "drop_path_rate": "drop-path"}.get(key, key.replace("_", "-"))
+            raise CommandError(
+                f"--model-kwargs {key}: "
+                + ("the annotations decide it; remove it" if key == "num_classes" else f"pass --{own} instead")
+            )
     try:
-        model = BUILDERS[config.model](
-            config.backbone,
-            num_classes,
-            pretrained_backbone=config.backbone_source(),
-            in_chans=config.in_chans,
-            frozen_stages=config.frozen_stages,
-            norm_eval=config.keeps_statistics(),
-            drop_path_rate=config.drop_path,
-            backbone_kwargs=config.backbone_kwargs,
-            **{"min_size": min_size, "max_size": max_size, **config.model_kwargs},
-        )
+        model = BUILDERS[config.model](config.backbone, num_classes, **arguments, **config.model_kwargs)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
