@@ -273,6 +273,40 @@ def test_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds.count(PublishedAttention) == 7 and stvit.SuperTokenAttention not in kinds
 
 
+def test_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Detectors and segmentation models in one table; 0 repeats measure no time."""
+    table = tmp_path / "dense.csv"
+    models = ["mask_rcnn(backbone='test_stvit', min_size=64)", "upernet(backbone='test_stvit')"]
+    flags = ["dense", "--models", *models, "--img-size", "64", "96", "--device", "cpu", f"--csv={table}"]
+    assert benchmark.main([*flags, "--repeats", "1"]) == 0
+    rows = read(table)
+    assert [row["model"] for row in rows] == models
+    for row in rows:
+        assert (row["height"], row["width"]) == ("64", "96")
+        assert 0 < float(row["gmac_backbone"]) <= float(row["gmac"])
+        assert 0 < float(row["ms_backbone"]) < 1 and float(row["ms"]) > 0
+    assert benchmark.main([*flags[:-1], "--repeats", "0"]) == 0
+    assert "gmac" in (said := capsys.readouterr().out.splitlines()[-3]) and "ms" not in said.split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--models", "mask_rcn(backbone='test_stvit')"], "unknown model 'mask_rcn'"),
+        (["--models", "mask_rcnn(backbone='test_stvi')"], "unknown backbone 'test_stvi'"),
+        (["--models", "upernet()"], "missing 1 required positional argument: 'backbone'"),
+        (
+            ["--models", "upernet(backbone='test_stvit')", "--img-size", "50", "64"],
+            "must be multiples of 32, got 50 64",
+        ),
+    ],
+)
+def test_wrong_flags_of_dense(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["dense", "--repeats", "0", *flags]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_training_step_trains() -> None:
     case = models.Case("test_stvit", "eager", 2, 32, "float32", "cpu", is_training=True)
     net: list[nn.Module] = []

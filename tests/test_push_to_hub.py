@@ -1,5 +1,6 @@
 """Tests of the command that pushes weights, against a Hub on 127.0.0.1."""
 
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load, load_file, save_file
 
 import stvit
 from stvit import hub as hub_module
+from stvit.adapters.folder import save_model
 from stvit.hub import files as hub_files
 from stvit.hub.card import CARD_MARK
 from stvit.hub.push import compare_model_with_hub
@@ -164,6 +166,26 @@ def test_card_of_a_run_has_its_results(hub: Hub, digits_folder: Path, tmp_path: 
     assert "pass a results.json of tools/validate_cls.py" in push(
         tmp_path / "run", f"--results={report / 'results.json'}", fails=True
     )
+
+
+@pytest.mark.parametrize("adapter", ["torchvision", "segmentation"])
+def test_models_of_adapters(hub: Hub, push: Push, tmp_path: Path, adapter: str) -> None:
+    """The folder of a detector or a segmentation model is pushed, loaded by its commit and compared."""
+    module = importlib.import_module(f"stvit.adapters.{adapter}")
+    builder = module.faster_rcnn if adapter == "torchvision" else module.semantic_fpn
+    model = builder("test_stvit", num_classes=3)
+    save_model(model, tmp_path / "run/best", label_names=["cat", "dog"][: 2 if adapter == "torchvision" else 3])
+    said = push(tmp_path / "run", "--license=mit", "--tag=v1")
+    files = hub.files(REPO)
+    assert files.keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert b"license: mit" in files["README.md"] and b"mit" in files["config.json"]
+    assert f"all {len(model.state_dict())} tensors and the checksums are equal" in said
+    names: dict[str, Any] = {}
+    exec(said.strip().splitlines()[-1], names)
+    assert all(torch.equal(value, names["model"].state_dict()[key]) for key, value in model.state_dict().items())
+    assert "nothing to push" in push(tmp_path / "run", "--license=mit")
+    assert "--space cannot be combined with" in push(tmp_path / "run", "--space", fails=True)
+    assert "--model cannot be combined with" in push(tmp_path / "run", "--model=stvit_pico", fails=True)
 
 
 def test_checkpoint_with_moving_average(hub: Hub, tmp_path: Path, push: Push) -> None:

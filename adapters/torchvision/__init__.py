@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
 
 from .cascade import CascadeRoIHeads
 from .models import (
+    BUILDERS,
     FCOS,
     CascadeMaskRCNN,
     CascadeRCNN,
@@ -35,6 +36,7 @@ from .models import (
 from .pyramid import Pyramid
 
 __all__ = [
+    "BUILDERS",
     "FCOS",
     "CascadeMaskRCNN",
     "CascadeRCNN",

@@ -1,5 +1,6 @@
 """Size and latency of detectors and segmentation models of the adapters, for one image."""
 
+import copy
 import importlib
 import statistics
 import time
@@ -7,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,13 +15,13 @@ from stvit.adapters.backbone import TimmBackboneMixin
 
 from ..common.cli import CommandError, progress_bar, reason
 from .config import DenseConfig
-from .measure import require_device, synchronize
+from .measure import require_device, significant, synchronize
 from .models import parse_call
 
 __all__ = ["benchmark", "create", "measure_size"]
 
-# Classes of COCO with the background, and of ADE20K.
-_CLASSES = {"torchvision": 91, "segmentation": 150}
+# Classes of COCO, with the background, and of ADE20K.
+_CLASSES = {"torchvision": 81, "segmentation": 150}
 
 
 def benchmark(config: DenseConfig) -> Iterator[list[dict[str, Any]]]:
@@ -32,13 +32,14 @@ def benchmark(config: DenseConfig) -> Iterator[list[dict[str, Any]]]:
     device = require_device(config.device)
     height, width = config.img_size
     models = {spec: create(spec).eval() for spec in config.models}
+    if height % 32 or width % 32:
+        raise CommandError(f"--img-size must be multiples of 32, got {height} {width}")
     rows = {spec: {"model": spec, **measure_size(model, height, width)} for spec, model in models.items()}
     times: dict[str, list[tuple[float, float]]] = {spec: [] for spec in models}
-    image = torch.rand(3, height, width, device=device)
     with progress_bar((config.repeats + 1) * len(models), "model", config.repeats > 0) as bar, torch.inference_mode():
         for repeat in range(config.repeats + 1 if config.repeats else 0):
             for spec, model in models.items():
-                seconds = _time(model.to(device), _as_input(model, image), device)
+                seconds = _time(model.to(device), _input(model, height, width, device), device)
                 if repeat > 0:  # the first one fills caches
                     times[spec].append(seconds)
                 bar.update()
@@ -83,44 +84,48 @@ def create(spec: str) -> Any:
 def measure_size(model: Any, height: int, width: int) -> dict[str, Any]:
     """Returns parameters and multiply-adds of a model in evaluation mode, for an image of a size in pixels.
 
-    Multiply-adds are those of convolutions and matrix products. Papers call them FLOPs. Detectors do not resize the
-    image. The two-stage heads see as many proposals as are left after non-maximum suppression, up to 1,000, and the
-    mask head up to 100 boxes.
+    Multiply-adds are those of convolutions and matrix products. Papers call them FLOPs. Two-stage detectors are counted
+    by the convention of Swin's tables: 1,000 boxes in each box head, 100 in the mask head.
     """
-    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
-    _fix_size(model, height, width)
-    counts = {}
-    for part in ("gmac", "gmac_backbone"):
-        counter = FlopCounterMode(display=False)
-        # The counter does not know the fused attention of the CPU.
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-            if part == "gmac":
-                with counter:
-                    model(_as_input(model, image))
-            else:
-                with counter:
-                    model.net.forward_intermediates(image[None], intermediates_only=True, output_fmt="NCHW")
-        counts[part] = round(counter.get_total_flops() / 2e9, 1)
     parameters = sum(p.numel() for p in model.parameters())
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    image = torch.empty(1, _channels(model), height, width, device="meta")
+    gmac_backbone = _count(lambda: on_meta.net.forward_intermediates(image, intermediates_only=True, output_fmt="NCHW"))
+    if hasattr(model, "transform"):
+        from stvit.adapters.torchvision.complexity import count_macs
+
+        gmac = count_macs(model, height, width).total / 1e9
+    else:
+        gmac = _count(lambda: on_meta(image))
     return {
         "height": height,
         "width": width,
         "params_m": round(parameters / 1e6, 2),
         "params_backbone": round(sum(p.numel() for p in model.net.parameters()) / parameters, 3),
-        **counts,
+        "gmac": significant(gmac),
+        "gmac_backbone": significant(gmac_backbone),
     }
 
 
-def _fix_size(model: Any, height: int, width: int) -> None:
-    """Lets a detector of torchvision keep the size of its images."""
-    transform = getattr(model, "transform", None)
-    if transform is not None:
-        transform.fixed_size = (width, height)
+def _count(run: Callable[[], Any]) -> float:
+    """Returns the multiply-adds of a function, in 1e9."""
+    # The counter does not know the fused attention of the CPU.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 2e9
 
 
-def _as_input(model: nn.Module, image: torch.Tensor) -> Any:
-    """Returns the input of a model for one image (3, H, W)."""
-    return [image] if hasattr(model, "transform") else image[None]
+def _channels(model: Any) -> int:
+    return int(model.backbone.in_chans if hasattr(model, "transform") else model.in_chans)
+
+
+def _input(model: Any, height: int, width: int, device: torch.device) -> Any:
+    """Returns the input of a model: one random image of a size in pixels."""
+    image = torch.rand(_channels(model), height, width, device=device)
+    if not hasattr(model, "transform"):
+        return image[None]
+    model.transform.fixed_size = (width, height)  # a detector would resize the image
+    return [image]
 
 
 def _time(model: TimmBackboneMixin, images: Any, device: torch.device) -> tuple[float, float]:
