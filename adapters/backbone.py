@@ -1,4 +1,6 @@
-"""timm backbones in models of other libraries: feature maps, pretrained weights, frozen layers, layer decay.
+"""timm backbones in models of other libraries.
+
+Feature maps, pretrained weights, frozen layers and layer decay.
 
 Shapes:
     B        batch
@@ -222,7 +224,7 @@ def pyramid_indices(
 
 
 def image_stats(net: Any, in_chans: int = 3) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation of each image channel, for pixels from 0 to 1.
+    """Returns mean and standard deviation of each channel, for pixels from 0 to 1.
 
     Args:
         net: timm model, or a module with its `pretrained_cfg`.
@@ -381,7 +383,9 @@ def freeze_stages(net: Any, stages: int) -> None:
 
 
 class TimmBackboneMixin:
-    """Methods of a model with a timm backbone, which training code expects of timm's models.
+    """Methods of timm's models, for a model with a timm backbone.
+
+    Training code expects them.
 
     Attributes:
         backbone_path: Path of the timm model in the module, such as 'backbone.body.net'.
@@ -428,7 +432,10 @@ class TimmBackboneMixin:
         self.net.set_grad_checkpointing(enable)
 
     def train(self: Any, mode: bool = True) -> Any:
-        """Sets training mode, except for frozen layers and, with `norm_eval`, the backbone's BatchNorm."""
+        """Sets training mode, except for layers that keep their statistics.
+
+        These are frozen layers and, with `norm_eval`, the backbone's BatchNorm.
+        """
         super().train(mode)  # type: ignore[misc]
         if mode:
             set_eval(self.net, self.norm_eval)

@@ -1,4 +1,4 @@
-"""Model folders of the adapters: a detector or a segmentation model that can be saved, loaded, and put on the Hub.
+"""Saves and loads detectors and segmentation models as folders.
 
 A folder contains:
 
@@ -323,7 +323,10 @@ def write_card(folder: Path, name: str) -> None:
 
 
 def model_card(folder: Path, name: str) -> str:
-    """Returns the card of a detector or a segmentation model. `write_card` has the arguments."""
+    """Returns the card of a detector or a segmentation model.
+
+    `write_card` has the arguments.
+    """
     try:
         config = read_config(folder)
     except (OSError, ValueError) as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes segmentation datasets in ADE20K's layout of other annotations, for docs/results.md.
+"""Makes segmentation datasets in ADE20K's layout of other annotations.
 
     python docs/make_label_maps.py coco instances.json images/ OUTPUT --classes 10
     pip download --no-deps icedata==0.0.3

@@ -109,7 +109,9 @@ def open_image(source: str | Path | BinaryIO, mode: str = "RGB", max_pixels: int
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Returns width and height of the image that `open_image` returns. The pixels are not decoded.
+    """Returns width and height of the image that `open_image` returns.
+
+    The pixels are not decoded.
 
     Args:
         path: Image file.

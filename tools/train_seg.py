@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a semantic segmentation model: UPerNet, Semantic FPN or DeepLabV3+ on STViT, or on any timm backbone.
+"""Trains UPerNet, Semantic FPN or DeepLabV3+ on STViT or any timm backbone.
 
     python tools/train_seg.py --config configs/seg/upernet_160k_stvit_small_ade20k.yaml --data-dir ADEChallengeData2016
     torchrun --nproc-per-node 8 tools/train_seg.py --config … --data-dir …

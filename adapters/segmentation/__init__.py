@@ -1,4 +1,6 @@
-"""Semantic segmentation with timm backbones and the decoders of segmentation_models.pytorch (smp).
+"""Semantic segmentation with timm backbones and decoders of smp.
+
+smp is segmentation_models.pytorch.
 
     from stvit.adapters import segmentation
 

@@ -34,7 +34,9 @@ AUXILIARY_WEIGHT = 0.4
 
 
 class FCNHead(nn.Sequential):
-    """Auxiliary head of mmsegmentation's UPerNet: a 3x3 convolution, dropout, and a 1x1 convolution to the classes.
+    """Auxiliary head of mmsegmentation's UPerNet.
+
+    It is a 3x3 convolution, dropout, and a 1x1 convolution to the classes.
 
     It maps (B, C, H, W) to (B, K, H, W).
     """
@@ -58,7 +60,7 @@ class FCNHead(nn.Sequential):
 
 
 class Features(TimmFeatures):
-    """Feature extractor for `timm.create_model(features_only=True, feature_cls=Features)`.
+    """Feature extractor for timm's `features_only=True` (`feature_cls=Features`).
 
     timm's own extractors take the layers out of the model, or do not return maps in the layout that smp expects.
 
@@ -86,7 +88,7 @@ class Features(TimmFeatures):
 
 
 class _SegmentationModel(TimmBackboneMixin):
-    """What our models have in addition to those of smp.
+    """Base class of our models, in addition to smp's.
 
     Attributes:
         num_classes: Number of classes K.
@@ -330,7 +332,9 @@ _NO_ARGUMENTS = {
 
 
 def _check_smp_arguments(name: str, model_class: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuses arguments that smp's model does not have. smp would pass them on to timm.
+    """Refuses arguments that smp's model does not have.
+
+    smp would pass them on to timm.
 
     Raises:
         ValueError: If there is one.

@@ -1,4 +1,4 @@
-"""Size and latency of detectors and segmentation models of the adapters, for one image."""
+"""Size and latency of the adapters' models, for one image."""
 
 import copy
 import importlib
@@ -82,7 +82,9 @@ def create(spec: str) -> Any:
 
 
 def measure_size(model: Any, height: int, width: int) -> dict[str, Any]:
-    """Returns parameters and multiply-adds of a model in evaluation mode, for an image of a size in pixels.
+    """Returns parameters and multiply-adds of a model in evaluation mode.
+
+    The multiply-adds are for an image of a size in pixels.
 
     Multiply-adds are those of convolutions and matrix products. Papers call them FLOPs. Two-stage detectors are counted
     by the convention of Swin's tables: 1,000 boxes in each box head, 100 in the mask head.

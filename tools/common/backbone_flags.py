@@ -47,11 +47,17 @@ class BackboneConfig:
     )
 
     def keeps_statistics(self) -> bool:
-        """Returns whether the backbone's BatchNorm keeps its statistics, which those of random weights cannot."""
+        """Returns whether the backbone's BatchNorm keeps its statistics.
+
+        Random weights have none to keep.
+        """
         if self.norm_eval is None:
             return self.pretrained_backbone is not None or self.pretrained_path is not None
         return self.norm_eval
 
     def backbone_source(self) -> str | bool:
-        """Returns `pretrained_backbone` as the functions of the adapters take it; False for random weights."""
+        """Returns `pretrained_backbone` as the adapters take it.
+
+        False stands for random weights.
+        """
         return False if self.pretrained_backbone is None else self.pretrained_backbone or True

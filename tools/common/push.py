@@ -77,7 +77,7 @@ def _find_adapter_folder(flags: PushConfig) -> Path | None:
 
 
 def _write_adapter(flags: PushConfig, output: Output, source: Path) -> str:
-    """Writes the folder of a detector or segmentation model; returns the name of the model."""
+    """Writes the folder of a model of an adapter; returns the model's name."""
     for flag, value in (("--space", flags.space), ("--example", flags.example)):
         if value:
             raise CommandError(f"{flag} cannot be combined with {source}, which is no classifier; remove {flag}")

@@ -143,7 +143,10 @@ class SourceConfig:
 
 @dataclass
 class ValidationConfig:
-    """Settings of an evaluation of a segmentation model. Each section is a group of flags."""
+    """Settings of an evaluation of a segmentation model.
+
+    Each section is a group of flags.
+    """
 
     source: SourceConfig = section("model", SourceConfig)
     data: ValidationDataConfig = section("data", ValidationDataConfig)

@@ -25,7 +25,7 @@ _MOST_NAMED = 3
 
 
 class LabeledImages:
-    """Images of one folder, each with the label map of the same name in another folder.
+    """Images of a folder with label maps of the same names in another folder.
 
     Attributes:
         images: Folder of the images.
@@ -85,7 +85,10 @@ class LabeledImages:
         return os.path.join(self.images, self._images[index]) if absolute else self._images[index]
 
     def names_and_labels(self) -> Iterator[tuple[str, str]]:
-        """Yields the path of each image, from its folder on, with the size of its label map, and an empty label."""
+        """Yields the path of each image with the size of its label map.
+
+        The path begins at the folder of the images. The second value, the label, is empty.
+        """
         for name, labels in zip(self._images, self._labels, strict=True):
             yield f"{name} {(self.labels / labels).stat().st_size}", ""
 
@@ -217,7 +220,7 @@ def check_labels(
 
 
 def _check_pair(reader: LabelReader, image: str, labels: Path) -> np.ndarray | str:
-    """Returns which classes a label map contains, bool (K,), or what is wrong with it."""
+    """Returns the classes in a label map, bool (K,), or what is wrong with it."""
     try:
         size = image_size(image)
     except (OSError, UnreadableImageError):

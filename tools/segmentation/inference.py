@@ -41,7 +41,7 @@ class Scaling:
 
     @property
     def is_single(self) -> bool:
-        """Whether the model sees each image once."""
+        """Returns whether the model sees each image once."""
         return len(self.scales) == 1 and not self.flip
 
     def size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def normalize(images: torch.Tensor, model: Any, dtype: torch.dtype = torch.float
 
 
 def argmax_resized(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes the scores of the classes bilinearly; returns the class with the highest score.
+    """Resizes the scores bilinearly; returns the class with the highest score.
 
     Args:
         scores: Logits or probabilities (B, K, h, w).

@@ -74,7 +74,7 @@ class SegmentationTask(ClassificationTask):
 
 
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross-entropy of the labeled pixels; 0 without a labeled pixel.
+    """Returns the mean cross-entropy of the labeled pixels; 0 without any.
 
     Args:
         logits: Logits (B, K, H, W).
@@ -168,7 +168,7 @@ class Segmentation(Job):
         return StepResult(result["loss"], len(images), losses=parts)
 
     def evaluate(self, model: nn.Module, batches: Iterable[list[Example]]) -> dict[str, float]:
-        """Returns `miou`, `macc` and `aacc` in percent, at the resolution of the label maps."""
+        """Returns `miou`, `macc` and `aacc` in percent, at the label maps' resolution."""
         device = self.config.device
         predictor = Predictor(
             model,
@@ -182,7 +182,10 @@ class Segmentation(Job):
         return compute_scores(confusion).means()
 
     def save(self, model: nn.Module, folder: Path, saved: SavedWeights) -> None:
-        """Writes model.safetensors and config.json, with class names, values of the classes and mIoU."""
+        """Writes model.safetensors and config.json.
+
+        config.json has class names, values of the classes and mIoU.
+        """
         data, epochs = self.config.data, self.config.optim.epochs
         name = os.fsencode(Path(data.val_images or data.data_dir or "").name).decode("utf-8", "replace")
         how = (

@@ -38,7 +38,10 @@ class LabelRules:
     ignore_index: int = IGNORED
 
     def table(self) -> np.ndarray:
-        """Returns the label of each value, int16 (65536,): a class, `IGNORED`, or -1 for a wrong value."""
+        """Returns the label of each value, int16 (65536,).
+
+        A label is a class, `IGNORED`, or -1 for a wrong value.
+        """
         table = np.full(_MAX_VALUE + 1, _INVALID, np.int16)
         first = 1 if self.reduce_zero_label else 0
         table[first : first + self.num_classes] = np.arange(self.num_classes)

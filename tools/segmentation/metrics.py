@@ -61,7 +61,7 @@ class SegmentationMetrics:
         self._confusion.update(predicted.long(), labels.long())
 
     def sum_up(self) -> torch.Tensor:
-        """Returns the number of pixels by label (row) and prediction (column), of all processes.
+        """Returns the pixels of all processes by label (row) and prediction (column).
 
         Every process must call this.
 

@@ -56,7 +56,9 @@ def create_model(config: ModelConfig, image: ImageConfig, num_classes: int, dist
 
 
 def _load_weights(model: Any, source: str, distributed: Distributed) -> None:
-    """Loads the weights of another segmentation model. Layers for other classes stay random.
+    """Loads the weights of another segmentation model.
+
+    Layers for other classes stay random.
 
     Raises:
         CommandError: If the weights cannot be loaded, or belong to another decoder or backbone.

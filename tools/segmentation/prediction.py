@@ -28,7 +28,9 @@ def scaling_of(source: SourceConfig, model: Any, multi_scale: bool = False) -> S
 
 
 def predict(config: PredictionConfig) -> None:
-    """Writes a label map and a picture for each image, and names the unreadable images at the end.
+    """Writes a label map and a picture for each image.
+
+    The unreadable images are named at the end.
 
     Raises:
         CommandError: If a flag is wrong, the model cannot be loaded, or an image cannot be read.
@@ -86,7 +88,7 @@ def _write(path: Path, write: Any) -> None:
 
 
 def output_names(root: Path, images: Sequence[Path]) -> list[str]:
-    """Returns a name without suffix for the results of each image, with its subfolders.
+    """Returns a name without suffix for each image's results, with its subfolders.
 
     Images that differ only in their suffix keep it.
 

@@ -27,7 +27,10 @@ _CROP_TRIES = 10
 
 
 class RandomScale(v2.Transform):
-    """Resizes to the size of the evaluation times a random factor. Labels keep their values."""
+    """Resizes to the size of the evaluation times a random factor.
+
+    Labels keep their values.
+    """
 
     def __init__(self, scaling: Scaling, scale: Sequence[float]) -> None:
         """Sets the sizes.
@@ -46,18 +49,21 @@ class RandomScale(v2.Transform):
         height, width = VF.get_size(flat_inputs[0])
         return {"size": list(self.scaling.size(height, width, scale))}
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self, value: Any, params: dict[str, Any]) -> Any:
         """Resizes an image bilinearly, or labels to the nearest value."""
         size = params["size"]
-        if not isinstance(inpt, tv_tensors.Mask):
-            return VF.resize(inpt, size, antialias=True)
+        if not isinstance(value, tv_tensors.Mask):
+            return VF.resize(value, size, antialias=True)
         # v2 resizes a Mask with "nearest", which is half a pixel off the image.
-        plain = inpt.as_subclass(torch.Tensor)[None]
+        plain = value.as_subclass(torch.Tensor)[None]
         return tv_tensors.Mask(VF.resize_image(plain, size, interpolation=v2.InterpolationMode.NEAREST_EXACT)[0])
 
 
 class RandomCrop(v2.Transform):
-    """Cuts a square out of an image, without too much of one class. Small images are padded at the bottom and right."""
+    """Cuts a square out of an image, without too much of one class.
+
+    Small images are padded at the bottom and right.
+    """
 
     def __init__(self, size: int, cat_max_ratio: float, fill: Sequence[int]) -> None:
         """Sets the size and the padding.
@@ -84,22 +90,25 @@ class RandomCrop(v2.Transform):
         return {"top": top, "left": left, "height": min(self.size, height), "width": min(self.size, width)}
 
     def _is_mixed(self, labels: torch.Tensor) -> bool:
-        """Returns whether labels have several classes, none of which has too large a share."""
+        """Returns whether no class has too large a share of the labels."""
         counts = torch.bincount(labels.flatten(), minlength=IGNORED + 1)[:IGNORED]
         return bool(counts.max() < self.cat_max_ratio * counts.sum())
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self, value: Any, params: dict[str, Any]) -> Any:
         """Crops and pads an image or labels."""
-        cropped = VF.crop(inpt, **params)
+        cropped = VF.crop(value, **params)
         padding = [0, 0, self.size - params["width"], self.size - params["height"]]
         if not any(padding):
             return cropped
-        fill: Any = IGNORED if isinstance(inpt, tv_tensors.Mask) else self.fill
+        fill: Any = IGNORED if isinstance(value, tv_tensors.Mask) else self.fill
         return VF.pad(cropped, padding, fill=fill)
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """torchvision's random changes of brightness, contrast, saturation and hue, without a change of the channels."""
+    """torchvision's random changes of brightness, contrast, saturation and hue.
+
+    The channels keep their order.
+    """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Returns the random changes."""

@@ -122,7 +122,7 @@ def validate(config: ValidationConfig) -> None:
 
 
 def _describe(config: ValidationConfig, model: Any, distributed: Distributed) -> dict[str, Any]:
-    """Returns the settings that produced the results: model, data, device, versions and time."""
+    """Returns what produced the results: model, data, device, versions and time."""
     data, device, recipe = config.data, config.device, model.recipe
     is_cuda = distributed.device.type == "cuda"
     return {
