@@ -202,7 +202,7 @@ def test_two_processes_train_on_one_batch(coco_photos: Path, tmp_path: Path) -> 
 )
 def test_each_detector_trains(model: str, coco_photos: Path, tmp_path: Path) -> None:
     """Mixed precision, layer decay, frozen stages and gradient clipping."""
-    kwargs = ["fpn_channels=32"] + ["box_batch_size_per_image=16"] * ("rcnn" in model)
+    kwargs = ["fpn_channels=64"] + ["box_batch_size_per_image=16"] * ("rcnn" in model)
     flags = [*SMALL, *data_flags(coco_photos), f"--model={model}", "--model-kwargs", *kwargs, "--workers=0",
              "--epochs=1", "--amp", "--layer-decay=0.8", "--frozen-stages=1", "--clip-grad=5", "--batch-size=2",
              f"--output={tmp_path}", "--experiment=it", "--decay-milestones", "1"]  # fmt: skip
