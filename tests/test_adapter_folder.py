@@ -53,7 +53,7 @@ def test_save_and_load(folder: Path) -> None:
         ({"adapter": "segmentation"}, "it is a model of stvit.adapters.segmentation, not of torchvision"),
         ({"adapter": None}, "adapter must be one of torchvision, segmentation, got None"),
         ({"builder": "os.system"}, "builder must be one of net, got 'os.system'"),
-        ({"args": {"backbone": "x", "widht": 6}}, "unexpected keyword argument 'widht'"),
+        ({"args": {"backbone": "x", "wide": 6}}, "unexpected keyword argument 'wide'"),
         ({"args": {"backbone": "x", "width": 5}}, "2 of 2 tensors do not fit: layer.bias, layer.weight"),
         ({"args": {"backbone": "x", "width": 1 << 29}}, "more than .* parameters"),
         ({"args": {"pretrained_backbone": "/etc/passwd"}}, "args.pretrained_backbone is not allowed"),

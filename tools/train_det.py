@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains an object detector on COCO, or on your own images with annotations in COCO's format.
+"""Trains an object detector on COCO, or on images in COCO's format.
 
     torchrun --nproc-per-node 8 tools/train_det.py --config configs/det/mask_rcnn_1x_stvit_small.yaml --data-dir COCO
     python tools/train_det.py --config configs/det/mask_rcnn_stvit_pico.yaml --train-images photos \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluates an object detector on COCO, or on your own images with annotations in COCO's format.
+"""Evaluates an object detector on COCO, or on images in COCO's format.
 
     python tools/validate_det.py --checkpoint runs/mask_rcnn_1x_stvit_small --data-dir /data/coco
     python tools/validate_det.py --checkpoint hf-hub:ORG/NAME --val-images photos --val-annotations val.json

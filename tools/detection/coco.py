@@ -129,11 +129,14 @@ class Coco:
 
     @property
     def has_gaps(self) -> bool:
-        """Whether the category ids are not 1, 2, 3, …"""
+        """Returns whether the category ids are not 1, 2, 3, …"""
         return self.category_ids != list(range(1, len(self.category_ids) + 1))
 
     def usable(self, index: int) -> np.ndarray:
-        """Returns the numbers of an image's objects to train on: no crowds, and nothing unusable."""
+        """Returns the numbers of an image's objects to train on.
+
+        Crowds and unusable objects are left out.
+        """
         columns = self._columns
         numbers = columns.of_image(index)
         return numbers[columns.usable[numbers] & ~columns.crowds[numbers]]
@@ -208,7 +211,7 @@ class Coco:
         }
 
     def describe_objects(self, index: int) -> Iterator[tuple[str, int]]:
-        """Yields the box and the label of each object of an image, for the fingerprint of the data."""
+        """Yields box and label of each object of an image, for the data's fingerprint."""
         columns = self._columns
         for number in columns.of_image(index):
             box = " ".join(f"{value:g}" for value in columns.boxes[number])
@@ -379,7 +382,10 @@ class _Columns:
             self._flags.append(bool(crowd) | 2 * (problem is None and shape_problem is None))
 
     def _read_shape(self, shape: Any, image: CocoImage, where: str, errors: Problems) -> str | None:
-        """Reads polygons or run lengths of one object. Returns why they are unusable, or None."""
+        """Reads polygons or run lengths of one object.
+
+        Returns why they are unusable, or None.
+        """
         problem = None
         if isinstance(shape, dict):
             counts, problem = _read_rle(shape, image, where, errors)
@@ -437,7 +443,10 @@ class _Columns:
         return bool(self._last_polygon[number] > self._first_polygon[number])
 
     def rle(self, number: int, height: int, width: int) -> dict[str, Any]:
-        """Returns the mask of an object as compressed RLE. It is empty if the object has none."""
+        """Returns the mask of an object as compressed RLE.
+
+        It is empty if the object has none.
+        """
         places = range(self._first_polygon[number], self._last_polygon[number])
         parts = [self._values[self._polygon_bounds[i] : self._polygon_bounds[i + 1]] for i in places]
         if self._rle[number] or not parts:
@@ -458,7 +467,10 @@ def _find_box_problem(box: Sequence[float], image: CocoImage) -> str | None:
 
 
 def _exceeds(box: Sequence[float], image: CocoImage) -> bool:
-    """Returns whether a box (left, top, width, height) exceeds its image by more than the tolerance."""
+    """Returns whether a box exceeds its image by more than the tolerance.
+
+    The box is (left, top, width, height).
+    """
     left, top, width, height = box
     return (
         min(left, top) < -TOLERANCE or left + width > image.width + TOLERANCE or top + height > image.height + TOLERANCE
@@ -501,7 +513,7 @@ def _read_rle(
 
 
 def decode_counts(text: str) -> np.ndarray | None:
-    """Returns the run lengths that a compressed RLE stands for; None if it is damaged.
+    """Returns the run lengths of a compressed RLE; None if it is damaged.
 
     Each length is written as groups of five bits, least significant first; bit 5 says that another group follows. From
     the fourth on, a length is stored as its difference to the length two places before.

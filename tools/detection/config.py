@@ -152,7 +152,10 @@ class ValidationConfig:
 
 @dataclass
 class PredictionConfig:
-    """Settings of the detection in a folder of images. Each section is a group of flags."""
+    """Settings of the detection in a folder of images.
+
+    Each section is a group of flags.
+    """
 
     source: SourceConfig = section("model", SourceConfig)
     device: DeviceConfig = section("device and precision", PlainDeviceConfig)

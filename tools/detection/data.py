@@ -21,7 +21,9 @@ _YEAR = "2017"
 
 
 class CocoSource:
-    """Images of an annotation file, as pairs of a path and its target. `ExampleDataset` reads them.
+    """Images of an annotation file, as pairs of a path and its target.
+
+    `ExampleDataset` reads them.
 
     Attributes:
         coco: The annotations.

@@ -56,7 +56,7 @@ class Scores:
 
 
 def gather_detections(found: Sequence[Detections], distributed: Distributed) -> list[Detections]:
-    """Returns the detections of all processes, once for each image, sorted by image id.
+    """Returns the detections of all processes, once per image, sorted by image id.
 
     Every process must call this.
 

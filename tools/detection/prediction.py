@@ -104,7 +104,10 @@ def picture_names(root: Path, images: Sequence[Path]) -> list[Path]:
 
 
 def image_ids(images: Sequence[Path]) -> list[int]:
-    """Returns the id of each image: its name if all names are different numbers, as in COCO; else 1, 2, 3, …"""
+    """Returns the id of each image.
+
+    It is the name if all names are different numbers, as in COCO; else 1, 2, 3, …
+    """
     stems = [path.stem for path in images]
     if all(stem.isascii() and stem.isdecimal() and len(stem) < 19 for stem in stems):
         numbers = [int(stem) for stem in stems]

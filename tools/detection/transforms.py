@@ -1,4 +1,4 @@
-"""Transforms of images with boxes and masks, and groups of images of similar shape."""
+"""Transforms of images with boxes and masks, and groups of similar shapes."""
 
 import bisect
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def check_size(image: Image.Image, size: Sequence[int]) -> None:
 
 
 def aspect_ratio_groups(ratios: Sequence[float], factor: int) -> list[int]:
-    """Returns the number of each image's group; images of a group have similar aspect ratios.
+    """Returns the number of each image's group, by aspect ratio.
 
     The groups are those of torchvision's detection recipes.
 
@@ -81,7 +81,10 @@ def aspect_ratio_groups(ratios: Sequence[float], factor: int) -> list[int]:
 
 
 def collate(examples: Sequence[Any]) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """Returns the images and the targets of a batch, as lists. Unreadable images (None) are left out."""
+    """Returns the images and the targets of a batch, as lists.
+
+    Unreadable images (None) are left out.
+    """
     read = [example for example in examples if example is not None]
     return [image for image, _ in read], [target for _, target in read]
 

@@ -137,7 +137,7 @@ def _detect_all(
     config: ValidationConfig,
     distributed: Distributed,
 ) -> tuple[list[Detections], float]:
-    """Returns the detections of this process, and the images per second of all processes."""
+    """Returns this process's detections, and all processes' images per second."""
     found: list[Detections] = []
     first, since = 0, time.perf_counter()
     with progress_bar(len(loader), "batch", distributed.is_primary) as bar:
