@@ -182,7 +182,7 @@ def four_names(folder: Path) -> Path:
         (["--class-names=nowhere"], "cannot read --class-names nowhere"),
         (["--no-reduce-zero-label"], "label maps are wrong"),
         (["--backbone=stvit_smal"], "unknown backbone 'stvit_smal'; did you mean stvit_small"),
-        (["--model-kwargs", "channel=8"], "upernet has no argument 'chanels'"),
+        (["--model-kwargs", "channel=8"], "upernet has no argument 'channel'"),
         (["--model-kwargs", "in_chans=1"], "--model-kwargs in_chans: pass --in-chans instead"),
         (["--pretrained-path=nowhere"], "--pretrained-path: nowhere"),
         (["--in-chans=2"], "--in-chans must be 1 (gray) or 3 (color), got 2"),
