@@ -170,6 +170,8 @@ def test_grayscale(builder: str) -> None:
         ("faster_rcnn", {"backbone": "vit_tiny_patch16_224"}, "feature maps of strides 16, .*hierarchical model"),
         ("faster_rcnn", {"backbone_kwargs": {"depht": 3}}, "cannot create the backbone test_stvit .*depht"),
         ("faster_rcnn", {"frozen_stages": 5}, "frozen_stages must be from 0 to 4, got 5"),
+        ("mask_rcnn", {"norm": "gn", "fpn_channels": 32}, "multiple of 32 and at least 64, got 32"),
+        ("fcos", {"fpn_channels": 80}, "fcos has GroupNorm with 32 groups, so fpn_channels must be .*, got 80"),
         ("retinanet", {"norm": "ln"}, "norm must be 'gn', 'bn' or None, got 'ln'"),
         ("mask_rcnn", {"anchor_sizes": [8, 16]}, r"anchor_sizes must be five numbers of pixels, got \[8, 16\]"),
         ("faster_rcnn", {"pretrained_backbone": "resnet18.a1_in1k"}, "is a resnet18 checkpoint"),

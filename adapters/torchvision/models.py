@@ -539,7 +539,7 @@ def _check(cls: type[Any], builder: str, num_classes: int, args: Mapping[str, An
     """Checks the arguments of a model.
 
     Raises:
-        ValueError: If an argument does not exist, or `num_classes` is too small.
+        ValueError: If an argument does not exist, or `num_classes` or `fpn_channels` is too small.
     """
     known = _keyword_arguments(cls)
     for key in kwargs:
@@ -549,6 +549,13 @@ def _check(cls: type[Any], builder: str, num_classes: int, args: Mapping[str, An
             raise ValueError(f"{builder} has no argument {key!r}; {hint}")
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"num_classes counts the background, so it must be at least 2, got {num_classes!r}")
+    channels, has_groups = args["fpn_channels"], args["norm"] == "gn" or issubclass(cls, FCOS)
+    if has_groups and (not isinstance(channels, int) or channels < 2 * _GROUPS or channels % _GROUPS):
+        # A group of one channel of a map of one pixel is a single value.
+        raise ValueError(
+            f"{builder} has GroupNorm with {_GROUPS} groups, so fpn_channels must be a multiple of {_GROUPS} and at "
+            f"least {2 * _GROUPS}, got {channels!r}"
+        )
 
 
 def _keyword_arguments(cls: type[Any]) -> list[str]:

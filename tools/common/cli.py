@@ -118,7 +118,7 @@ def _run(command: Callable[[T], None], args: T) -> int:
             print(f"{prefix}{lost_worker}", file=sys.stderr)
         elif _is_out_of_memory(error):
             print(
-                f"{prefix}out of memory: lower --batch-size or --img-size; stvit train also has --grad-checkpointing "
+                f"{prefix}out of memory: lower --batch-size or the image size; a training has --grad-checkpointing "
                 f"({reason(error)})",
                 file=sys.stderr,
             )
