@@ -231,6 +231,7 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG") and "drawn to" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_op_and_train(tmp_path: Path) -> None:
     flags = [
         "--models=test_stvit",

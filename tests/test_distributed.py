@@ -146,6 +146,7 @@ def test_killed_and_resumed_processes_are_the_same_run(digits_folder: Path, tmp_
     assert all(torch.equal(weights(folder)[key], value) for key, value in weights(whole).items())
 
 
+@pytest.mark.long
 def test_signal_to_the_launcher_saves(digits_folder: Path, tmp_path: Path) -> None:
     """torchrun forwards SIGTERM to its processes, and they stop at the same update."""
     flags = ["--batch-size=16", "--workers=1", "--epochs=60", "--checkpoint-steps=0", "--resume=auto"]

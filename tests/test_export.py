@@ -226,6 +226,7 @@ def test_float16(kind: str, stoken_size: int, best: Path, tmp_path: Path) -> Non
         assert {tensor.dtype for tensor in weights} == {torch.float16}
 
 
+@pytest.mark.long
 def test_int8(best: Path, model: Any, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "digits.onnx"
     line = [f"--checkpoint={best}", "--dtype=int8", f"--output={path}", f"--data-dir={digits_folder}", "--workers=0"]

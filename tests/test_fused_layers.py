@@ -557,6 +557,7 @@ def test_optimized_copy_notices_changes() -> None:
         assert torch.equal(block(x), expected)
 
 
+@pytest.mark.long
 def test_optimized_copy_in_other_situations() -> None:
     """Gradients, autocast, hooks and compilation use other code with the same result."""
     model, exact = make_model()

@@ -447,6 +447,7 @@ def test_one_graph_for_marked_batch_sizes(optimized: bool, graphs: Graphs) -> No
     assert graphs.count == 1
 
 
+@pytest.mark.long
 def test_two_graphs_for_unmarked_batch_sizes(graphs: Graphs) -> None:
     """One graph for the first batch size, and one for all others."""
     model = stvit.optimize_for_inference(create())

@@ -30,12 +30,13 @@ def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     hub.commit("ORG/flowers", {file.name: file.read_bytes() for file in (tmp_path / "runs/flowers/best").iterdir()})
     Image.open(ASSETS / "bus.jpg").convert("RGB").resize((405, 540)).save("photo.jpg")
     blocks = [block for block in BLOCKS if "adapters.yolo" not in block]
-    assert (len(blocks), len(BLOCKS)) == (4, 5)
+    assert (len(blocks), len(BLOCKS)) == (5, 6)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert scope["logits"].shape == (1, 10)
     assert [features.shape[-1] for features in scope["maps"]] == [56, 28, 14, 7]
+    assert scope["detector"].roi_heads.has_mask() and scope["segmenter"].num_classes == 150
     assert scope["scores"].shape == (8, 10)
     assert scope["flowers"].num_classes == scope["own"].num_classes == 4
     assert scope["view"].assignment.shape == (540, 405) and Path("super_tokens.png").exists()

@@ -212,6 +212,7 @@ def test_damaged_checkpoint_is_named(kind: str, killed: Path, capsys: pytest.Cap
     assert f"warning: checkpoint {newest} is damaged" in said and "using the one before it" in said
 
 
+@pytest.mark.long
 def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> None:
     newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
     damage(newest, "flipped")
@@ -390,6 +391,7 @@ def test_a_finished_run_is_extended(digits_folder: Path, tmp_path: Path, capsys:
     assert f"--epochs 2: {tmp_path / 'it'} has already done 3 epochs; pass --epochs 3 or more" in line
 
 
+@pytest.mark.long
 def test_a_run_in_the_middle_is_extended_and_shortened(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

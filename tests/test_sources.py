@@ -269,6 +269,7 @@ def test_pipes_in_evaluation(digits_folder: Path, tmp_path: Path, capsys: pytest
     assert f"cannot read --real-labels {pipe}: it is not a file" in line
 
 
+@pytest.mark.long
 def test_a_signal_ends_a_run_that_waits_for_images(digits_folder: Path, tmp_path: Path) -> None:
     """Shards become pipes during the run, so that a loader worker waits forever."""
     flags = [*as_shards(digits_folder, tmp_path), f"--output={tmp_path}", "--epochs=1000", "--workers=1"]

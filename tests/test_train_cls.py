@@ -118,6 +118,7 @@ def test_held_out_digits_are_a_fifth_fixed_by_the_seed() -> None:
     assert counts.min() >= 34 and counts.max() <= 37  # every digit
 
 
+@pytest.mark.long
 def test_command_shows_progress_and_says_how_to_load(tmp_path: Path) -> None:
     """Runs the file from another folder, and then the Python line that it prints last."""
     command = [sys.executable, str(ROOT / "tools/train_cls.py"), *SHORT, "--dataset=sklearn/digits", "--in-chans=1"]

@@ -103,6 +103,7 @@ def test_results_of_a_run(reference: Path, coco_photos: Path) -> None:
     assert "moving average (EMA), after epoch 3" in json.dumps(config) and "_skip_resize" not in json.dumps(config)
 
 
+@pytest.mark.long
 def test_killed_at_random_is_the_same_run(reference: Path, coco_photos: Path, tmp_path: Path) -> None:
     """Weights, metrics, optimizer and random states."""
     seed = int.from_bytes(os.urandom(4), "little")

@@ -102,6 +102,7 @@ def test_the_best_weights_have_the_recorded_mean_iou(run: Path, data: Path, tmp_
     assert validate_seg.main(flags) == 1  # the report is not overwritten
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [2])
 def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data: Path, tmp_path: Path) -> None:
     # Three images for two processes.

@@ -14,6 +14,7 @@ import pytest
 SUITE = Path(__file__).with_name("ultralytics_suite.py")
 
 
+@pytest.mark.long
 def test_a_fast_part_passes() -> None:
     # The pytest of Ultralytics' tests must not read variables of this pytest.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

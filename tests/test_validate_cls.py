@@ -237,6 +237,7 @@ def test_real_labels(
     assert results["real_top5"] == pytest.approx(100.0)  # the top 5 contain all four classes
 
 
+@pytest.mark.long
 def test_several_processes_count_the_same(
     run_folder: Path, own_digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]]
 ) -> None:

@@ -79,6 +79,7 @@ def folder(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pyt
     return folder
 
 
+@pytest.mark.long
 def test_training_and_resume(folder: Path) -> None:
     config = json.loads((folder / "run/best/config.json").read_text(encoding="utf-8"))
     assert config["label_names"][-1] == NAME
@@ -140,6 +141,7 @@ if __name__ == "__main__":
     assert row["memory_mib"] == row["step_mib"] == "" and float(row["images_per_second"]) > 0
 
 
+@pytest.mark.long
 def test_ctrl_break_saves_and_stops(folder: Path, tmp_path: Path) -> None:
     flags = [*TRAIN, f"--data-dir={folder / 'data'}", f"--output={tmp_path}", "--experiment=it", "--epochs=1000"]
     flags += ["--workers=0", "--log-interval=1"]
