@@ -105,6 +105,7 @@ def test_authors_checkpoint(
     assert names["model"].num_classes == 1000
 
 
+@pytest.mark.long
 def test_published_weights(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only --model can state that weights are the published ones.
 

@@ -806,6 +806,7 @@ def test_users_do_not_wait_for_each_other(page: str, page_hub: Hub, models: Path
     assert "org/slow" in json.dumps(answer) or answer["success"]
 
 
+@pytest.mark.long
 def test_no_file_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
     """After SIGTERM, uploads are deleted."""
     flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]

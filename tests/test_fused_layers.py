@@ -245,6 +245,7 @@ def test_backend_of_a_model_reaches_every_layer() -> None:
             assert count(lambda net=net: net(draw(1, 3, 40, 24))) == {}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_training_step() -> None:
     """Outputs and gradients agree with the reference, with the same random stochastic depth."""

@@ -158,6 +158,7 @@ def test_signal_saves_and_prints_how_to_resume(
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.long
 def test_mixed_precision_resumes_with_its_loss_scale(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -411,6 +411,7 @@ def test_archives_that_change_during_the_run(change: str, archive: Path, tmp_pat
 # Memory
 
 
+@pytest.mark.long
 def test_a_killed_loader_is_named(digits_folder: Path, tmp_path: Path) -> None:
     """The system kills a worker like this when memory is full."""
     flags = [f"--data-dir={digits_folder}", f"--output={tmp_path}", "--epochs=1000", "--workers=1"]

@@ -627,6 +627,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{last}", pretrained=True).num_classes == 10
 
 
+@pytest.mark.long
 def test_full_disk(digits_folder: Path, tmp_path: Path) -> None:
     """A limit on file sizes makes the first write of a run fail, as a full disk does."""
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100))  # bytes

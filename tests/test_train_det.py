@@ -392,6 +392,7 @@ def test_validation_repeats_the_metrics_of_the_run(
     assert "already has results of another evaluation" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_two_processes_give_the_same_results(reference: Path, coco_photos: Path, tmp_path: Path) -> None:
     flags = [
         f"--checkpoint={reference / 'it/last'}",

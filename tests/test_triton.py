@@ -424,8 +424,9 @@ def make_attention(**kwargs: Any) -> tuple[SuperTokenAttention, SuperTokenAttent
     return fast, plain
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_graphs_contain_the_operators(dynamic: bool) -> None:
     torch._dynamo.reset()
     fast, plain = make_attention()
@@ -576,6 +577,7 @@ def test_whole_model() -> None:
 # The benchmark
 
 
+@pytest.mark.long
 @also_on_gpu
 def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, the timer and the CUDA graphs are replaced."""

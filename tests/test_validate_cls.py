@@ -113,6 +113,7 @@ def test_every_form_of_our_checkpoints(run_folder: Path, validate: Callable[...,
     assert validate(f"--checkpoint={run_folder}")["top1"] == pytest.approx(best)
 
 
+@pytest.mark.long
 def test_official_weights_and_crop(
     digits_folder: Path, tmp_path: Path, validate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -790,6 +790,7 @@ def test_a_sheet_of_the_checkpoints_of_a_run(digits_run: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.long
 def test_checkpoints_of_ultralytics(detectors: dict[str, Any], tmp_path: Path) -> None:
     """Draws the checkpoints of save_period in the order of their epochs, and one checkpoint alone."""
     photo(60, 60).save(tmp_path / "a.png")

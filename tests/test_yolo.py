@@ -29,6 +29,7 @@ def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.long
 def test_train_predict_export(photos: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("stvit_pico", num_classes=10).state_dict(), tmp_path / "pico.pth")
     # Directory names may contain spaces, and our arguments may be anywhere.

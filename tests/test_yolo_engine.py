@@ -356,7 +356,8 @@ def same_detections(found: np.ndarray, expected: torch.Tensor) -> None:
     np.testing.assert_allclose(found[:, 4:], expected[:, 4:].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_onnx(dynamic: bool, detector: YOLO, best: Path, tmp_path: Path) -> None:
     copied = tmp_path / "best.pt"
     copied.write_bytes(best.read_bytes())
@@ -444,7 +445,8 @@ def test_tune(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Several processes
 
 
-@pytest.mark.parametrize("whose", ["ours", pytest.param("Ultralytics'", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("whose", ["ours", "Ultralytics'"])
 def test_worker_of_a_distributed_run_needs_no_import_of_ours(whose: str, photos: Path, tmp_path: Path) -> None:
     """Runs the file that Ultralytics writes for each process of a multi-GPU run."""
     from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file

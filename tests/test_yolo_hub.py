@@ -174,6 +174,7 @@ def test_dry_run_and_own_example(hub: Hub, run: Path, push: Push, tmp_path: Path
     assert "none.pt does not exist" in push(run / "none.pt", fails=True)
 
 
+@pytest.mark.long
 def test_other_ways_to_load(
     hub: Hub, run: Path, push: Push, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

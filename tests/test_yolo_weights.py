@@ -257,6 +257,7 @@ def test_invalid_stock_weights(
         YOLO("yolo26n-stvit_pico.yaml", stock_weights=source)
 
 
+@pytest.mark.long
 def test_gray_weights_are_adapted_to_color_images(
     write_photos: Callable[..., Path], photos: Path, tmp_path: Path
 ) -> None:
