@@ -76,7 +76,7 @@ def test_targets_have_the_masks_of_pycocotools(coco_photos: Path) -> None:
 
 
 def test_ground_truth_is_that_of_the_file(coco_photos: Path, content: Content) -> None:
-    """It also contains crowds."""
+    """The ground truth contains crowds, too."""
     coco = Coco(coco_photos / "instances.json")
     truth = coco.ground_truth(range(len(coco.images)))
     assert len(truth["annotations"]) == len(content["annotations"]) == 12

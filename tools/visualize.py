@@ -92,7 +92,13 @@ def draw(args: argparse.Namespace) -> None:
         CommandError: If a flag is wrong, the model cannot be loaded, or an image cannot be read.
     """
     # Imported here, so that --help answers without PyTorch.
-    from stvit.tools.common.image_files import ImageError, find_images, open_image
+    from stvit.tools.common.image_files import (
+        ImageError,
+        check_skipped,
+        describe_skipped,
+        find_images,
+        open_image,
+    )
     from stvit.tools.common.viewing import LoadedModel, load_model
     from stvit.tools.visualizing import measures, pictures
 
@@ -148,8 +154,7 @@ def draw(args: argparse.Namespace) -> None:
                         found = measures.measure(view, truth, folder / f"stage{stage}_measures.png", config)
                         rows += [{"image": path.name, "stage": stage, **measure} for measure in found]
             except ImageError as error:
-                message = str(error)
-                errors.append(message if path.name in message else f"{path.name}: {message}")
+                errors.append(describe_skipped(path, error))
             finally:
                 bar.update(0 if checkpoints else 1)
     if rows:
@@ -157,9 +162,7 @@ def draw(args: argparse.Namespace) -> None:
     done = len(images) - len(errors)
     if done:
         print(f"wrote the pictures of {done} image{'s' if done > 1 else ''} to {args.output}")
-    if errors:
-        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise CommandError(f"{len(errors)} of {len(images)} images were skipped: {'; '.join(errors[:3])}{more}")
+    check_skipped(errors, len(images))
 
 
 if __name__ == "__main__":

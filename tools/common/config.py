@@ -443,14 +443,23 @@ class ValidationConfig:
     output: str | None = flag(None, "folder for results.json, per_class.csv and confusion.png", metavar="DIR")
 
 
+def check_in_chans(in_chans: int) -> None:
+    """Checks the number of image channels.
+
+    Raises:
+        CommandError: If it is neither 1 nor 3.
+    """
+    if in_chans not in (1, 3):
+        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {in_chans}")
+
+
 def check_channels(in_chans: int, images: ImageConfig) -> None:
     """Checks the number of image channels, and the lengths of --mean and --std.
 
     Raises:
         CommandError: If they are wrong.
     """
-    if in_chans not in (1, 3):
-        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {in_chans}")
+    check_in_chans(in_chans)
     for name, values in (("mean", images.mean), ("std", images.std)):
         if values is not None and len(values) not in (1, in_chans):
             raise CommandError(f"--{name} must be one number, or one for each of {in_chans} channels, got {values}")

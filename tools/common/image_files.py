@@ -1,6 +1,7 @@
 """Opens the images that a command shows to a model."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,17 @@ from stvit import images
 from .cli import CommandError, reason
 from .image_folders import find_image_files
 
-__all__ = ["MAX_PIXELS", "ImageError", "find_images", "fit", "open_image", "open_mask"]
+__all__ = [
+    "MAX_PIXELS",
+    "ImageError",
+    "check_skipped",
+    "describe_skipped",
+    "find_images",
+    "fit",
+    "open_image",
+    "open_mask",
+    "result_names",
+]
 
 # Largest image; time and memory of a model grow with the pixels.
 MAX_PIXELS = 64 * 2**20
@@ -90,3 +101,40 @@ def find_images(path: Path, out: Path) -> list[Path]:
     if line is not None:
         print(line, flush=True)
     return [path / name for name in found]
+
+
+def result_names(root: Path, images: Sequence[Path]) -> list[str]:
+    """Returns a name without suffix for each image's results, with its subfolders.
+
+    Images keep their suffix if they would have the same name without it, ignoring case.
+
+    Args:
+        root: Image file or folder of the images.
+        images: The images.
+    """
+    base = root if root.is_dir() else root.parent
+    paths = [path.relative_to(base) for path in images]
+    stems = [path.with_suffix("").as_posix() for path in paths]
+    counts = Counter(stem.casefold() for stem in stems)
+    return [stem if counts[stem.casefold()] == 1 else path.as_posix() for stem, path in zip(stems, paths, strict=True)]
+
+
+def describe_skipped(path: Path, error: ImageError) -> str:
+    """Returns why an image is skipped, with its name."""
+    message = str(error)
+    return message if path.name in message else f"{path.name}: {message}"
+
+
+def check_skipped(skipped: Sequence[str], images: int) -> None:
+    """Reports skipped images at the end of a command.
+
+    Args:
+        skipped: Descriptions of `describe_skipped`.
+        images: Number of all images.
+
+    Raises:
+        CommandError: If an image was skipped.
+    """
+    if skipped:
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise CommandError(f"{len(skipped)} of {images} images were skipped: {'; '.join(skipped[:3])}{more}")

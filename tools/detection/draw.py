@@ -42,7 +42,7 @@ def draw_detections(image: Image.Image, found: Detections, names: Mapping[int, s
         name = printable(names[int(found.categories[number])])[:_MOST_CHARACTERS]
         text = f"{name} {100 * float(found.scores[number]):.0f} %"
         _, _, width, height = (round(value) for value in draw.textbbox((0, 0), text, font=font))
-        # Above the box; inside if there is no room, and not beyond the right border.
+        # The label is above the box, or inside it at the top of the picture. It never crosses the right border.
         x = max(0, min(round(left), image.width - width - 2 * line))
         y = round(top) - height - line
         y = y if y >= 0 else max(0, round(top))

@@ -17,6 +17,7 @@ from stvit.adapters.torchvision.models import BUILDERS
 from stvit.weights.errors import PretrainedError
 
 from ..common.cli import CommandError, reason
+from ..common.config import check_in_chans
 from ..common.data import Images
 from ..common.distributed import DTYPES, Distributed, autocast
 from ..common.engine import check_config, prepare_model
@@ -40,8 +41,7 @@ def prepare(config: DetectionConfig, distributed: Distributed) -> "Detection":
     Raises:
         CommandError: If flags, data or model are wrong.
     """
-    if config.model.in_chans not in (1, 3):
-        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {config.model.in_chans}")
+    check_in_chans(config.model.in_chans)
     check_config(config, distributed)
     with_masks = MODELS[config.model.model]
     images = open_images(

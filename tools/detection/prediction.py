@@ -1,7 +1,6 @@
 """Detects objects in a folder of images, and writes pictures and detections."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from stvit.images import convert_image
 from ..common.cli import CommandError, progress_bar, reason
 from ..common.distributed import DTYPES, Distributed, autocast, check_dtype, join_processes
 from ..common.files import atomic_write
-from ..common.image_files import ImageError, find_images, open_image
+from ..common.image_files import ImageError, check_skipped, describe_skipped, find_images, open_image, result_names
 from .config import PredictionConfig
 from .draw import draw_detections
 from .inference import Detections, detect, to_device
@@ -32,7 +31,7 @@ def predict(config: PredictionConfig) -> None:
     if output.resolve() == (root if root.is_dir() else root.parent).resolve():
         raise CommandError(f"--output {output} is the folder of the images, which would be overwritten; choose another")
     images = find_images(root, output)
-    names = picture_names(root, images)
+    names = result_names(root, images)
     ids = image_ids(images)
     with join_processes(config.device.device, config.device.dist_backend) as distributed:
         if distributed.size > 1:
@@ -51,15 +50,14 @@ def predict(config: PredictionConfig) -> None:
                     try:
                         image = open_image(path)
                     except ImageError as error:
-                        message = str(error)
-                        skipped.append(message if path.name in message else f"{path.name}: {message}")
+                        skipped.append(describe_skipped(path, error))
                         bar.write(f"warning: {skipped[-1]}; skipped", file=sys.stderr)
                         bar.update()
                         continue
                     found = _detect_one(detector, image, image_id, config, distributed)
                     relative = path.relative_to(root if root.is_dir() else root.parent).as_posix()
                     results += [{"file_name": relative, **result} for result in found.to_coco()]
-                    _write_picture(output / name, image, found, by_id)
+                    _write_picture(output / f"{name}.jpg", image, found, by_id)
                     bar.update()
             write_detections(output / "detections.json", results)
         except OSError as error:
@@ -67,9 +65,7 @@ def predict(config: PredictionConfig) -> None:
     done = len(images) - len(skipped)
     images_done = f"{done} image{'s' if done != 1 else ''}"
     print(f"{len(results)} detections in {images_done}; pictures and detections.json are in {output}")
-    if skipped:
-        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        raise CommandError(f"{len(skipped)} of {len(images)} images were skipped: {'; '.join(skipped[:3])}{more}")
+    check_skipped(skipped, len(images))
 
 
 def _detect_one(
@@ -88,19 +84,6 @@ def _write_picture(path: Path, image: Any, found: Detections, names: dict[int, s
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_detections(image, found, names)
     atomic_write(path, lambda fresh: drawn.save(fresh, format="JPEG", quality=92))
-
-
-def picture_names(root: Path, images: Sequence[Path]) -> list[Path]:
-    """Returns the name of each picture: that of the image, ending in .jpg.
-
-    The former suffix stays part of the name if two names would be the same without it, ignoring case.
-    """
-    names = [path.relative_to(root if root.is_dir() else root.parent) for path in images]
-    counts = Counter(str(name.with_suffix("")).casefold() for name in names)
-    return [
-        name.with_suffix(".jpg") if counts[str(name.with_suffix("")).casefold()] == 1 else Path(f"{name}.jpg")
-        for name in names
-    ]
 
 
 def image_ids(images: Sequence[Path]) -> list[int]:

@@ -48,7 +48,7 @@ class ValTransform:
     """Converts an image to a tensor. The model resizes it."""
 
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Returns an image (C, H, W), 0 to 255, and its target as it is."""
+        """Returns an image (C, H, W), 0 to 255, and its unchanged target."""
         if "size" in target:
             check_size(image, target["size"])
         return v2.functional.pil_to_tensor(image), target

@@ -19,7 +19,7 @@ class Scores:
     """Metrics of a set of images, in percent.
 
     A class without labeled and without predicted pixels has no IoU, and a class without labeled pixels has no accuracy.
-    These values are NaN, and the means leave them out, as in mmsegmentation.
+    Their values are NaN. The means do not count them, as in mmsegmentation.
 
     Attributes:
         miou: Mean IoU over the classes.

@@ -9,6 +9,7 @@ from stvit.adapters import segmentation
 from stvit.weights import PretrainedError
 
 from ..common.cli import CommandError, reason
+from ..common.config import check_in_chans
 from ..common.distributed import Distributed
 from .config import ImageConfig, ModelConfig
 
@@ -25,8 +26,7 @@ def create_model(config: ModelConfig, image: ImageConfig, num_classes: int, dist
     Raises:
         CommandError: If an argument is wrong, or the weights cannot be loaded.
     """
-    if config.in_chans not in (1, 3):
-        raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {config.in_chans}")
+    check_in_chans(config.in_chans)
     builder = segmentation.BUILDERS[config.model]
     arguments: dict[str, Any] = {
         "pretrained_backbone": config.backbone_source(),

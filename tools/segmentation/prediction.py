@@ -1,6 +1,5 @@
 """Predicts the label maps of image files."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from stvit.images import convert_image
 from ..common.cli import CommandError, progress_bar, reason
 from ..common.distributed import DTYPES, autocast, check_dtype, join_processes
 from ..common.files import atomic_write
-from ..common.image_files import ImageError, find_images, open_image
+from ..common.image_files import ImageError, check_skipped, describe_skipped, find_images, open_image, result_names
 from .config import PredictionConfig, SourceConfig
 from .draw import draw_overlay
 from .inference import MULTI_SCALES, Predictor, Scaling
@@ -37,7 +36,7 @@ def predict(config: PredictionConfig) -> None:
     """
     root, output = Path(config.image).expanduser(), Path(config.output).expanduser()
     images = find_images(root, output)
-    names = output_names(root, images)
+    names = result_names(root, images)
     with join_processes(config.device.device, config.device.dist_backend) as distributed:
         if distributed.size > 1:
             raise CommandError("this command runs in one process; run it without torchrun")
@@ -58,15 +57,12 @@ def predict(config: PredictionConfig) -> None:
                 try:
                     _predict_file(path, output, name, predictor, config.opacity)
                 except ImageError as error:
-                    message = str(error)
-                    errors.append(message if path.name in message else f"{path.name}: {message}")
+                    errors.append(describe_skipped(path, error))
                 bar.update()
     done = len(images) - len(errors)
     if done:
         print(f"wrote the label maps and pictures of {done} image{'s' if done > 1 else ''} to {output}")
-    if errors:
-        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise CommandError(f"{len(errors)} of {len(images)} images were skipped: {'; '.join(errors[:3])}{more}")
+    check_skipped(errors, len(images))
 
 
 def _predict_file(path: Path, output: Path, name: str, predictor: Predictor, opacity: float) -> None:
@@ -85,18 +81,3 @@ def _write(path: Path, write: Any) -> None:
         atomic_write(path, write)
     except OSError as error:
         raise CommandError(f"cannot write to --output: {reason(error)}") from error
-
-
-def output_names(root: Path, images: Sequence[Path]) -> list[str]:
-    """Returns a name without suffix for each image's results, with its subfolders.
-
-    Images that differ only in their suffix keep it.
-
-    Args:
-        root: Image file or folder of the images.
-        images: The images.
-    """
-    base = root if root.is_dir() else root.parent
-    paths = [path.relative_to(base).as_posix() for path in images]
-    stems = [path.rpartition(".")[0] or path for path in paths]
-    return [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]

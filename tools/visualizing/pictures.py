@@ -1,7 +1,6 @@
 """Pictures of super tokens: what is drawn, and where the files are."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from stvit import visualize
 from ..common.checkpoint import Checkpoints
 from ..common.cli import CommandError, reason
 from ..common.files import atomic_write
-from ..common.image_files import ImageError, fit
+from ..common.image_files import ImageError, fit, result_names
 from ..common.viewing import LoadedModel, explain_errors, stages_of
 from .config import DrawConfig
 
@@ -129,14 +128,9 @@ def save(picture: Image.Image, path: Path) -> None:
 def output_folders(root: Path, images: Sequence[Path], output: Path) -> list[Path]:
     """Returns the directory of each image's pictures.
 
-    It has the name of the image, without the suffix if no other name is the same without it, ignoring case.
+    `result_names` explains its name.
     """
-    names = [path.relative_to(root if root.is_dir() else root.parent) for path in images]
-    stems = [name.with_suffix("") for name in names]
-    counts = Counter(str(stem).casefold() for stem in stems)
-    return [
-        output / (stem if counts[str(stem).casefold()] == 1 else name) for name, stem in zip(names, stems, strict=True)
-    ]
+    return [output / name for name in result_names(root, images)]
 
 
 def choose_stages(stages: Sequence[int] | None, loaded: LoadedModel) -> list[int]:
