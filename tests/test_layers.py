@@ -13,6 +13,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import AttentionExtract
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,6 +239,36 @@ def test_timms_switch_selects_the_attention(name: str, unfused: None) -> None:
     x = images()
     torch.testing.assert_close(plain(x), fused(x))
     torch.testing.assert_close(torch.jit.script(plain)(x), fused(x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "train", "fused"),
+    [
+        (torch.bfloat16, 4, True, 0),
+        (torch.float16, 14, True, 0),
+        (torch.bfloat16, 15, True, 1),  # 225 tokens
+        (torch.bfloat16, 4, False, 1),
+        (torch.float32, 4, True, 1),
+    ],
+)
+def test_few_tokens_in_16_bits_are_trained_without_fused_attention(
+    dtype: torch.dtype, size: int, train: bool, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **kwargs: calls.append(1) or sdpa(*args, **kwargs)
+    )
+    module = stvit.SuperTokenAttention(16, 1, num_heads=2)
+    x = torch.randn(2, 16, size, size)
+    expected = torch.autograd.grad(module(x).sum(), module.parameters())
+    calls.clear()
+    with torch.set_grad_enabled(train):
+        y = module.to(dtype)(x.to(dtype))
+    assert len(calls) == fused
+    if train:
+        for got, want in zip(torch.autograd.grad(y.float().sum(), module.parameters()), expected, strict=True):
+            assert (got - want).norm() <= 0.02 * want.norm() + 0.02 * size**2
 
 
 def test_timms_environment_variable_selects_the_attention() -> None:
