@@ -10,6 +10,8 @@
     python tools/benchmark.py yolo --img-size 640
     python tools/benchmark.py dense --models "mask_rcnn(backbone='stvit_small')" --img-size 800 1280
     python tools/benchmark.py kernels --dtype bfloat16 --csv kernels.csv
+    python tools/benchmark.py accuracy --config configs/cls/cifar10_short.yaml --data-dir DIR --output runs/series
+        --models stvit_pico "stvit_pico(stoken_size=(1, 1, 1, 1))" --seeds 1 2 3 --csv series.csv --plot series.png
     python tools/benchmark.py gpu --output gpu --minutes 5
 
 `python -m stvit.tools.benchmark` is the same program. All candidates of a table run in turns, so that other load on the
@@ -36,6 +38,14 @@ kernels: super token sampling and upsampling on a GPU, with Triton kernels, the 
 They are measured without attention (functions) and with it (operator), forward only and with backward (both). The
 floor is the time to copy the minimum number of bytes, at the bandwidth of a large copy in the same run. Without a GPU
 only the bytes are counted.
+
+accuracy: top-1 accuracy of models that are trained with the same recipe and the same seeds, beside their speed and
+memory. Each model and seed is a run of `stvit train` in --output. The same command continues an interrupted series and
+repeats no complete run. `--parts train` only trains and `--parts measure` only measures. The accuracy is that of the
+validation images after the last epoch, with a 95 % confidence interval of each run (Wilson). low and high are those of
+the mean over the seeds (Student's t, with the standard deviation pooled over all models). Speed is in images/s and
+memory in MiB that a training step adds, each with the image size in the name of the column. --csv and --plot are
+written again after each run. tools/benchmarks/variants.py has the model stvit_pico_no_attention.
 
 gpu: everything about a GPU in one run of limited time, most important first: inference and training of stvit_small and
 its peers, peak memory, latency, block sizes of the kernels, the operator, a detector and profiles. Each table is a CSV
@@ -65,12 +75,14 @@ class Subject:
         config: Dataclass of its flags.
         function: Module of tools/benchmarks and its function that yields tables of rows.
         defaults: Defaults that differ from those of the dataclass.
+        is_growing: Whether each table contains the one before it, and replaces it in --csv and --plot.
     """
 
     description: str
     config: type
     function: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    is_growing: bool = False
 
 
 SUBJECTS = {
@@ -101,6 +113,12 @@ SUBJECTS = {
     "kernels": Subject("time of the operator's GPU kernels", config.KernelConfig, "kernels.benchmark"),
     "yolo": Subject("latency of YOLO26 detectors", config.DetectorConfig, "yolo.benchmark"),
     "dense": Subject("size and latency of detectors and segmentation models", config.DenseConfig, "dense.benchmark"),
+    "accuracy": Subject(
+        "accuracy of models trained with the same recipe, beside their cost",
+        config.AccuracyConfig,
+        "accuracy.benchmark",
+        is_growing=True,
+    ),
     "gpu": Subject("everything about a GPU in limited time", config.GpuConfig, "gpu.benchmark"),
 }
 
@@ -132,7 +150,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """
     import torch  # after the flags, so that --help is fast
 
-    from stvit.tools.benchmarks.measure import append, circumstances, default_device, print_table
+    from stvit.tools.benchmarks.measure import append, circumstances, default_device, print_table, replace_table
 
     subject = SUBJECTS[args.subject]
     settings: Any = from_flags(subject.config, args)
@@ -147,9 +165,12 @@ def benchmark(args: argparse.Namespace) -> None:
     for table in measure(settings):  # each table is saved before the next one may fail
         print_table(table)
         if getattr(settings, "csv", None):
-            append(Path(settings.csv), [{**circumstances(torch.device(device)), **row} for row in table])
-            print(f"appended to {settings.csv}", flush=True)
-        rows += table
+            write = replace_table if subject.is_growing else append
+            write(Path(settings.csv), [{**circumstances(torch.device(device)), **row} for row in table])
+            print(f"{'written' if subject.is_growing else 'appended'} to {settings.csv}", flush=True)
+        rows = table if subject.is_growing else [*rows, *table]
+        if plot and subject.is_growing:
+            plots.PLOTS[args.subject](rows, Path(plot))
     if plot:
         plots.PLOTS[args.subject](rows, Path(plot))
         print(f"drawn to {plot}")

@@ -20,6 +20,8 @@ GPU_PARTS = ("models", "training", "latency", "kernels", "operator", "yolo", "pr
 KERNEL_WAYS = ("reference", "compiled", "triton")
 # Image size and batch size of the kernels. The number of pixels is nearly the same.
 KERNEL_SIZES = {224: 128, 640: 16, 1280: 4}
+# What `stvit benchmark accuracy` does, in this order.
+ACCURACY_PARTS = ("train", "measure")
 # Stock YOLO26 detectors, and those with STViT backbones.
 DETECTORS = [f"yolo26{scale}{backbone}.yaml" for scale in "nsmlx" for backbone in ("", "-stvit")]
 
@@ -40,7 +42,12 @@ class BenchmarkConfig:
 
 @dataclass
 class SpeedConfig(BenchmarkConfig):
-    """Flags of the subjects op, model and train."""
+    """Flags of the subjects op, model and train.
+
+    Attributes:
+        num_classes: Number of classes; None for that of the model.
+        channels_last: Whether models and images are channels_last in all ways but the published formulation.
+    """
 
     models: list[str] = flag(
         ["stvit_small"],
@@ -64,6 +71,8 @@ class SpeedConfig(BenchmarkConfig):
     )
     memory: bool = flag(True, "measure memory, in new processes (not on Windows)", action=Switch)
     plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
+    num_classes: int | None = None
+    channels_last: bool = False
 
 
 @dataclass
@@ -126,6 +135,34 @@ class DenseConfig(BenchmarkConfig):
     )
     device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
     repeats: int = flag(5, "measurements of each model; 0 to count only parameters and GMAC", type=count, metavar="N")
+
+
+@dataclass
+class AccuracyConfig(BenchmarkConfig):
+    """Flags of the subject accuracy."""
+
+    models: list[str] = flag(
+        [], "timm models to compare, with arguments as 'NAME(key=value)'", nargs="+", required=True, metavar="NAME"
+    )
+    config: str = flag("", "recipe of `stvit train` for all models", required=True, metavar="FILE", short="-c")
+    data_dir: str | None = flag(None, "folder with the images of the recipe", metavar="DIR")
+    seeds: list[int] = flag([1, 2, 3], "seeds; each model is trained with each", type=count, nargs="+", metavar="N")
+    output: str = flag("", "folder of the runs, continued if it exists", required=True, metavar="DIR")
+    parts: list[str] = flag(
+        list(ACCURACY_PARTS), "train, and measure speed and memory", nargs="+", choices=ACCURACY_PARTS
+    )
+    img_size: list[int] = flag(
+        [64, 224], "further image sizes for speed and memory, in pixels", type=positive, nargs="+", metavar="N"
+    )
+    batch_size: int = flag(16, "images per step in the measurements", type=positive, metavar="N", short="-b")
+    way: str = flag("optimized", "way to run inference", choices=("eager", "optimized", "compiled"))
+    dtype: str = flag("float32", "precision of inference", choices=DTYPES)
+    device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
+    repeats: int = flag(7, "turns of each model in the measurements", type=positive, metavar="N")
+    min_seconds: float = flag(
+        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
+    )
+    plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
 
 
 @dataclass

@@ -20,6 +20,7 @@ import torchvision
 import stvit
 
 from ..common.cli import CommandError, progress_bar, reason
+from ..common.files import atomic_write
 from . import config
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "peak_memory",
     "percentile",
     "print_table",
+    "replace_table",
     "require_device",
     "significant",
     "synchronize",
@@ -283,12 +285,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """
     columns = list(rows[0])
     try:
-        exists = path.exists() and path.stat().st_size > 0
-        if exists:
-            with path.open(newline="", encoding="utf-8") as file:
-                header = next(csv.reader(file))
-            if header != columns:
-                raise CommandError(f"--csv {path} has other columns ({', '.join(header)}); choose another file")
+        exists = _check_columns(path, columns)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
@@ -297,6 +294,35 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerows(rows)
     except OSError as error:
         raise CommandError(f"cannot write --csv {path}: {reason(error)}") from error
+
+
+def replace_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as a CSV file atomically, in place of an earlier table.
+
+    Raises:
+        CommandError: If the file has other columns, or cannot be written.
+    """
+    try:
+        _check_columns(path, list(rows[0]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda fresh: write_table(fresh, rows))
+    except OSError as error:
+        raise CommandError(f"cannot write --csv {path}: {reason(error)}") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> bool:
+    """Returns whether a file contains a table.
+
+    Raises:
+        CommandError: If the table has other columns.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    if header != columns:
+        raise CommandError(f"--csv {path} has other columns ({', '.join(header)}); choose another file")
+    return True
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

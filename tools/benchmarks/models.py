@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .measure import (
     take_turns,
 )
 from .published import published
+from .variants import optimize_blocks
 from .yolo import check_detector_size, create_detector, detection_loss
 
 __all__ = [
@@ -39,6 +40,9 @@ __all__ = [
     "benchmark_op",
     "benchmark_resolution",
     "benchmark_train",
+    "check_size",
+    "count_gmac",
+    "count_parameters",
     "input_shape",
     "is_detector",
     "is_ours",
@@ -79,6 +83,8 @@ class Case:
         device: Name of the device.
         is_training: Whether a step includes backward and the optimizer.
         stage: Stage whose attention is measured; None for the whole model.
+        num_classes: Number of classes; None for that of the model.
+        channels_last: Whether the model and the images are channels_last.
     """
 
     model: str
@@ -89,6 +95,8 @@ class Case:
     device: str
     is_training: bool = False
     stage: int | None = None
+    num_classes: int | None = None
+    channels_last: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +160,9 @@ def _cases(config: SpeedConfig, img_size: int, ways: Iterable[str], is_training:
     for model in config.models:
         for way in ways:
             if way in config.ways and (way != "published" or is_ours(model)):
-                cases.append(Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training))
+                case = Case(model, way, config.batch_size, img_size, config.dtype, config.device, is_training)
+                channels_last = config.channels_last and way != "published"
+                cases.append(replace(case, num_classes=config.num_classes, channels_last=channels_last))
     if not cases:
         raise CommandError(f"nothing to measure: none of --models supports --ways {' '.join(config.ways)}")
     return cases
@@ -177,7 +187,7 @@ def _measure(cases: list[Case], config: SpeedConfig) -> list[dict[str, Any]]:
     for i, case in enumerate(cases):
         seconds = times[str(i)]
         median = statistics.median(seconds)
-        gmac = _gmac(case)
+        gmac = count_gmac(case)
         memory = (
             peak_memory(prepare, case, device=device, is_compiled=case.way == "compiled") if config.memory else None
         )
@@ -189,7 +199,7 @@ def _measure(cases: list[Case], config: SpeedConfig) -> list[dict[str, Any]]:
             "dtype": case.dtype,
             "batch_size": case.batch_size,
             "img_size": case.img_size,
-            "params_m": round(sum(p.numel() for p in make_module(case, "meta").parameters()) / 1e6, 2),
+            "params_m": round(count_parameters(case) / 1e6, 2),
             "gmac": significant(gmac),
             "images_per_second": significant(case.batch_size / median),
             "slowest": significant(case.batch_size / max(seconds)),
@@ -222,16 +232,15 @@ def prepare(case: Case) -> Callable[[], Any]:
     """
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
-    if is_detector(case.model):
-        check_detector_size(case.img_size)
-    elif case.stage is None:
-        check_img_size(_create(case.model, "meta", case.img_size), {"input_size": input_shape(case)[1:]})
+    check_size(case)
     if case.is_training and case.dtype == "float16":
         raise CommandError("--dtype float16 is only for inference, because training needs a loss scaler; pass bfloat16")
     module = make_module(case, case.device).train(case.is_training)
     image = torch.randn(input_shape(case), device=device)
-    if case.stage is not None and case.way != "published":
-        image = image.to(memory_format=torch.channels_last)  # as in the model
+    if case.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if case.channels_last or (case.stage is not None and case.way != "published"):  # a stage: as in the model
+        image = image.to(memory_format=torch.channels_last)
     if case.is_training:
         return training_step(module, image, case, dtype)
     image = image.to(dtype)
@@ -249,6 +258,18 @@ def prepare(case: Case) -> Callable[[], Any]:
             module(image)
 
     return step
+
+
+def check_size(case: Case) -> None:
+    """Checks that a model exists and takes images of its size.
+
+    Raises:
+        CommandError: If the model is unknown or does not take the size.
+    """
+    if is_detector(case.model):
+        check_detector_size(case.img_size)
+    elif case.stage is None:
+        check_img_size(_create(case.model, "meta", case.img_size), {"input_size": input_shape(case)[1:]})
 
 
 def training_step(module: nn.Module, image: torch.Tensor, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
@@ -311,14 +332,14 @@ def optimized(module: Any, case: Case) -> nn.Module:
     if is_detector(case.model):
         return module.fuse(verbose=False).to(memory_format=torch.channels_last)
     try:
-        return stvit.optimize_for_inference(module)
+        return optimize_blocks(stvit.optimize_for_inference(module))
     except ValueError:  # torch.fx cannot trace this timm model, so only the memory format changes
         return module.to(memory_format=torch.channels_last)
 
 
 def make_module(case: Case, device: str) -> nn.Module:
     """Returns the module of a case in evaluation mode, with random weights."""
-    model: Any = _create(case.model, device, case.img_size)
+    model: Any = _create(case.model, device, case.img_size, case.num_classes)
     module: nn.Module = model if case.stage is None else model.stages[case.stage].blocks[0].attn
     return published(module) if case.way == "published" else module.eval()
 
@@ -334,12 +355,17 @@ def input_shape(case: Case) -> tuple[int, int, int, int]:
     return (case.batch_size, module.qkv.in_channels, size, size)
 
 
-def _gmac(case: Case) -> float:
+def count_parameters(case: Case) -> int:
+    """Returns the number of parameters of a case."""
+    return sum(parameter.numel() for parameter in make_module(case, "meta").parameters())
+
+
+def count_gmac(case: Case) -> float:
     """Returns the multiply-adds for one image, in 1e9.
 
     Only convolutions and matrix products count.
     """
-    one = Case(case.model, "eager", 1, case.img_size, "float32", "cpu", stage=case.stage)
+    one = replace(case, way="eager", batch_size=1, dtype="float32", device="cpu", is_training=False)
     device = "cpu" if is_detector(case.model) else "meta"  # a detector's head reads values
     module, image = make_module(one, device), torch.zeros(input_shape(one), device=device)
     # The counter does not know all fused attention kernels.
@@ -360,11 +386,11 @@ def is_ours(spec: str) -> bool:
     return parse_call(spec)[0].startswith(("stvit_", "test_stvit"))
 
 
-def _create(spec: str, device: str, img_size: int) -> nn.Module:
+def _create(spec: str, device: str, img_size: int, num_classes: int | None = None) -> nn.Module:
     if is_detector(spec):
         return create_detector(spec).to(device)
     name, kwargs = parse_call(spec)
-    return create_model(name, img_size=img_size, model_kwargs=kwargs).to(device)
+    return create_model(name, img_size=img_size, num_classes=num_classes, model_kwargs=kwargs).to(device)
 
 
 def parse_call(spec: str) -> tuple[str, dict[str, Any]]:

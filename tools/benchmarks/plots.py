@@ -108,11 +108,40 @@ def draw_resolution(rows: Rows, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_accuracy(rows: Rows, path: Path) -> None:
+    """Plots accuracy over images/s in inference.
+
+    Without a measurement, it is over GMAC. Small points are runs. A large one is the mean over the seeds, with its
+    confidence interval.
+    """
+    figure, axes = _figure(9.0, 5.0)
+    size = rows[0]["img_size"]
+    is_measured = bool(rows[0][f"inference_{size}"])
+    for i, row in enumerate(rows):
+        x = row[f"inference_{size}"] if is_measured else row["gmac"]
+        runs = [float(value) for value in row["top1_runs"].split()]
+        if not runs:
+            continue
+        color, marker = f"C{i % 10}", "o" if row["model"].startswith("stvit") else "s"
+        axes.scatter([x] * len(runs), runs, s=9, color=color, alpha=0.6, linewidths=0)
+        if row["low"] != "":
+            axes.vlines(x, row["low"], row["high"], color=color, lw=1.2)
+        axes.scatter([x], [row["top1"]], s=60, color=color, marker=marker, label=row["model"], zorder=3)
+    throughput = f"images/s in inference ({size}x{size} pixels, {rows[0]['threads']} threads)"
+    axes.set(xlabel=throughput if is_measured else f"GMAC at {size}x{size} pixels", xscale="log")
+    axes.set(ylabel=f"top-1 of the validation images after {rows[0]['epochs']} epochs (%)")
+    axes.grid(which="both", lw=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
 PLOTS: dict[str, Callable[[Rows, Path], None]] = {
     "op": draw_bars,
     "model": draw_models,
     "train": draw_bars,
     "resolution": draw_resolution,
+    "accuracy": draw_accuracy,
 }
 
 
