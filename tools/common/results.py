@@ -191,7 +191,8 @@ def _check_replaced(folder: Path, names: Sequence[str], written: dict[str, list[
 def _check_apart(folder: Path, names: Sequence[str], written: dict[str, list[int]], images: Path) -> None:
     """Checks that results are not among the images.
 
-    The next command would read them as images. A folder for results only, inside the folder of the images, is allowed: it is not searched for images.
+    The next command would read them as images. A folder of results inside the folder of the images is allowed, because
+    it is not searched for images.
 
     Raises:
         CommandError: If they would be.
