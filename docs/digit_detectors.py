@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""Compares YOLO26 detectors with several backbones on digits on photographs.
+
+    python docs/make_digit_scenes.py DATA
+    python docs/digit_detectors.py train DATA RESULTS
+    python docs/digit_detectors.py latency RESULTS
+
+`train` skips finished runs, and continues a stopped run after its last complete epoch: after an interruption, run the
+same command again. Commands with different --seeds can use the same RESULTS folder at the same time. `latency` measures
+the trained detectors in turns and needs a quiet machine, but no data. The results are RESULTS/accuracy.csv,
+RESULTS/latency.csv, and RESULTS/digits.png as soon as both tables exist.
+
+All weights are random at first. All detectors have the same recipe, `RECIPE`, and the same number of epochs. The
+accuracy is that of the last epoch, so no test image chooses an epoch.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # read when Ultralytics is imported
+
+import torch
+
+from stvit.adapters.yolo import YOLO
+from stvit.tools.benchmarks.config import DetectorConfig
+from stvit.tools.benchmarks.measure import circumstances, print_table, replace_table
+from stvit.tools.benchmarks.yolo import benchmark
+from stvit.tools.common.cli import CommandError, Parser, positive, run
+from stvit.tools.common.files import atomic_write
+
+MODELS = ["yolo26n", "yolo26n-stvit", "yolo26n-stokenattention"]
+# Ultralytics' augmentation, without mirror images, because a mirrored digit is no digit.
+RECIPE: dict[str, Any] = {
+    "imgsz": 160,
+    "batch": 16,
+    "nbs": 16,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "cos_lr": True,
+    "warmup_epochs": 1,
+    "close_mosaic": 4,
+    "fliplr": 0.0,
+    "device": "cpu",
+    "amp": False,
+    "workers": 0,
+    "plots": False,
+    "val": False,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = Parser(prog="digit_detectors.py", description="Trains detectors on digits and measures them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train the detectors, or continue")
+    train.add_argument("data", type=Path, metavar="DATA", help="folder that make_digit_scenes.py wrote")
+    train.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
+    train.add_argument("--epochs", type=positive, default=15, metavar="N", help="epochs of each run")
+    train.add_argument("--seeds", type=int, nargs="+", default=[1, 2], metavar="N", help="a run for each seed")
+    latency = commands.add_parser("latency", help="measure the latency of the trained detectors")
+    latency.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
+    latency.add_argument("--img-size", type=positive, nargs="+", default=[160, 640], metavar="N", help="pixels")
+    latency.add_argument("--repeats", type=positive, default=15, metavar="N", help="measurements of each detector")
+    for command in (train, latency):
+        command.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="model files without .yaml")
+    return run(_command, parser.parse_args(argv))
+
+
+def _command(args: argparse.Namespace) -> None:
+    if args.command == "train":
+        train_detectors(args.data, args.results, args.models, args.seeds, args.epochs)
+    else:
+        measure_latency(args.results, args.models, args.img_size, args.repeats)
+
+
+def train_detectors(data: Path, results: Path, models: Sequence[str], seeds: Sequence[int], epochs: int) -> None:
+    """Trains a detector for each model and seed, and measures its accuracy.
+
+    Args:
+        data: Folder of the data set.
+        results: Folder of the runs and tables.
+        models: Names of model files, without suffix.
+        seeds: Seeds of the runs of each model.
+        epochs: Epochs of each run.
+
+    Raises:
+        CommandError: If there is no data set, or a run in `results` has another number of epochs.
+    """
+    data_file = data.absolute() / "digits.yaml"
+    if not data_file.is_file():
+        raise CommandError(f"{data} has no digits.yaml; make it: python docs/make_digit_scenes.py {data}")
+    for seed in seeds:  # outer loop: after half the time there is one run of each model
+        for model in models:
+            folder = results.absolute() / f"{model}-seed{seed}"
+            report = folder / "accuracy.json"
+            if report.is_file():
+                _check_epochs(folder, json.loads(report.read_text(encoding="utf-8"))["epochs"], epochs)
+                continue
+            checkpoint = train_detector(data_file, folder, model, seed, epochs)
+            accuracy = evaluate_detector(checkpoint, data_file)
+            text = json.dumps({**_origin(), "model": model, "seed": seed, "epochs": epochs, **accuracy})
+            atomic_write(report, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            _write_accuracy(results)
+    _write_accuracy(results)
+
+
+def train_detector(data_file: Path, folder: Path, model: str, seed: int, epochs: int) -> Path:
+    """Trains a detector to the end and returns its last checkpoint.
+
+    A training that was interrupted continues after its last complete epoch, with other random numbers.
+
+    Args:
+        data_file: Ultralytics data file.
+        folder: Run directory.
+        model: Name of the model file, without suffix.
+        seed: Seed of the weights, the order of the images and the augmentation.
+        epochs: Number of epochs.
+
+    Raises:
+        CommandError: If the run was started with another number of epochs.
+    """
+    # Ultralytics writes last.pt in place, so a killed process can leave half a file. This copy is always complete.
+    copy = folder / "weights" / "resume.pt"
+
+    def keep(trainer: Any) -> None:
+        atomic_write(copy, lambda path: shutil.copyfile(trainer.last, path))
+
+    if copy.is_file():
+        detector = YOLO(copy)
+        _check_epochs(folder, detector.ckpt["train_args"]["epochs"], epochs)
+        if detector.ckpt["epoch"] + 1 == epochs:
+            return copy
+        arguments: dict[str, Any] = {"resume": True, "data": str(data_file), "save_dir": str(folder)}
+    else:
+        detector = YOLO(f"{model}.yaml")
+        arguments = {**RECIPE, "data": str(data_file), "epochs": epochs, "seed": seed, "deterministic": True}
+        arguments |= {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
+    detector.add_callback("on_model_save", keep)
+    detector.train(**arguments)
+    return copy
+
+
+def evaluate_detector(checkpoint: Path, data_file: Path) -> dict[str, float]:
+    """Returns the accuracy of a detector on the test images.
+
+    Args:
+        checkpoint: Ultralytics checkpoint.
+        data_file: Ultralytics data file.
+    """
+    settings = {key: RECIPE[key] for key in ("imgsz", "batch", "device", "workers", "plots")}
+    folder = {"project": str(checkpoint.parents[1]), "name": "test", "exist_ok": True}
+    metrics = YOLO(checkpoint).val(data=str(data_file), verbose=False, **folder, **settings)
+    return {"map50_95": round(float(metrics.box.map), 4), "map50": round(float(metrics.box.map50), 4)}
+
+
+def measure_latency(results: Path, models: Sequence[str], img_sizes: Sequence[int], repeats: int) -> None:
+    """Measures the latency of one detector of each model, in turns.
+
+    Args:
+        results: Folder of the runs and tables.
+        models: Names of model files, without suffix.
+        img_sizes: Image heights and widths in pixels.
+        repeats: Measurements of each detector.
+
+    Raises:
+        CommandError: If a detector has not been trained.
+    """
+    checkpoints = []
+    for model in models:
+        runs = sorted(results.glob(f"{model}-seed*/weights/resume.pt"))
+        if not runs:
+            raise CommandError(f"{results} has no run of {model}; train it first, or leave it out with --models")
+        checkpoints.append(str(runs[0]))
+    rows = []
+    for img_size in img_sizes:
+        (table,) = benchmark(DetectorConfig(models=checkpoints, img_size=img_size, repeats=repeats))
+        rows += [{**_origin(), **row, "model": model} for model, row in zip(models, table, strict=True)]
+    replace_table(results / "latency.csv", rows)
+    print_table([{key: row[key] for key in ("model", "img_size", "gflops", "ms", "ms_min", "ms_max")} for row in rows])
+    draw(results)
+
+
+def draw(results: Path) -> None:
+    """Plots accuracy over latency, for each image size, if both tables exist.
+
+    Args:
+        results: Folder of the tables, and of the plot.
+    """
+    tables = []
+    for name in ("accuracy", "latency"):
+        if not (results / f"{name}.csv").is_file():
+            return
+        with (results / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            tables.append(list(csv.DictReader(file)))
+    accuracy, latency = tables
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(row["img_size"] for row in latency))
+    figure = Figure(figsize=(4.5 * len(sizes), 4), layout="constrained")
+    for i, size in enumerate(sizes):
+        axes = figure.add_subplot(1, len(sizes), i + 1)
+        for row in latency:
+            scores = [100 * float(run["map50_95"]) for run in accuracy if run["model"] == row["model"]]
+            if row["img_size"] == size and scores:
+                axes.plot([float(row["ms"])] * len(scores), scores, "o", label=row["model"])
+        axes.set(xlabel=f"latency at {size}x{size} (ms)", ylabel=f"mAP50-95 at {RECIPE['imgsz']}x{RECIPE['imgsz']} (%)")
+        axes.set_xlim(left=0)
+        axes.grid(lw=0.3)
+    figure.axes[0].legend(fontsize=8, title="one dot for each seed")
+    atomic_write(results / "digits.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+
+
+def _write_accuracy(results: Path) -> None:
+    """Collects the finished runs in one table."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/accuracy.json"))]
+    replace_table(results / "accuracy.csv", rows)
+    print_table([{key: row[key] for key in ("model", "seed", "epochs", "map50_95", "map50")} for row in rows])
+    draw(results)
+
+
+def _origin() -> dict[str, Any]:
+    """Returns the date, hardware and versions for a row."""
+    return {**circumstances(torch.device("cpu")), "ultralytics": importlib.metadata.version("ultralytics")}
+
+
+def _check_epochs(folder: Path, found: int, expected: int) -> None:
+    """Checks that a run has the number of epochs that the command was given.
+
+    Raises:
+        CommandError: If not.
+    """
+    if found != expected:
+        raise CommandError(
+            f"{folder} is a run of {found} epochs, not {expected}; pass --epochs {found} or another folder"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
