@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
 OLDEST := .venv-oldest
 OLDEST_TESTS ?= $(addprefix tests/test_,ops.py triton.py layers.py stvit.py inference.py safe_text.py images.py \
-	visualize.py superpixels.py timm.py) $(wildcard tests/test_weights*.py tests/test_yolo*.py)
+	visualize.py superpixels.py timm.py backbone.py adapter_folder.py) $(wildcard tests/test_weights*.py tests/test_yolo*.py \
+	tests/test_torchvision*.py tests/test_segmentation*.py tests/test_detection*.py)
 CONFIG ?= configs/cls/stvit_pico_digits.yaml
 ARGS ?=
 
@@ -50,8 +51,8 @@ $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --upgrade pip uv
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--editable '.[train,yolo,visualize,export]'
-	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python pytest pytest-timeout pytest-xdist scikit-learn
+		--editable '.[train,yolo,detection,segmentation,visualize,export]'
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python pytest pytest-timeout pytest-xdist pycocotools scikit-learn
 	touch $@
 
 test-ultralytics: setup  ## Run Ultralytics' own tests on our models (three quarters of an hour on two cores)

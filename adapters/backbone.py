@@ -22,7 +22,7 @@ from torch import nn
 
 import stvit
 from stvit.weights.check import check_file
-from stvit.weights.config import check_model_args
+from stvit.weights.config import OtherModelError, check_model_args
 from stvit.weights.official import strip_model_prefix
 from stvit.weights.source import Source
 
@@ -283,6 +283,12 @@ def load_backbone(
     try:
         loaded: Any = stvit.create_model(source_name, pretrained=True, in_chans=in_chans, **kwargs)
     except Exception as error:  # of the network, the Hub or an arbitrary file
+        other = error.__cause__
+        if isinstance(other, OtherModelError):
+            raise ValueError(
+                f"pretrained_backbone={str(source)!r} is {other.kind}, not a classifier; pass a classifier, or start "
+                "from the whole model with --pretrained-path"
+            ) from error
         raise RuntimeError(f"cannot load pretrained_backbone={str(source)!r} into {name}: {error}") from error
     expected = timm.models.model_entrypoint(name.split(".")[0])
     found = timm.models.model_entrypoint(str(loaded.pretrained_cfg.get("architecture") or source_name.split(".")[0]))

@@ -27,7 +27,7 @@ from stvit.hub.folder import CONFIG, WEIGHTS
 from stvit.hub.push import mismatched_tensors
 from stvit.safe_text import clipped, code_span, escape_markdown
 from stvit.weights.check import count_elements
-from stvit.weights.config import SPARE_PARAMETERS, check_model_args, limit_parameters, read_content
+from stvit.weights.config import SPARE_PARAMETERS, OtherModelError, check_model_args, limit_parameters, read_content
 from stvit.weights.errors import PretrainedDownloadError, PretrainedError, describe_hub_error, describe_repository
 from stvit.weights.source import Source
 
@@ -47,6 +47,10 @@ __all__ = [
 _MAX_CLASSES = 1 << 16
 # The Hub's name of the task of each adapter.
 _PIPELINES = {"torchvision": "object-detection", "segmentation": "image-segmentation"}
+
+
+class _OverrideError(ValueError):
+    """Raised when a model cannot be built with the arguments of the caller."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,15 @@ def save_model(
 
     Raises:
         OSError, safetensors.SafetensorError: If a file cannot be written.
-        ValueError: If the model has no recipe, or JSON cannot store an argument.
+        ValueError: If the model has no recipe, JSON cannot store an argument, or the number of names or ids is not the
+            number of classes.
     """
     recipe = getattr(model, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise ValueError("the model does not know how it was built; create it with a function of stvit.adapters")
     label_names = label_names if label_names is not None else getattr(model, "label_names", None)
     category_ids = category_ids if category_ids is not None else getattr(model, "category_ids", None)
+    _check_labels(recipe, label_names, category_ids)
     content = {
         **asdict(recipe),
         "label_names": None if label_names is None else list(label_names),
@@ -164,19 +170,25 @@ def load_model(adapter: str, builders: Mapping[str, Callable[..., Any]], source:
             downloaded, the error is a `PretrainedDownloadError`.
     """
     folder = _find_folder(source)
-    with _explain(source):
+    with _explain(source, list(overrides)):
         config = read_config(folder)
         if config.recipe.adapter != adapter:
-            raise ValueError(f"it is a model of stvit.adapters.{config.recipe.adapter}, not of {adapter}")
+            raise OtherModelError(asdict(config.recipe))
         elements = count_elements(folder / WEIGHTS)
         with limit_parameters(2 * elements + SPARE_PARAMETERS):
-            model = config.recipe.call(builders, overrides)
+            try:
+                model = config.recipe.call(builders, overrides)
+            except ValueError as error:
+                if not overrides:
+                    raise
+                raise _OverrideError(str(error)) from error
         weights = load_file(folder / WEIGHTS)
         own = model.state_dict()
         unfit = [key for key in sorted(own.keys() | weights.keys())
                  if key not in own or key not in weights or own[key].shape != weights[key].shape]  # fmt: skip
         if unfit:
-            raise ValueError(f"{len(unfit)} of {len(own)} tensors do not fit: {', '.join(unfit[:3])}")
+            message = f"{len(unfit)} of {len(own)} tensors do not fit: {', '.join(unfit[:3])}"
+            raise _OverrideError(f"{message}; remove the arguments") if overrides else ValueError(message)
         model.load_state_dict(weights)
     model.label_names, model.category_ids = config.label_names, config.category_ids
     return model.eval()
@@ -187,11 +199,12 @@ def read_config(folder: Path) -> FolderConfig:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If a field is missing or has a wrong type.
+        OtherModelError: If the file describes a classifier.
+        ValueError: If a field is missing, has a wrong type or contradicts another one.
     """
     content = read_content(folder / CONFIG)
     if "architecture" in content:
-        raise ValueError(f"it is a classifier of timm ({clipped(content['architecture'])}), not a model of an adapter")
+        raise OtherModelError(content)
     if content.get("adapter") not in _PIPELINES:
         raise ValueError(f"adapter must be one of {', '.join(_PIPELINES)}, got {clipped(content.get('adapter'))}")
     for key, kind in (("builder", str), ("args", dict)):
@@ -202,6 +215,7 @@ def read_config(folder: Path) -> FolderConfig:
     if label_names is not None and category_ids is not None and len(label_names) != len(category_ids):
         raise ValueError(f"{len(label_names)} label_names, but {len(category_ids)} category_ids")
     recipe = Recipe(content["adapter"], content["builder"], content["args"])
+    _check_labels(recipe, label_names, category_ids)
     return FolderConfig(recipe, label_names, category_ids, Details.from_dict(content.get("stvit") or {}))
 
 
@@ -264,6 +278,22 @@ def load_pushed(folder: Path, builders: Mapping[str, Callable[..., Any]], repo_i
     return len(tensors)
 
 
+def _check_labels(recipe: Recipe, label_names: Sequence[str] | None, category_ids: Sequence[int] | None) -> None:
+    """Checks the number of class names and ids.
+
+    Raises:
+        ValueError: If it is not the number of classes.
+    """
+    classes = recipe.args.get("num_classes")
+    if not isinstance(classes, int):
+        return
+    if recipe.adapter == "torchvision":
+        classes -= 1  # the background
+    for name, values in (("label_names", label_names), ("category_ids", category_ids)):
+        if values is not None and len(values) != classes:
+            raise ValueError(f"{len(values)} {name}, but the model has {classes} classes; pass one for each class")
+
+
 def _read_list(content: Mapping[str, Any], key: str, kind: type) -> list[Any] | None:
     values = content.get(key)
     is_valid = isinstance(values, list) and len(values) <= _MAX_CLASSES and all(type(v) is kind for v in values)
@@ -293,12 +323,21 @@ def _find_folder(source: str | Path) -> Path:
 
 
 @contextmanager
-def _explain(source: str | Path) -> Iterator[None]:
-    """Context manager that turns errors about a model folder into `PretrainedError`."""
+def _explain(source: str | Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Context manager that turns errors about a model folder into `PretrainedError`.
+
+    Args:
+        source: Source of the model.
+        overrides: Names of arguments that the caller passed.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
+    except OtherModelError as error:
+        raise PretrainedError(f"cannot load {source}: {error}") from error
+    except _OverrideError as error:
+        raise PretrainedError(f"cannot load {source} with the given {', '.join(overrides)}: {error}") from error
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise PretrainedError(f"cannot load {source}: {error}; save or download the model again") from error
 

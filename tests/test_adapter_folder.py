@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import stvit
 from stvit.adapters.folder import Recipe, load_model, model_card, read_config, save_model, write_card
 from stvit.hub import Details, Metric
 from stvit.weights import PretrainedError
@@ -50,7 +51,11 @@ def test_save_and_load(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapter": "segmentation"}, "it is a model of stvit.adapters.segmentation, not of torchvision"),
+        (
+            {"adapter": "segmentation"},
+            r"it is a segmentation model \(net\); load it with stvit.adapters.segmentation.load, or pass it to stvit "
+            "predict-seg or validate-seg$",
+        ),
         ({"adapter": None}, "adapter must be one of torchvision, segmentation, got None"),
         ({"builder": "os.system"}, "builder must be one of net, got 'os.system'"),
         ({"args": {"backbone": "x", "wide": 6}}, "unexpected keyword argument 'wide'"),
@@ -61,7 +66,11 @@ def test_save_and_load(folder: Path) -> None:
         ({"label_names": [1]}, "label_names must be a list of names"),
         ({"category_ids": [1]}, "2 label_names, but 1 category_ids"),
         ({"stvit": {"metrics": 3}}, "stvit.metrics must be a list"),
-        ({"architecture": "stvit_pico"}, "it is a classifier of timm"),
+        ({"architecture": "stvit_pico"}, r"it is a classifier \(stvit_pico\); load it with stvit.create_model"),
+        (
+            {"args": {"backbone": "x", "num_classes": 4}},
+            "2 label_names, but the model has 3 classes; pass one for each class; save or download",
+        ),
     ],
 )
 def test_wrong_configuration(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -84,6 +93,43 @@ def test_missing_folder(tmp_path: Path) -> None:
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(PretrainedError, match="is not a model folder"):
         load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "names", "ids", "message"),
+    [
+        ("segmentation", ["a", "b", "c"], None, "3 label_names, but the model has 2 classes"),
+        ("segmentation", ["a"], None, "1 label_names, but the model has 2 classes"),
+        ("torchvision", ["a", "b"], None, "2 label_names, but the model has 1 classes"),
+        ("torchvision", None, [5, 6], "2 category_ids, but the model has 1 classes"),
+    ],
+)
+def test_names_of_other_classes_are_refused(
+    adapter: str, names: list[str] | None, ids: list[int] | None, message: str, tmp_path: Path
+) -> None:
+    model = Net("stvit_pico", 4)
+    model.recipe = Recipe(adapter, "net", {"num_classes": 2})
+    with pytest.raises(ValueError, match=message):
+        save_model(model, tmp_path / "model", label_names=names, category_ids=ids)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"wide": 6}, "with the given wide: .* unexpected keyword argument 'wide'$"),
+        ({"width": 5}, "with the given width: 2 of 2 tensors do not fit: .*; remove the arguments$"),
+    ],
+)
+def test_wrong_arguments_of_the_caller(folder: Path, overrides: dict[str, Any], message: str) -> None:
+    """The folder is fine, so the message does not say that it should be saved again."""
+    with pytest.raises(PretrainedError, match=message):
+        load(folder, **overrides)
+
+
+def test_commands_of_classifiers_name_those_of_the_model(folder: Path) -> None:
+    with pytest.raises(PretrainedError, match=r"it is a detector \(net\); .* stvit predict-det or validate-det$"):
+        stvit.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def test_model_without_recipe(tmp_path: Path) -> None:

@@ -121,6 +121,11 @@ def test_pretrained_backbone(backbone_folder: Path, caplog: pytest.LogCaptureFix
     assert f"Loaded {len(own)}/{len(own)} tensors of the backbone test_stvit" in caplog.text
     with pytest.raises(ValueError, match="is a test_stvit checkpoint, but the backbone is stvit_pico"):
         create("upernet", "stvit_pico", pretrained_backbone=backbone_folder)
+    save_model(model, backbone_folder.parent / "whole")
+    with pytest.raises(
+        ValueError, match=r"is a segmentation model \(upernet\), not a classifier; pass a classifier, or "
+    ):
+        create("upernet", pretrained_backbone=backbone_folder.parent / "whole")
 
 
 def test_a_saved_model_loads_with_its_arguments(backbone_folder: Path, tmp_path: Path) -> None:
@@ -143,13 +148,25 @@ def test_a_saved_model_loads_with_its_arguments(backbone_folder: Path, tmp_path:
 
 
 def test_load_refuses_other_folders(backbone_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PretrainedError, match="it is a classifier of timm"):
+    with pytest.raises(PretrainedError, match=r"it is a classifier \(test_stvit\); load it with stvit.create_model"):
         segmentation.load(backbone_folder)
     with pytest.raises(PretrainedError, match="no config"):
         segmentation.load(tmp_path)
 
 
 # Fine-tuning
+
+
+def test_statistics_are_kept_if_weights_are_loaded(backbone_folder: Path, tmp_path: Path) -> None:
+    """As in the detectors. The saved model has the same setting."""
+    for source, expected in ((None, False), (backbone_folder, True)):
+        model = create("semantic_fpn", pretrained_backbone=source, norm_eval=None)
+        assert model.norm_eval is expected
+        norms = [module for module in model.net.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert norms and all(module.training is not expected for module in norms)
+        save_model(model, tmp_path / str(expected))
+        assert segmentation.load(tmp_path / str(expected)).norm_eval is expected
+    assert create("semantic_fpn", pretrained_backbone=backbone_folder, norm_eval=False).norm_eval is False
 
 
 def test_frozen_stages_and_batch_norm_do_not_change() -> None:
@@ -209,7 +226,10 @@ def test_drop_path_and_gradient_checkpointing() -> None:
         ({"decoder_chanels": 8}, "upernet has no argument 'decoder_chanels', expected one of decoder_channels, "),
         ({"activation": "softmax"}, "upernet has no argument 'activation'"),
         ({"backbone_kwargs": {"stoken": 8}}, "cannot create upernet on the backbone test_stvit: .*stoken"),
-        ({"backbone": "test_vit"}, "cannot create upernet on the backbone test_vit"),
+        (
+            {"backbone": "test_vit"},
+            "the backbone test_vit has feature maps of strides 16, .*; expected 4, 8, 16, 32: choose a hierarchical",
+        ),
         ({"frozen_stages": 5}, "frozen_stages must be from 0 to 4, got 5"),
         ({"mean": [0.1, 0.2]}, "mean must have 1 or 3 values, got 2"),
     ],
@@ -223,8 +243,21 @@ def test_wrong_images() -> None:
     model = create("upernet").eval()
     with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\), got \(1, 1, 64, 64\)"):
         model(torch.randn(1, 1, 64, 64))
-    with pytest.raises(ValueError, match="output_stride"):
-        create("deeplabv3plus", "swin_tiny_patch4_window7_224")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (
+            "mobilenetv3_small_050",
+            "needs a backbone with the argument output_stride, which mobilenetv3_small_050 does not",
+        ),
+        ("test_vit", "the backbone test_vit has feature maps of strides 16, "),
+    ],
+)
+def test_deeplab_says_what_the_backbone_lacks(backbone: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create("deeplabv3plus", backbone)
 
 
 def test_missing_smp_is_named() -> None:

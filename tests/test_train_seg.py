@@ -348,6 +348,7 @@ def test_unreadable_images_are_named_at_the_end(
     captured = capsys.readouterr()
     assert "wrote the label maps and pictures of 5 images" in captured.out
     assert "1 of 6 images were skipped: bus_0.jpg: not an image" in captured.err.splitlines()[-1]
+    assert captured.err.count("bus_0.jpg") == 1
     assert predict_seg.main([str(photos / "bus_1.jpg"), *flags]) == 0
     assert predict_seg.main([str(tmp_path / "nowhere"), *flags]) == 1
 

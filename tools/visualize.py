@@ -99,6 +99,7 @@ def draw(args: argparse.Namespace) -> None:
         find_images,
         open_image,
     )
+    from stvit.tools.common.results import check_output
     from stvit.tools.common.viewing import LoadedModel, load_model
     from stvit.tools.visualizing import measures, pictures
 
@@ -119,6 +120,7 @@ def draw(args: argparse.Namespace) -> None:
     )
     root = Path(args.image).expanduser()
     images = find_images(root, config.output)
+    check_output(config.output)
     folders = pictures.output_folders(root, images, config.output)
     masks: list[Path | None] = [None] * len(images)
     if args.masks is not None:

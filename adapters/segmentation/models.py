@@ -22,10 +22,13 @@ from stvit.adapters.backbone import (
     TimmBackboneMixin,
     TimmFeatures,
     check_backbone,
+    create_net,
+    feature_maps,
     freeze_stages,
     image_stats,
     lists_to_tuples,
     load_backbone,
+    pyramid_indices,
 )
 from stvit.adapters.folder import Recipe, load_model
 
@@ -158,7 +161,7 @@ def upernet(
     *,
     pretrained_backbone: str | Path | bool | None = None,
     frozen_stages: int = 0,
-    norm_eval: bool = True,
+    norm_eval: bool | None = None,
     drop_path_rate: float | None = None,
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
@@ -177,8 +180,8 @@ def upernet(
         pretrained_backbone: Weights of the backbone: True for the published ones, a timm tag, 'hf-hub:org/name', a
             folder, a run directory or a file; None for random weights.
         frozen_stages: Number of stages, after the stem, that are not trained; 0 trains everything.
-        norm_eval: Whether the BatchNorm layers of the backbone keep their statistics in training. Pass False to train
-            from random weights.
+        norm_eval: Whether the BatchNorm layers of the backbone keep their statistics in training (default: if
+            pretrained weights are loaded).
         drop_path_rate: Stochastic depth rate of the backbone's last block (default: the backbone's).
         in_chans: Channels of the images.
         mean: Mean of each image channel, for pixels from 0 to 1 (default: the backbone's).
@@ -204,7 +207,7 @@ def semantic_fpn(
     *,
     pretrained_backbone: str | Path | bool | None = None,
     frozen_stages: int = 0,
-    norm_eval: bool = True,
+    norm_eval: bool | None = None,
     drop_path_rate: float | None = None,
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
@@ -233,7 +236,7 @@ def deeplabv3plus(
     output_stride: int = 16,
     pretrained_backbone: str | Path | bool | None = None,
     frozen_stages: int = 0,
-    norm_eval: bool = True,
+    norm_eval: bool | None = None,
     drop_path_rate: float | None = None,
     in_chans: int = 3,
     mean: Sequence[float] | None = None,
@@ -284,6 +287,8 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
     kwargs = arguments.pop("kwargs")
     given = {**arguments, **kwargs}
     source = given.pop("pretrained_backbone")
+    if given["norm_eval"] is None:
+        given["norm_eval"] = source is not None and source is not False
     recipe = Recipe("segmentation", name, {key: value for key, value in given.items() if value is not None})
     backbone, num_classes, in_chans = given.pop("backbone"), given.pop("num_classes"), given.pop("in_chans")
     frozen_stages, norm_eval = given.pop("frozen_stages"), given.pop("norm_eval")
@@ -310,6 +315,7 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
             **given,
         )
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
+        _explain_backbone(name, backbone, error, in_chans=in_chans, **backbone_kwargs)
         raise ValueError(f"cannot create {name} on the backbone {backbone}: {error}") from error
     model.num_classes, model.in_chans, model.norm_eval, model.recipe = num_classes, in_chans, norm_eval, recipe
     model.short_side, model.long_side = sides.values()
@@ -322,6 +328,24 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
         load_backbone(model.net, backbone, source, in_chans=in_chans, model_args=backbone_kwargs)
     freeze_stages(model.net, frozen_stages)
     return model.train()
+
+
+def _explain_backbone(name: str, backbone: str, error: Exception, **model_args: Any) -> None:
+    """Raises a clearer error if a backbone does not have what a decoder needs.
+
+    Raises:
+        ValueError: If the backbone lacks a feature map or the argument `output_stride`.
+    """
+    try:
+        net = create_net(backbone, **model_args)
+    except ValueError:
+        return
+    pyramid_indices(feature_maps(net, backbone), backbone)
+    if "output_stride" in str(error) and "output_stride" not in model_args:
+        raise ValueError(
+            f"{name} needs a backbone with the argument output_stride, which {backbone} does not have; choose a "
+            "backbone such as stvit_small, convnext_tiny or resnet50, or another decoder"
+        ) from error
 
 
 # Arguments of smp's models that the builders set, or that would change the output.

@@ -26,6 +26,7 @@ from stvit.safe_text import clipped
 
 __all__ = [
     "ModelTooLargeError",
+    "OtherModelError",
     "SavedConfig",
     "TensorLimit",
     "check_model_args",
@@ -51,6 +52,40 @@ MAX_TENSOR = 1 << 28
 
 class ModelTooLargeError(ValueError):
     """Raised when a model has more parameters than its file of weights can explain."""
+
+
+# Models of `stvit.adapters` by the name of the adapter: what they are, and the ending of their commands.
+_ADAPTERS = {"torchvision": ("detector", "det"), "segmentation": ("segmentation model", "seg")}
+
+
+class OtherModelError(ValueError):
+    """Raised when config.json describes another kind of model.
+
+    The message says what loads it.
+
+    Attributes:
+        kind: The model that it describes, such as 'a detector (mask_rcnn)'.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """Creates the error from the contents of config.json."""
+        if "architecture" in content:
+            self.kind = f"a classifier ({_name(content['architecture'])})"
+            use = (
+                "load it with stvit.create_model, pass it to stvit validate, or as --pretrained-backbone to a training"
+            )
+        else:
+            noun, command = _ADAPTERS[content["adapter"]]
+            self.kind = f"a {noun} ({_name(content.get('builder'))})"
+            use = (
+                f"load it with stvit.adapters.{content['adapter']}.load, or pass it to stvit predict-{command} or "
+                f"validate-{command}"
+            )
+        super().__init__(f"it is {self.kind}; {use}")
+
+
+def _name(value: Any) -> str:
+    return clipped(value).strip("'")
 
 
 @dataclass(frozen=True)
@@ -106,10 +141,13 @@ def read_config(path: Path) -> SavedConfig:
     Raises:
         OSError: If the file cannot be read.
         KeyError: If the architecture is missing.
+        OtherModelError: If the file describes a model of `stvit.adapters`.
         ValueError: If the file is not JSON, or a field has a wrong type or range. The message names the field.
     """
     content = read_content(path)
     if "architecture" not in content:
+        if content.get("adapter") in tuple(_ADAPTERS):  # a tuple, because the value may not be hashable
+            raise OtherModelError(content)
         raise KeyError("architecture")
     if not isinstance(content["architecture"], str):
         raise ValueError(f"architecture must be the name of a model, got {clipped(content['architecture'])}")

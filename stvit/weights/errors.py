@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from stvit.safe_text import one_line
 from stvit.weights.check import find_corruption
-from stvit.weights.config import ModelTooLargeError
+from stvit.weights.config import ModelTooLargeError, OtherModelError
 from stvit.weights.source import NAMESPACE_VARIABLE, is_own_model
 
 __all__ = [
@@ -188,6 +188,8 @@ def _explain_content(error: Exception, path: Path | None, remedy: str, is_of_con
             f"loading the file would run {code}, and code in files of weights is never run. Ask the owner for "
             "safetensors, or convert a checkpoint with python -m stvit.tools.convert_checkpoint"
         )
+    if isinstance(error, OtherModelError):
+        return str(error)
     if is_of_config:
         defect = f"has no {error}" if isinstance(error, KeyError) else f"cannot be used ({_join_lines(error)})"
         return f"config.json {defect}; create or push it again"

@@ -36,7 +36,7 @@ from .job import Job, SavedWeights
 from .locks import PathLock
 from .logs import RunLog, has_matplotlib, require_loggers
 from .optimization import backward, create_optimizer, current_lr, learning_rate, zero_gradients
-from .runs import check_hub, check_remote_run, find_run, write_recipe
+from .runs import check_hub, check_remote_run, check_run_folder, find_run, write_recipe
 from .signals import StopNow, StopRequest
 from .snapshots import Snapshots
 from .state import EpochSums, TrainState
@@ -106,11 +106,12 @@ def check_config(config: TrainConfig, distributed: Distributed) -> None:
     """Checks flags that every training has, and seeds the random generators.
 
     Raises:
-        CommandError: If the device or the number of processes does not support a flag.
+        CommandError: If the device or the number of processes does not support a flag, or --output cannot be written.
     """
     check_dtype(distributed.device, config.device.model_dtype)
     if config.optim.sync_bn and (distributed.size == 1 or distributed.device.type == "cpu"):
         raise CommandError("--sync-bn needs several processes (torchrun), each with a GPU; remove --sync-bn")
+    distributed.on_primary(partial(check_run_folder, config.run))
     distributed.on_primary(partial(check_hub, config.run.repo_id))
     random_seed(config.run.seed)
 

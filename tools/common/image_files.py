@@ -1,5 +1,6 @@
 """Opens the images that a command shows to a model."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from stvit import images
+from stvit.safe_text import one_line
 
 from .cli import CommandError, reason
 from .image_folders import find_image_files
@@ -82,15 +84,17 @@ def find_images(path: Path, out: Path) -> list[Path]:
 
     Args:
         path: File or folder.
-        out: Folder of the results. Images in it are skipped.
+        out: Folder of the results. If it is in `path`, its images are skipped.
 
     Raises:
-        CommandError: If there is no image.
+        CommandError: If there is no image, or both folders are the same.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise CommandError(f"{path}: no such file or folder")
+    if out.resolve() == path.resolve():
+        raise CommandError(f"--output {out} is the folder of the images; choose another folder for the results")
     try:
         found, ignored = find_image_files(path, skipped=out.resolve())
     except OSError as error:
@@ -126,7 +130,9 @@ def describe_skipped(path: Path, error: ImageError) -> str:
 
 
 def check_skipped(skipped: Sequence[str], images: int) -> None:
-    """Reports skipped images at the end of a command.
+    """Reports skipped images at the end of a command, each of them once.
+
+    Up to three are in the error. More of them are lines on standard error before it.
 
     Args:
         skipped: Descriptions of `describe_skipped`.
@@ -135,6 +141,9 @@ def check_skipped(skipped: Sequence[str], images: int) -> None:
     Raises:
         CommandError: If an image was skipped.
     """
+    if len(skipped) > 3:
+        for line in skipped:
+            print(f"skipped {one_line(line)}", file=sys.stderr)
+        raise CommandError(f"{len(skipped)} of {images} images were skipped; the lines above name them")
     if skipped:
-        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        raise CommandError(f"{len(skipped)} of {images} images were skipped: {'; '.join(skipped[:3])}{more}")
+        raise CommandError(f"{len(skipped)} of {images} images were skipped: {'; '.join(skipped)}")

@@ -18,6 +18,7 @@ from .config import RunConfig
 from .files import atomic_write, read_utf8
 from .locks import InUseError, PathLock
 from .recipes import load_yaml
+from .results import check_output
 from .snapshots import fetch_run, read_remote_recipe
 
 # Lock file in a run directory; see `PathLock`.
@@ -56,6 +57,18 @@ RESUME_MUTABLE = {
 }
 
 Recipe = Mapping[str, Any]
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Checks that the run directory can be created.
+
+    A training calls it before it opens the data and the model.
+
+    Raises:
+        CommandError: If it cannot.
+    """
+    if config.resume in (None, "auto") or Source.parse_hub(config.resume) is not None:
+        check_output(Path(config.output).expanduser() / (config.experiment or ""))
 
 
 def find_run(config: RunConfig, recipe: Recipe, label: str, lock: PathLock) -> tuple[Path, Path | None]:

@@ -29,9 +29,10 @@ from .distributed import DTYPES, Distributed, autocast, check_dtype, join_proces
 from .evaluation import class_names, confidence_interval, evaluate, map_classes, mapped
 from .files import atomic_write
 from .loaders import create_val_loader
-from .locks import InUseError, PathLock
+from .locks import PathLock
 from .logs import has_matplotlib, save_plot
 from .model import OpenedModel, check_img_size, check_num_classes, open_model
+from .results import create_output
 
 MAX_CONFUSION_CLASSES = 100
 
@@ -101,13 +102,7 @@ def take_output(folder: Path, lock: PathLock) -> None:
     Raises:
         CommandError: If the folder cannot be created, already has results, or is in use.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(folder / ".stvit.lock")
-    except InUseError as error:
-        raise InUseError(f"{error}; choose another --output") from error
-    except OSError as error:
-        raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
+    create_output(folder, lock)
     if (folder / "results.json").exists():
         raise CommandError(f"{folder} already has results of another evaluation; choose another --output")
 

@@ -160,5 +160,9 @@ class PredictionConfig:
     source: SourceConfig = section("model", SourceConfig)
     device: DeviceConfig = section("device and precision", PlainDeviceConfig)
     images: str = ""
-    output: str = flag("predictions", "folder for the pictures and detections.json", metavar="DIR")
+    output: str = flag(
+        "predictions",
+        "folder for the pictures and detections.json; only files of earlier predictions are replaced there",
+        metavar="DIR",
+    )
     score_thresh: float = flag(0.5, "lowest score of a detection", type=rate, metavar="X")

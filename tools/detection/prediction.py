@@ -1,7 +1,7 @@
 """Detects objects in a folder of images, and writes pictures and detections."""
 
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +10,56 @@ from torchvision.transforms import v2
 
 from stvit.images import convert_image
 
-from ..common.cli import CommandError, progress_bar, reason
+from ..common.cli import CommandError, progress_bar
 from ..common.distributed import DTYPES, Distributed, autocast, check_dtype, join_processes
-from ..common.files import atomic_write
 from ..common.image_files import ImageError, check_skipped, describe_skipped, find_images, open_image, result_names
+from ..common.results import open_results
 from .config import PredictionConfig
 from .draw import draw_detections
 from .inference import Detections, detect, to_device
 from .source import OpenedDetector, open_detector
 from .validation import write_detections
 
+_DETECTIONS = "detections.json"
+
 
 def predict(config: PredictionConfig) -> None:
     """Detects, draws and writes the results.
 
     Raises:
-        CommandError: If a flag or the weights are wrong. If images were skipped, after all others are done.
+        CommandError: If a flag or the weights are wrong, or a file of the user would be overwritten. If images were
+            skipped, after all others are done.
     """
     root, output = Path(config.images).expanduser(), Path(config.output).expanduser()
-    if output.resolve() == (root if root.is_dir() else root.parent).resolve():
-        raise CommandError(f"--output {output} is the folder of the images, which would be overwritten; choose another")
     images = find_images(root, output)
     names = result_names(root, images)
     ids = image_ids(images)
+    written = [*(f"{name}.jpg" for name in names), _DETECTIONS]
     with join_processes(config.device.device, config.device.dist_backend) as distributed:
         if distributed.size > 1:
             raise CommandError("predict_det.py runs in one process; start it without torchrun")
         check_dtype(distributed.device, config.device.model_dtype)
-        detector = open_detector(config.source, config.device, distributed)
-        if config.device.channels_last:
-            detector.model.to(memory_format=torch.channels_last)
-        results: list[dict[str, Any]] = []
-        skipped: list[str] = []
-        by_id = dict(zip(detector.category_ids, detector.label_names, strict=True))
-        try:
-            output.mkdir(parents=True, exist_ok=True)
+        with open_results(output, written, root) as folder:
+            detector = open_detector(config.source, config.device, distributed)
+            if config.device.channels_last:
+                detector.model.to(memory_format=torch.channels_last)
+            results: list[dict[str, Any]] = []
+            skipped: list[str] = []
+            by_id = dict(zip(detector.category_ids, detector.label_names, strict=True))
             with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
                 for path, name, image_id in zip(images, names, ids, strict=True):
                     try:
                         image = open_image(path)
                     except ImageError as error:
                         skipped.append(describe_skipped(path, error))
-                        bar.write(f"warning: {skipped[-1]}; skipped", file=sys.stderr)
-                        bar.update()
-                        continue
-                    found = _detect_one(detector, image, image_id, config, distributed)
-                    relative = path.relative_to(root if root.is_dir() else root.parent).as_posix()
-                    results += [{"file_name": relative, **result} for result in found.to_coco()]
-                    _write_picture(output / f"{name}.jpg", image, found, by_id)
+                    else:
+                        found = _detect_one(detector, image, image_id, config, distributed)
+                        relative = path.relative_to(root if root.is_dir() else root.parent).as_posix()
+                        results += [{"file_name": relative, **result} for result in found.to_coco()]
+                        drawn = draw_detections(image, found, by_id)
+                        folder.write(f"{name}.jpg", partial(drawn.save, format="JPEG", quality=92))
                     bar.update()
-            write_detections(output / "detections.json", results)
-        except OSError as error:
-            raise CommandError(f"cannot write to --output {output}: {reason(error)}") from error
+            folder.write(_DETECTIONS, partial(write_detections, results))
     done = len(images) - len(skipped)
     images_done = f"{done} image{'s' if done != 1 else ''}"
     print(f"{len(results)} detections in {images_done}; pictures and detections.json are in {output}")
@@ -78,12 +76,6 @@ def _detect_one(
     with autocast(config.device, distributed.device):
         (found,) = detect(detector.model, moved, [image_id], detector.category_ids)
     return found.select(found.scores >= config.score_thresh)
-
-
-def _write_picture(path: Path, image: Any, found: Detections, names: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = draw_detections(image, found, names)
-    atomic_write(path, lambda fresh: drawn.save(fresh, format="JPEG", quality=92))
 
 
 def image_ids(images: Sequence[Path]) -> list[int]:

@@ -57,11 +57,6 @@ def open_detector(config: SourceConfig, device: DeviceConfig, distributed: Distr
     labels = model.recipe.args["num_classes"] - 1
     names = model.label_names or [f"label {label}" for label in range(1, labels + 1)]
     category_ids = model.category_ids or list(range(1, labels + 1))
-    if len(names) != labels or len(category_ids) != labels:
-        raise CommandError(
-            f"--checkpoint {config.checkpoint}: the model has {labels} classes, but its config.json has {len(names)} "
-            f"names and {len(category_ids)} ids; save the model again"
-        )
     if model.category_ids is None and model.label_names is None:
         distributed.print_primary(f"{config.checkpoint} has no class names; label N becomes category N")
     return OpenedDetector(model, config.checkpoint, "loss_mask" in model.loss_names, names, category_ids)

@@ -197,28 +197,25 @@ def write_results(folder: Path, results: dict[str, Any], scores: Scores, found: 
 
     try:
         atomic_write(folder / "per_class.csv", write_classes)
-        write_detections(folder / "detections.json", [result for one in found for result in one.to_coco()])
+        found_results = [result for one in found for result in one.to_coco()]
+        atomic_write(folder / "detections.json", partial(write_detections, found_results))
         text = json.dumps(redact_values(without_nan(results)), indent=2) + "\n"
         atomic_write(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot write to --output {folder}: {reason(error)}") from error
 
 
-def write_detections(path: Path, results: Sequence[dict[str, Any]]) -> None:
+def write_detections(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Writes detections in COCO's results format, one a line.
 
     Raises:
         OSError: If the file cannot be written.
     """
-
-    def write(fresh: Path) -> None:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write("[\n")
-            for place, result in enumerate(results):
-                file.write(json.dumps(result) + (",\n" if place + 1 < len(results) else "\n"))
-            file.write("]\n")
-
-    atomic_write(path, write)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[\n")
+        for place, result in enumerate(results):
+            file.write(json.dumps(result) + (",\n" if place + 1 < len(results) else "\n"))
+        file.write("]\n")
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:

@@ -165,5 +165,7 @@ class PredictionConfig:
     source: SourceConfig = section("model", SourceConfig)
     device: DeviceConfig = section("device and speed", DeviceConfig)
     image: str = ""
-    output: str = flag("predictions", "folder of the results", metavar="DIR")
+    output: str = flag(
+        "predictions", "folder of the results; only files of earlier predictions are replaced there", metavar="DIR"
+    )
     opacity: float = flag(0.5, "opacity of the classes over the image", type=rate, metavar="X")

@@ -9,10 +9,10 @@ from torchvision.transforms.v2 import functional as VF
 
 from stvit.images import convert_image
 
-from ..common.cli import CommandError, progress_bar, reason
+from ..common.cli import CommandError, progress_bar
 from ..common.distributed import DTYPES, autocast, check_dtype, join_processes
-from ..common.files import atomic_write
 from ..common.image_files import ImageError, check_skipped, describe_skipped, find_images, open_image, result_names
+from ..common.results import ResultFolder, open_results
 from .config import PredictionConfig, SourceConfig
 from .draw import draw_overlay
 from .inference import MULTI_SCALES, Predictor, Scaling
@@ -32,52 +32,47 @@ def predict(config: PredictionConfig) -> None:
     The unreadable images are named at the end.
 
     Raises:
-        CommandError: If a flag is wrong, the model cannot be loaded, or an image cannot be read.
+        CommandError: If a flag is wrong, the model cannot be loaded, a file of the user would be overwritten, or an
+            image cannot be read.
     """
     root, output = Path(config.image).expanduser(), Path(config.output).expanduser()
     images = find_images(root, output)
     names = result_names(root, images)
+    written = [f"{folder}/{name}.png" for name in names for folder in ("labels", "overlays")]
     with join_processes(config.device.device, config.device.dist_backend) as distributed:
         if distributed.size > 1:
             raise CommandError("this command runs in one process; run it without torchrun")
         check_dtype(distributed.device, config.device.model_dtype)
         dtype = DTYPES[config.device.model_dtype]
-        model = open_model(config.source.checkpoint).to(device=distributed.device, dtype=dtype)
-        predictor = Predictor(
-            model,
-            distributed.device,
-            dtype,
-            scaling=scaling_of(config.source, model, config.source.multi_scale),
-            context=partial(autocast, config.device, distributed.device),
-            channels_last=config.device.channels_last,
-        )
-        errors: list[str] = []
-        with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
-            for path, name in zip(images, names, strict=True):
-                try:
-                    _predict_file(path, output, name, predictor, config.opacity)
-                except ImageError as error:
-                    errors.append(describe_skipped(path, error))
-                bar.update()
+        with open_results(output, written, root) as results:
+            model = open_model(config.source.checkpoint).to(device=distributed.device, dtype=dtype)
+            predictor = Predictor(
+                model,
+                distributed.device,
+                dtype,
+                scaling=scaling_of(config.source, model, config.source.multi_scale),
+                context=partial(autocast, config.device, distributed.device),
+                channels_last=config.device.channels_last,
+            )
+            errors: list[str] = []
+            with progress_bar(len(images), "image", is_shown=len(images) > 1) as bar:
+                for path, name in zip(images, names, strict=True):
+                    try:
+                        _predict_file(path, results, name, predictor, config.opacity)
+                    except ImageError as error:
+                        errors.append(describe_skipped(path, error))
+                    bar.update()
     done = len(images) - len(errors)
     if done:
         print(f"wrote the label maps and pictures of {done} image{'s' if done > 1 else ''} to {output}")
     check_skipped(errors, len(images))
 
 
-def _predict_file(path: Path, output: Path, name: str, predictor: Predictor, opacity: float) -> None:
+def _predict_file(path: Path, results: ResultFolder, name: str, predictor: Predictor, opacity: float) -> None:
     image, model = open_image(path), predictor.model
     seen = convert_image(image, "L") if model.in_chans == 1 else image
     classes = predictor.predict(VF.pil_to_tensor(seen)[None])[0].cpu().numpy()
     values = classes if model.category_ids is None else np.asarray(model.category_ids)[classes]
     overlay = draw_overlay(image, classes, model.label_names, model.num_classes, opacity)
-    _write(output / "labels" / f"{name}.png", partial(save_values, values))
-    _write(output / "overlays" / f"{name}.png", partial(overlay.save, format="PNG"))
-
-
-def _write(path: Path, write: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, write)
-    except OSError as error:
-        raise CommandError(f"cannot write to --output: {reason(error)}") from error
+    results.write(f"labels/{name}.png", partial(save_values, values))
+    results.write(f"overlays/{name}.png", partial(overlay.save, format="PNG"))
