@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stvit.tools import predict_det, predict_seg, train_cls, train_det, train_seg, validate_det, validate_seg, visualize
+from stvit.tools import (
+    predict_det,
+    predict_seg,
+    train_cls,
+    train_det,
+    train_seg,
+    validate_cls,
+    validate_det,
+    validate_seg,
+    visualize,
+)
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.results import check_output, open_results
 
@@ -113,6 +123,18 @@ def test_other_commands_refuse_a_file_as_output_first(
     assert command.main([*flags, "--output=train.json"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: cannot write to --output train.json") and line.endswith("choose another --output")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(validate_cls, "confusion.png"), (validate_det, "detections.json"), (validate_seg, "per_class.csv")],
+)
+def test_evaluations_keep_files_of_the_user(
+    command: Any, name: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / name).write_text("mine")
+    line = refusal(command, "--data-dir=photos", "--output=photos", capsys=capsys)
+    assert f"photos/{name} exists and would be overwritten; choose another --output" in line
 
 
 def write(text: str) -> Callable[[Path], object]:

@@ -147,11 +147,30 @@ def test_wrong_label_maps_are_named(data: Path) -> None:
         check_labels([open_source(data)], ADE, workers=2)
 
 
-def test_a_set_without_labeled_pixels(data: Path) -> None:
+@pytest.mark.parametrize(
+    ("rules", "value", "message"),
+    [
+        (ADE, 0, "all values are 0 or 255, which are ignored; check --reduce-zero-label and --ignore-index"),
+        (LabelRules(4, ignore_index=9), 9, "all values are 9, which is ignored; check --ignore-index"),
+    ],
+)
+def test_a_set_without_labeled_pixels(rules: LabelRules, value: int, message: str, data: Path) -> None:
     for path in (data / "annotations/validation").iterdir():
-        Image.new("L", Image.open(path).size, 0).save(path)
-    with pytest.raises(CommandError, match=r"no label map in .*validation has a labeled pixel"):
-        check_labels([open_source(data), open_source(data, "validation")], ADE, workers=1)
+        Image.new("L", Image.open(path).size, value).save(path)
+    with pytest.raises(CommandError, match=rf"no label map in .*validation has a labeled pixel: {message}$"):
+        check_labels([open_source(data), open_source(data, "validation")], rules, workers=1)
+
+
+def test_turned_photographs_are_explained(data: Path) -> None:
+    path = data / "images/training/bus_0.jpg"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    with pytest.raises(
+        CommandError, match=r"make both the same \(if the image has an EXIF orientation, turn its pixels"
+    ):
+        check_labels([open_source(data)], ADE, workers=1)
 
 
 def test_missing_classes_are_printed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,6 +277,8 @@ def test_fine_tuning_for_other_classes(reference: Path, coco_photos: Path, tmp_p
         ),
         (["--val-annotations=nowhere.json"], "annotation file nowhere.json does not exist"),
         (["--frozen-stages=9"], "stages"),
+        (["--min-size", "64", "500"], "--min-size 500 is larger than --max-size 128; lower it to at most 128"),
+        (["--test-size=500"], "--test-size 500 is larger than --max-size 128; lower it to at most 128"),
     ],
 )
 def test_errors_are_one_line(
@@ -486,6 +488,15 @@ def test_a_run_is_uploaded_and_loaded_from_the_hub(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
+
+
+@pytest.mark.parametrize("command", [validate_det, predict_det])
+def test_a_shorter_side_above_the_longest_is_refused(
+    command: Any, reference: Path, coco_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [str(coco_photos / "images")] if command is predict_det else data_flags(coco_photos, ["val"])
+    assert command.main([*data, f"--checkpoint={reference / 'it'}", "--test-size=500", f"--output={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "error: --test-size 500 is larger than --max-size 128; lower it to at most 128\n"
 
 
 def test_prediction_draws_and_reports(

@@ -190,6 +190,7 @@ def four_names(folder: Path) -> Path:
         (["--batch-size=8"], "an update takes 8 images (--batch-size 8), but there are only 4 training images"),
         (["--batch-size=1"], "BatchNorm of upernet needs at least two images per step and process"),
         (["--lr=1e30"], "the loss became"),
+        (["--long-side=50"], "--short-side 64 is larger than --long-side 50; lower it to at most 50"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -351,6 +352,16 @@ def test_unreadable_images_are_named_at_the_end(
     assert captured.err.count("bus_0.jpg") == 1
     assert predict_seg.main([str(photos / "bus_1.jpg"), *flags]) == 0
     assert predict_seg.main([str(tmp_path / "nowhere"), *flags]) == 1
+
+
+@pytest.mark.parametrize("command", [validate_seg, predict_seg])
+def test_a_shorter_side_above_the_longer_one_is_refused(
+    command: Any, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(data / "images/validation")] if command is predict_seg else [*DATA, f"--data-dir={data}"]
+    sides = ["--short-side=90", "--long-side=80"]
+    assert command.main([*flags, f"--checkpoint={run}", *sides, f"--output={tmp_path / 'out'}"]) == 1
+    assert last_error(capsys) == "error: --short-side 90 is larger than --long-side 80; lower it to at most 80"
 
 
 # Recipes

@@ -65,6 +65,7 @@ def train(config: DetectionConfig) -> None:
     Raises:
         CommandError: If the data, the model or the run fails, or a signal ended it.
     """
+    config.image.check()
     # Imported after the flags are parsed, so that --help and wrong flags do not wait for PyTorch.
     from stvit.tools.detection.requirements import require_detection
 

@@ -68,6 +68,7 @@ def train(config: SegmentationConfig) -> None:
     Raises:
         CommandError: If the data, the model or the run fails, or a signal ended it.
     """
+    config.image.check()
     # Imported after the flags are parsed, so that --help and wrong flags do not wait for PyTorch.
     from stvit.tools.common.engine import Engine, open_session
     from stvit.tools.segmentation.job import prepare

@@ -453,6 +453,16 @@ def check_in_chans(in_chans: int) -> None:
         raise CommandError(f"--in-chans must be 1 (gray) or 3 (color), got {in_chans}")
 
 
+def check_sides(short_flag: str, short: int, long_flag: str, long: int) -> None:
+    """Checks that the shorter side of an image is not larger than its longer side.
+
+    Raises:
+        CommandError: If it is larger, so that it would have no effect.
+    """
+    if short > long:
+        raise CommandError(f"{short_flag} {short} is larger than {long_flag} {long}; lower it to at most {long}")
+
+
 def check_channels(in_chans: int, images: ImageConfig) -> None:
     """Checks the number of image channels, and the lengths of --mean and --std.
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -96,15 +97,23 @@ def validate(config: ValidationConfig) -> None:
             _write_results(output, results, counts, names or images.class_names)
 
 
-def take_output(folder: Path, lock: PathLock) -> None:
+def take_output(folder: Path, lock: PathLock, *more: str) -> None:
     """Creates the folder of the results and locks it against other evaluations.
 
+    Args:
+        folder: The folder.
+        lock: The lock to acquire.
+        *more: Names of files that the evaluation writes in addition to those of all evaluations.
+
     Raises:
-        CommandError: If the folder cannot be created, already has results, or is in use.
+        CommandError: If the folder cannot be created, already has a file of such a name, or is in use.
     """
     create_output(folder, lock)
     if (folder / "results.json").exists():
         raise CommandError(f"{folder} already has results of another evaluation; choose another --output")
+    for name in ("per_class.csv", "confusion.png", *more):
+        if os.path.lexists(folder / name):
+            raise CommandError(f"{folder / name} exists and would be overwritten; choose another --output")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

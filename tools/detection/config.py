@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..common.backbone_flags import BackboneConfig
 from ..common.cli import Switch, above_zero, count, positive, rate
-from ..common.config import DTYPES, DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig
+from ..common.config import DTYPES, DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig, check_sides
 from ..common.flags import flag, section
 
 # Functions of stvit.adapters.torchvision, and whether their models predict masks. Importing them takes seconds.
@@ -72,6 +72,15 @@ class ImageConfig:
     max_size: int = flag(1333, "largest longer side, in pixels", type=positive, metavar="N")
     test_size: int = flag(800, "shorter side in the evaluation, in pixels", type=positive, metavar="N")
     hflip: float = flag(0.5, "probability of a horizontal flip", type=rate, metavar="X")
+
+    def check(self) -> None:
+        """Checks that no shorter side is larger than the longest side.
+
+        Raises:
+            CommandError: If one is.
+        """
+        check_sides("--min-size", max(self.min_size), "--max-size", self.max_size)
+        check_sides("--test-size", self.test_size, "--max-size", self.max_size)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from stvit.adapters import torchvision as detectors
 from stvit.weights.errors import PretrainedError
 
 from ..common.cli import CommandError, reason
-from ..common.config import DeviceConfig
+from ..common.config import DeviceConfig, check_sides
 from ..common.distributed import DTYPES, Distributed
 from .config import SourceConfig
 
@@ -45,7 +45,7 @@ def open_detector(config: SourceConfig, device: DeviceConfig, distributed: Distr
     """Loads a detector and moves it to the device.
 
     Raises:
-        CommandError: If it cannot be loaded.
+        CommandError: If it cannot be loaded, or --test-size is larger than the longest side.
     """
     sizes = {"min_size": config.test_size, "max_size": config.max_size}
     try:
@@ -53,6 +53,8 @@ def open_detector(config: SourceConfig, device: DeviceConfig, distributed: Distr
             model = detectors.load(config.checkpoint, **{key: size for key, size in sizes.items() if size})
     except PretrainedError as error:
         raise CommandError(f"--checkpoint: {reason(error)}") from error
+    if config.test_size is not None:
+        check_sides("--test-size", config.test_size, "--max-size", model.transform.max_size)
     model = model.to(device=distributed.device, dtype=DTYPES[device.model_dtype])
     labels = model.recipe.args["num_classes"] - 1
     names = model.label_names or [f"label {label}" for label in range(1, labels + 1)]

@@ -49,7 +49,7 @@ def validate(config: ValidationConfig) -> None:
         PathLock() as lock,
     ):
         if output is not None:
-            distributed.on_primary(partial(take_output, output, lock))
+            distributed.on_primary(partial(take_output, output, lock, "detections.json"))
         check_dtype(distributed.device, device.model_dtype)
         detector = open_detector(config.source, device, distributed)
         if device.channels_last:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..common.backbone_flags import BackboneConfig
 from ..common.cli import above_zero, at_least_zero, count, number, positive, rate
-from ..common.config import DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig
+from ..common.config import DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig, check_sides
 from ..common.flags import flag, section
 
 # Functions of stvit.adapters.segmentation. Importing them takes seconds.
@@ -93,6 +93,14 @@ class ImageConfig:
     std: list[float] | None = flag(
         None, "standard deviation of each channel (default: the backbone's)", type=above_zero, nargs="+", metavar="X"
     )
+
+    def check(self) -> None:
+        """Checks that the shorter side is not larger than the longer side.
+
+        Raises:
+            CommandError: If it is.
+        """
+        check_sides("--short-side", self.short_side, "--long-side", self.long_side)
 
 
 @dataclass

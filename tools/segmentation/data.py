@@ -213,7 +213,7 @@ def check_labels(
         present = np.any(found[place : place + len(source)], axis=0)
         place += len(source)
         if not present.any():
-            raise CommandError(f"no label map in {source.labels} has a labeled pixel; check --reduce-zero-label")
+            raise CommandError(f"no label map in {source.labels} has a labeled pixel: {rules.describe_ignored()}")
         if source is sources[0] and len(sources) > 1 and not present.all():
             missing = [names[i] if names else str(i) for i in np.flatnonzero(~present).tolist()]
             print(f"{_count(missing, 'class is', 'classes are')} not in the training labels: {_some(missing)}")

@@ -48,6 +48,7 @@ def evaluate(
     confusion = metrics.sum_up()
     if int(confusion.sum()) == 0:
         raise CommandError(
-            "the validation set has no readable image with labeled pixels; check --data-dir and --reduce-zero-label"
+            "the validation set has no readable image with labeled pixels; check the folders of the validation set, "
+            "--ignore-index and --reduce-zero-label"
         )
     return confusion

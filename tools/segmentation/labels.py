@@ -56,6 +56,14 @@ class LabelRules:
         values = f"{low} to {low + self.num_classes - 1}"
         return f"{values}, {'0 or ' if self.reduce_zero_label else 'or '}{self.ignore_index} for ignored pixels"
 
+    def describe_ignored(self) -> str:
+        """Returns why all pixels are ignored, and the flags that decide it."""
+        if self.reduce_zero_label:
+            values, flags = f"0 or {self.ignore_index}, which are", "--reduce-zero-label and --ignore-index"
+        else:
+            values, flags = f"{self.ignore_index}, which is", "--ignore-index"
+        return f"all values are {values} ignored; check {flags}"
+
 
 class LabelReader:
     """Reads label maps of a dataset.
@@ -140,8 +148,10 @@ def _open(path: Path, size: tuple[int, int] | None) -> Image.Image:
             f"colors (mode {image.mode}), expected one channel of class numbers; convert each color to its class number"
         )
     if size is not None and image.size != size:
+        turned = " (if the image has an EXIF orientation, turn its pixels and remove it)"
         raise ValueError(
             f"{image.width}x{image.height} pixels, but its image has {size[0]}x{size[1]}; make both the same"
+            f"{turned if image.size == size[::-1] else ''}"
         )
     return image
 

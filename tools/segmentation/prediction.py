@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as VF
 from stvit.images import convert_image
 
 from ..common.cli import CommandError, progress_bar
+from ..common.config import check_sides
 from ..common.distributed import DTYPES, autocast, check_dtype, join_processes
 from ..common.image_files import ImageError, check_skipped, describe_skipped, find_images, open_image, result_names
 from ..common.results import ResultFolder, open_results
@@ -21,8 +22,14 @@ from .model import open_model
 
 
 def scaling_of(source: SourceConfig, model: Any, multi_scale: bool = False) -> Scaling:
-    """Returns the sizes of the flags, or those that the model was trained for."""
+    """Returns the sizes of the flags, or those that the model was trained for.
+
+    Raises:
+        CommandError: If the shorter side of the flags is larger than the longer side.
+    """
     short_side, long_side = source.short_side or model.short_side, source.long_side or model.long_side
+    if source.short_side is not None:
+        check_sides("--short-side", short_side, "--long-side", long_side)
     return Scaling(short_side, long_side, MULTI_SCALES, flip=True) if multi_scale else Scaling(short_side, long_side)
 
 
