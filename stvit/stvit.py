@@ -9,8 +9,8 @@ Paper: `Vision Transformer with Super Token Sampling` - https://arxiv.org/abs/22
 }
 
 The model follows the paper and the authors' implementation, https://github.com/hhb072/STViT (MIT license). The authors'
-checkpoints load unchanged. Variants small, base and large come from the paper; pico, nano, tiny and test from this
-project.
+checkpoints load unchanged. Variants small, base and large come from the paper; femto, pico, nano, tiny and test from
+this project.
 
 Shapes:
     B        batch size
@@ -860,6 +860,7 @@ default_cfgs = generate_default_cfgs(
             "stvit_base.in1k_384": _cfg(hf_hub_id="stvit/stvit_base.in1k_384", license="mit", **_CFG_384),
             "stvit_large.in1k": _cfg(hf_hub_id="stvit/stvit_large.in1k", license="mit"),
             "stvit_large.in1k_384": _cfg(hf_hub_id="stvit/stvit_large.in1k_384", license="mit", **_CFG_384),
+            "stvit_femto.in1k": _cfg(),
             "stvit_pico.in1k": _cfg(),
             "stvit_nano.in1k": _cfg(),
             "stvit_tiny.in1k": _cfg(),
@@ -898,6 +899,24 @@ def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
         "ls_init_values": (None, None, 1e-6, 1e-6),
     }
     return _create_stvit("stvit_large", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stvit_femto(pretrained: bool = False, **kwargs: Any) -> STViT:
+    """Creates STViT-Femto: 1 M parameters, for detectors as fast as YOLO26-N.
+
+    At stride 4 it has only the stem, because a block costs the most there. In the later stages the cell of a super
+    token covers 32x32 image pixels.
+    """
+    model_args = {
+        "dims": (32, 64, 96, 160),
+        "depths": (0, 1, 2, 1),
+        "num_heads": (1, 2, 3, 5),
+        "stoken_size": (8, 4, 2, 1),
+        "mlp_ratio": 3.0,
+        "head_hidden_size": 256,
+    }
+    return _create_stvit("stvit_femto", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

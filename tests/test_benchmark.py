@@ -62,7 +62,7 @@ def test_data(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["yolo26n.yaml", "yolo26n-stvit.yaml", "yolo26n-resnet18.yaml"]
+    names = ["yolo26n.yaml", "yolo26n-stvit_pico.yaml", "yolo26n-resnet18.yaml"]
     table = tmp_path / "yolo.csv"
     assert benchmark.main(["yolo", "--models", *names, "--img-size=64", "--repeats=2", f"--csv={table}"]) == 0
     rows = read(table)

@@ -27,7 +27,7 @@ from tests.versions import needs_newer_torch
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL_SHAPES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official_keys.json").read_text())
 PUBLISHED = ("stvit_small", "stvit_base", "stvit_large")
-OURS = ("stvit_pico", "stvit_nano", "stvit_tiny", "test_stvit")
+OURS = ("stvit_femto", "stvit_pico", "stvit_nano", "stvit_tiny", "test_stvit")
 KERNELS = (".unfold.weights", ".fold.weights")
 
 
@@ -336,6 +336,7 @@ def test_features_only_from_official_weights(source: STViT, official: dict[str, 
         ("stvit_small", 25.5, 4.34, 4.4),
         ("stvit_base", 51.7, 9.82, 9.9),
         ("stvit_large", 95.0, 15.54, 15.6),
+        ("stvit_femto", 1.03, 0.18, None),
         ("stvit_pico", 2.13, 0.39, None),
         ("stvit_nano", 5.16, 0.82, None),
         ("stvit_tiny", 11.87, 2.29, None),
@@ -392,6 +393,19 @@ def test_head_widths_of_own_variants(name: str) -> None:
     widths = {(block.attn.dim, block.attn.num_heads) for stage in model.stages for block in stage.blocks}
     assert {dim / heads for dim, heads in widths} <= {32, 64}
     assert model.num_features == model.head_hidden_size == model.final_conv.out_channels
+
+
+def test_stage_without_blocks() -> None:
+    """Stage 0 of femto returns the output of the stem."""
+    model = create("stvit_femto", drop_path_rate=0.1)
+    x = images(64, 96)
+    assert torch.equal(model.eval().forward_intermediates(x, intermediates_only=True)[0], model.stem(x))
+    expected = model(x)
+    for other in (torch.jit.script(model), stvit.optimize_for_inference(model)):
+        assert torch.allclose(other(x), expected, atol=1e-5)
+    model.set_grad_checkpointing()
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_normalization_constants() -> None:

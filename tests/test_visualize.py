@@ -345,6 +345,16 @@ def test_blocks_of_a_stage() -> None:
     assert super_tokens(model, photo(), -3).layer == last.layer
 
 
+def test_stages_without_blocks_are_not_counted() -> None:
+    model = timm.create_model("stvit_femto")
+    assert len(model.stages[0].blocks) == 0
+    assert visualize.stages(model) == [0, 1]
+    assert [super_tokens(model, photo(), stage).layer for stage in (0, 1)] == [
+        "stages.1.blocks.0.attn",
+        "stages.2.blocks.1.attn",
+    ]
+
+
 def test_cells_of_two_sizes_and_more_rounds() -> None:
     model = timm.create_model("test_stvit", stoken_size=((4, 6), 1, (2, 1), 1), n_iter=2).eval()
     assert visualize.stages(model) == [0, 2]

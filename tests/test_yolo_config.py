@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 import ultralytics
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.nn.tasks import DetectionModel, parse_model, yaml_model_load
 from ultralytics.utils import ROOT, YAML
 
 from stvit.adapters.yolo import YOLO, model_file, stoken_config, yolo_config
 from stvit.adapters.yolo.config import TASK_SUFFIXES, check_config
 
-BACKBONES = ("stvit_pico", "stvit_nano", "stvit_tiny", "stvit_small", "stvit_base", "stvit_large")
-PAIRS = {"n": "stvit_pico", "s": "stvit_nano", "m": "stvit_tiny", "l": "stvit_small", "x": "stvit_base"}
+BACKBONES = ("stvit_femto", "stvit_pico", "stvit_nano", "stvit_tiny", "stvit_small", "stvit_base", "stvit_large")
+PAIRS = {"n": "stvit_femto", "s": "stvit_pico", "m": "stvit_nano", "l": "stvit_tiny", "x": "stvit_small"}
 HEADS = {
     "detect": "Detect",
     "segment": "Segment26",
@@ -77,6 +80,26 @@ def test_scales_pair_with_backbones(scale: str) -> None:
     config = yaml_model_load(model_file(f"yolo26{scale}-stvit.yaml"))
     assert config["scale"] == scale
     assert config["backbone"][0][3][1] == PAIRS[scale]
+
+
+@pytest.mark.parametrize("scale", PAIRS)
+def test_pairs_cost_at_most_a_quarter_more(scale: str) -> None:
+    """Latency, which has the same limit, depends on the machine: docs/results.md lists it."""
+    flops = [count_flops(f"yolo26{scale}{backbone}.yaml") for backbone in ("", "-stvit")]
+    assert 0.5 * flops[0] < flops[1] <= 1.25 * flops[0]
+
+
+def count_flops(name: str) -> int:
+    """Counts the operations of a fused detector for a 640x640 image, without computing them."""
+    model = YOLO(name)
+    model.fuse(verbose=False)
+    detector = model.model.eval()
+    detector.model[-1].training = True  # returns before it selects boxes, which needs values
+    counter = FlopCounterMode(display=False)
+    # The counter does not know the fused attention of the CPU.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter, torch.inference_mode():
+        detector(torch.empty(1, 3, 640, 640))
+    return counter.get_total_flops()
 
 
 def test_ultralytics_own_yolo_takes_the_path() -> None:

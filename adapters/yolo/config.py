@@ -43,7 +43,8 @@ TASK_SUFFIXES = {
     "classify": "-cls",
 }
 SCALES = "nsmlx"
-PAIRS = dict(zip(SCALES, ("stvit_pico", "stvit_nano", "stvit_tiny", "stvit_small", "stvit_base"), strict=True))
+# A detector with its pair costs at most 1.25 times as much as the stock one, in GFLOPs and in latency on a CPU.
+PAIRS = dict(zip(SCALES, ("stvit_femto", "stvit_pico", "stvit_nano", "stvit_tiny", "stvit_small"), strict=True))
 STOKEN_SIZES = {8: 4, 16: 2, 32: 1}  # by the stride of the feature map: each cell covers 32x32 image pixels
 RATES = ("backbone_lr_scale", "layer_decay")
 
@@ -170,7 +171,7 @@ def model_file(name: str | Path) -> Path:
     Args:
         name: One of
             - 'yolo26s-stvit_small-seg.yaml': scale of neck and head, name of a timm backbone, and task
-            - 'yolo26m-stvit.yaml': the STViT backbone whose size suits the scale
+            - 'yolo26m-stvit.yaml': the STViT backbone whose cost suits the scale
             - 'yolo26n-stokenattention.yaml': Ultralytics' own backbone with super token attention
 
     Returns:

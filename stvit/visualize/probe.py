@@ -98,8 +98,8 @@ def super_tokens(
             contains super token attention.
         image: Path, PIL image, uint8 array (H, W, 3) or (H, W), or normalized tensor (C, H, W) or (1, C, H, W). The
             image can have any size and is not resized. Paths and PIL images become RGB by the rules of `stvit.images`.
-        stage: Index into `find_layers(model)`. For an STViT this is the index into `model.stages`, for other models
-            the number of the layer. Negative values count from the end.
+        stage: Index into `find_layers(model)`. For an STViT this is the index into `model.stages`, without the stages
+            that have no blocks. For other models it is the number of the layer. Negative values count from the end.
         block: Index of the block in the stage. Negative values count from the end.
         data_config: 'mean' and 'std' of each channel (default: those of the timm model that the model is or contains).
             Without a timm model, or if a layer of the model normalizes its input, values from 0 to 1 are used.

@@ -114,7 +114,8 @@ def benchmark_op(config: SpeedConfig) -> Iterator[list[dict[str, Any]]]:
             if not isinstance(net, stvit.STViT):
                 raise CommandError(f"--models {model} has no super token attention; pass an STViT model")
             all_stages: Any = net.stages
-            stages = [i for i, stage in enumerate(all_stages) if stage.blocks[0].attn.stoken_size != (1, 1)]
+            tokens = [{block.attn.stoken_size for block in stage.blocks} for stage in all_stages]
+            stages = [i for i, sizes in enumerate(tokens) if sizes - {(1, 1)}]
             for stage in stages:
                 for is_training in (False, True):
                     cases = [
