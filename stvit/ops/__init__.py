@@ -269,6 +269,7 @@ class SuperTokenAttention(nn.Module):
         return f"dim={self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, num_heads={self.num_heads}"
 
 
+@torch.jit.unused  # TorchScript compiles both sides of "or"
 def _is_slow_to_train(q: torch.Tensor) -> bool:
     """Returns whether attention is faster in training without fusion.
 
