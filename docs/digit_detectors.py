@@ -148,8 +148,8 @@ def train_detector(data_file: Path, folder: Path, model: str, seed: int, epochs:
     return copy
 
 
-def evaluate_detector(checkpoint: Path, data_file: Path) -> dict[str, float]:
-    """Returns the accuracy of a detector on the test images.
+def evaluate_detector(checkpoint: Path, data_file: Path) -> dict[str, str | float]:
+    """Returns the backbone of a detector and its accuracy on the test images.
 
     Args:
         checkpoint: Ultralytics checkpoint.
@@ -157,8 +157,10 @@ def evaluate_detector(checkpoint: Path, data_file: Path) -> dict[str, float]:
     """
     settings = {key: RECIPE[key] for key in ("imgsz", "batch", "device", "workers", "plots")}
     folder = {"project": str(checkpoint.parents[1]), "name": "test", "exist_ok": True}
-    metrics = YOLO(checkpoint).val(data=str(data_file), verbose=False, **folder, **settings)
-    return {"map50_95": round(float(metrics.box.map), 4), "map50": round(float(metrics.box.map50), 4)}
+    detector = YOLO(checkpoint)
+    backbone = getattr(detector.model.model[0], "name", "stock")
+    box = detector.val(data=str(data_file), verbose=False, **folder, **settings).box
+    return {"backbone": backbone, "map50_95": round(float(box.map), 4), "map50": round(float(box.map50), 4)}
 
 
 def measure_latency(results: Path, models: Sequence[str], img_sizes: Sequence[int], repeats: int) -> None:
@@ -222,7 +224,8 @@ def _write_accuracy(results: Path) -> None:
     """Collects the finished runs in one table."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/accuracy.json"))]
     replace_table(results / "accuracy.csv", rows)
-    print_table([{key: row[key] for key in ("model", "seed", "epochs", "map50_95", "map50")} for row in rows])
+    columns = ("model", "backbone", "seed", "epochs", "map50_95", "map50")
+    print_table([{key: row[key] for key in columns} for row in rows])
     draw(results)
 
 

@@ -185,7 +185,7 @@ def test_finished_runs_are_skipped_measured_and_drawn(
     train = ["train", str(scenes), str(tmp_path), "--models", "yolo26n", "--seeds", "7", "--epochs"]
     assert detectors.main([*train, "1"]) == 0
     (run,) = read_rows(tmp_path / "accuracy.csv")
-    assert (run["model"], run["seed"], run["epochs"]) == ("yolo26n", "7", "1")
+    assert (run["model"], run["backbone"], run["seed"], run["epochs"]) == ("yolo26n", "stock", "7", "1")
     settings = YOLO(tmp_path / "yolo26n-seed7" / "weights" / "resume.pt").ckpt["train_args"]
     assert (settings["seed"], settings["epochs"], settings["fliplr"], settings["mosaic"]) == (7, 1, 0, 1)
 
@@ -229,7 +229,8 @@ def test_killed_run_continues_after_its_last_complete_epoch(scenes: Path, tmp_pa
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     assert f"from epoch {stopped + 1} to 3 total epochs" in done.stdout + done.stderr
     assert YOLO(saved).ckpt["epoch"] == 2
-    assert read_rows(tmp_path / "accuracy.csv")[0]["model"] == "yolo26n-stvit"
+    (run,) = read_rows(tmp_path / "accuracy.csv")
+    assert run["model"] == "yolo26n-stvit" and run["backbone"].startswith("stvit_")
 
 
 def test_missing_data_set(detectors: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
