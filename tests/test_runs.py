@@ -59,6 +59,26 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return lines[0]
 
 
+def test_a_failed_evaluation_loses_no_update(
+    own_digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run continues with the evaluation, and its results are those of an undisturbed run."""
+    flags = [f"--data-dir={own_digits_folder}", "--epochs=2", "--model-ema", "--model-ema-decay=0.5", "--drop-path=0.2",
+             "--checkpoint-steps=0"]  # fmt: skip
+    assert train_cls.main([*SHORT, *flags, f"--output={tmp_path / 'whole'}"]) == 0
+    image = next((own_digits_folder / "val").rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content[:80])
+    line = fails(capsys, *flags, f"--output={tmp_path / 'runs'}")
+    assert f"cannot read image {image}: " in line
+    assert line.endswith("; the updates of epoch 1 are saved: then run the same command with --resume auto")
+    image.write_bytes(content)
+    assert train_cls.main([*SHORT, *flags, f"--output={tmp_path / 'runs'}"]) == 0
+    assert "0 epochs and 3 updates are done" in capsys.readouterr().out
+    for name in ("summary.csv", "last/model.safetensors", "last_ema/model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "runs/it" / name).read_bytes() == (tmp_path / "whole/it" / name).read_bytes(), name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -333,7 +333,7 @@ class Engine:
             if self.distributed.size > 1:
                 # DDP, too, uses the primary process's BatchNorm statistics in every forward pass.
                 distribute_bn(model, self.distributed.size, reduce=False)
-            metrics = job.evaluate(model, iter(partial(self._read, iter(job.val_loader)), None))
+            metrics = self._evaluate(model)
             self._check_loss(metrics.get("loss", 0.0), f"in the validation after epoch {progress.epoch + 1}")
             row |= {f"{prefix}_{name}": value for name, value in metrics.items()}
         if state.scheduler is not None:
@@ -356,6 +356,30 @@ class Engine:
         if self.log is not None:
             self.log.epoch(state.update, progress.history)
             self.bar.write(self._describe_epoch(row), file=sys.stdout)
+
+    def _evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Returns the metrics of a model.
+
+        If one process trains and the evaluation fails, the updates of the epoch are saved first. Several processes have
+        saved them before the evaluation.
+        """
+        job, progress = self.job, self.state.progress
+        try:
+            return job.evaluate(model, iter(partial(self._read, iter(job.val_loader)), None))
+        except _Stopped:  # `train` saves
+            raise
+        except Exception as error:
+            is_saved = self.distributed.size > 1
+            with suppress(Exception):  # the disk may be full, or the device lost: the first error counts
+                if not is_saved:
+                    self._save_checkpoint()
+                    is_saved = True
+            if not is_saved or not isinstance(error, CommandError):
+                raise
+            raise type(error)(
+                f"{error}; the updates of epoch {progress.epoch + 1} are saved: then run the same command with --resume "
+                "auto"
+            ) from error
 
     # Metrics
 
