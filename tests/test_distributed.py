@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from stvit.tools import train_cls
 from stvit.tools.common.cli import CommandError
-from stvit.tools.common.distributed import Distributed
+from stvit.tools.common.distributed import Distributed, join_processes
 from stvit.tools.common.engine import check_config
 
 # No number of processes and no batch size divides these numbers of images.
@@ -32,6 +33,13 @@ RUN = (
 @pytest.fixture(scope="module")
 def digits_folder(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"), TRAIN, VAL)
+
+
+def test_more_workers_than_cores_are_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with join_processes("cpu"):
+            torch.utils.data.DataLoader([0], num_workers=1000)
 
 
 def command(processes: int) -> list[str]:

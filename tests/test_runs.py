@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from stvit.tools import push_to_hub, train_cls, validate_cls
+from stvit.tools import push_to_hub, train_cls, train_det, train_seg, validate_cls
 from stvit.tools.common import locks, runs
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
 from stvit.tools.common.classification import prepare
@@ -176,6 +176,21 @@ def test_one_of_many_holds_the_lock(tmp_path: Path) -> None:
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
     assert number.read_text() == "400" and not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *((train_det, f"--{split}-{kind}") for split in ("train", "val") for kind in ("images", "annotations")),
+        *((train_seg, flag) for flag in ("--train-labels", "--val-labels", "--class-names", "--data-dir")),
+    ],
+)
+def test_runs_without_a_name_differ_in_their_data(command: Any, flag: str) -> None:
+    def identity(path: Path) -> dict[str, Any]:
+        return runs._identity(to_recipe(command.parse_args([f"{flag}={path}"])))
+
+    assert identity(Path("one")) != identity(Path("two"))
+    assert identity(Path("one")) == identity(Path("one").absolute())
 
 
 def test_a_lock_that_was_moved_away_does_not_remove_another(tmp_path: Path) -> None:

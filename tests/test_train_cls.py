@@ -446,6 +446,7 @@ def test_hostile_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["--epoch=3"], "--epoch"),
         (["--epochs=ten"], "--epochs: expected a whole number"),
+        (["--layer-decay=5"], "--layer-decay: expected a number above 0 and at most 1, got '5'"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -336,6 +336,11 @@ def below_one(text: str) -> float:
     return _number(text, "of at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
 
 
+def up_to_one(text: str) -> float:
+    """Parses a number above 0 and at most 1."""
+    return _number(text, "above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
+
+
 def above_zero(text: str) -> float:
     """Parses a number above 0."""
     return _number(text, "above 0", lambda value: value > 0.0)

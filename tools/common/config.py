@@ -17,6 +17,7 @@ from .cli import (
     number,
     positive,
     rate,
+    up_to_one,
 )
 from .flags import add_flags, flag, from_flags, section
 
@@ -301,6 +302,14 @@ class PushConfig:
     origin: WeightsFlags = field(default_factory=WeightsFlags)
 
 
+class WarmupEpochs(argparse.Action):
+    """A warmup in epochs, which replaces one in updates that a default, a recipe or an earlier flag sets."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.warmup_updates = None
+
+
 @dataclass
 class OptimConfig:
     """Length of the training, optimizer, learning rate schedule and moving average."""
@@ -313,7 +322,7 @@ class OptimConfig:
     momentum: float = flag(0.9, "momentum, if the optimizer has one", type=number, metavar="X")
     weight_decay: float = flag(0.05, "weight decay of all parameters except 1-D ones", type=number, metavar="X")
     layer_decay: float | None = flag(
-        None, "factor of the learning rate from layer to layer", type=above_zero, metavar="X"
+        None, "factor of the learning rate from layer to layer, at most 1", type=up_to_one, metavar="X"
     )
     clip_grad: float | None = flag(
         None, "gradient clipping threshold (default: no clipping)", type=above_zero, metavar="X"
@@ -324,10 +333,12 @@ class OptimConfig:
     lr_base_size: int = flag(512, "images per update that --lr-base is for", type=positive, metavar="N")
     sched: str = flag("cosine", "any timm learning rate schedule", metavar="NAME")
     sched_on_updates: bool = flag(False, "change the learning rate after each update, not after each epoch")
-    warmup_epochs: int = flag(5, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
+    warmup_epochs: int = flag(
+        5, "epochs of warmup from --warmup-lr to --lr (0: none)", type=count, action=WarmupEpochs, metavar="N"
+    )
     warmup_lr: float = flag(1e-6, "learning rate of the first step", type=at_least_zero, metavar="X")
     warmup_updates: int | None = flag(
-        None, "updates of warmup, instead of --warmup-epochs; needs --sched-on-updates", type=positive, metavar="N"
+        None, "updates of warmup, instead of --warmup-epochs; needs --sched-on-updates", type=count, metavar="N"
     )
     min_lr: float = flag(1e-5, "learning rate of the last epoch", type=at_least_zero, metavar="X")
     decay_epochs: float | None = flag(

@@ -126,6 +126,8 @@ def join_processes(device: str | None, backend: str | None = None) -> Iterator[D
         raise CommandError(f"--device {name} cannot be used: {reason(error)}") from error
     # PyTorch warns about the memory layout of the gradients of 1x1 convolutions, which has no effect on results.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # PyTorch warns if there are more loader workers than cores, which does no harm: workers also wait for files.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     if not distributed.is_primary:
         warnings.simplefilter("ignore")
     try:

@@ -35,7 +35,14 @@ from .flags import to_recipe
 from .job import Job, SavedWeights
 from .locks import PathLock
 from .logs import RunLog, has_matplotlib, require_loggers
-from .optimization import backward, create_optimizer, current_lr, learning_rate, zero_gradients
+from .optimization import (
+    backward,
+    create_optimizer,
+    current_lr,
+    find_schedule_problems,
+    learning_rate,
+    zero_gradients,
+)
 from .runs import check_hub, check_remote_run, check_run_folder, find_run, write_recipe
 from .signals import StopNow, StopRequest
 from .snapshots import Snapshots
@@ -174,6 +181,8 @@ class Engine:
             )
         optim.lr = learning_rate(optim, config.data.batch_size, distributed.size)
         optimizer, scheduler = create_optimizer(optim, job.model, self.updates)
+        for problem in find_schedule_problems(optim, self.updates) if distributed.is_primary else ():
+            print(f"warning: {problem}", file=sys.stderr)
         scaler = NativeScaler(device.type) if config.device.amp and config.device.amp_dtype == "float16" else None
         if optim.model_ema:
             job.task.setup_ema(optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
@@ -185,6 +194,7 @@ class Engine:
             job.task.compile(mode="reduce-overhead" if self.has_graphs else None)
         if distributed.size > 1:
             job.task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+        job.check_data()
         data = distributed.on_primary(partial(fingerprint, job.images))
         self.state = TrainState(job, config, distributed, optimizer, scheduler, scaler, data)
 
@@ -376,10 +386,8 @@ class Engine:
                     is_saved = True
             if not is_saved or not isinstance(error, CommandError):
                 raise
-            raise type(error)(
-                f"{error}; the updates of epoch {progress.epoch + 1} are saved: then run the same command with --resume "
-                "auto"
-            ) from error
+            saved = f"the updates of epoch {progress.epoch + 1} are saved"
+            raise type(error)(f"{error}; {saved}: then run the same command with --resume auto") from error
 
     # Metrics
 

@@ -94,6 +94,15 @@ class Job(ABC):
     counts: Mapping[str, str]
     losses: Sequence[str] = ()
 
+    def check_data(self) -> None:  # noqa: B027
+        """Reads files of the data to find mistakes before the training.
+
+        The engine calls it when all flags are checked, because it may take minutes. By default, nothing is checked.
+
+        Raises:
+            CommandError: If a file is wrong.
+        """
+
     @abstractmethod
     def begin_epoch(self, epoch: int) -> None:
         """Changes settings that depend on the epoch. The task is in training mode."""

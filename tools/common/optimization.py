@@ -34,8 +34,11 @@ def create_optimizer(
     Raises:
         CommandError: If timm cannot create them.
     """
-    if config.warmup_updates is not None and not config.sched_on_updates:
-        raise CommandError("--warmup-updates needs --sched-on-updates, which changes the learning rate in each update")
+    if config.warmup_updates and not config.sched_on_updates:
+        raise CommandError(
+            f"--warmup-updates {config.warmup_updates} needs --sched-on-updates, which changes the learning rate in "
+            "each update; pass --sched-on-updates, or --warmup-epochs N instead (0: no warmup)"
+        )
     if config.sched == "multistep" and not config.decay_milestones:
         raise CommandError("--sched multistep needs --decay-milestones, the epochs after which the rate decays")
     try:
@@ -68,6 +71,36 @@ def schedule_arguments(config: OptimConfig, updates_per_epoch: int) -> dict[str,
         # timm counts epochs from 1 here, and would decay an epoch earlier than a schedule of updates.
         arguments["decay_milestones"] = [epoch + 1 for epoch in config.decay_milestones]
     return arguments
+
+
+def find_schedule_problems(config: OptimConfig, updates_per_epoch: int) -> list[str]:
+    """Returns a sentence for each part of a schedule that does not fit the length of the training.
+
+    Args:
+        config: The schedule.
+        updates_per_epoch: Updates of an epoch.
+    """
+    problems = []
+    total = config.epochs * updates_per_epoch
+    length = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''} of {updates_per_epoch} updates"
+    warmup = config.warmup_epochs * updates_per_epoch if config.warmup_updates is None else config.warmup_updates
+    if warmup >= total:
+        flag = (
+            f"--warmup-epochs {config.warmup_epochs}"
+            if config.warmup_updates is None
+            else f"--warmup-updates {config.warmup_updates}"
+        )
+        problems.append(
+            f"{flag} is not shorter than the training of {length}, so the learning rate stays below its value; pass a "
+            f"smaller {flag.partition(' ')[0]}, 0 for no warmup"
+        )
+    late = [epoch for epoch in config.decay_milestones or () if epoch >= config.epochs]
+    if config.sched == "multistep" and late:
+        problems.append(
+            f"the learning rate does not decay after epoch {', '.join(map(str, late))} (--decay-milestones), because "
+            f"the training has {length}"
+        )
+    return problems
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:

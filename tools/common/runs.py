@@ -56,6 +56,18 @@ RESUME_MUTABLE = {
     "workers",
 }
 
+# Those that name the data. The data of a named run may move; runs without a name are distinguished by them.
+_DATA_PATHS = (
+    "class_names",
+    "data_dir",
+    "train_annotations",
+    "train_images",
+    "train_labels",
+    "val_annotations",
+    "val_images",
+    "val_labels",
+)
+
 Recipe = Mapping[str, Any]
 
 
@@ -244,10 +256,12 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """Returns the flags that distinguish runs without a name.
 
-    The data folder counts, as an absolute path.
+    The files and folders of the data count, as absolute paths.
     """
-    data = recipe.get("data_dir")
-    return recipe_key(recipe) | {"data_dir": None if data is None else str(Path(data).expanduser().resolve())}
+    paths = {key: recipe.get(key) for key in _DATA_PATHS}
+    return recipe_key(recipe) | {
+        key: None if path is None else str(Path(path).expanduser().resolve()) for key, path in paths.items()
+    }
 
 
 def _read_identity(folder: Path) -> dict[str, Any] | None:

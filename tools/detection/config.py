@@ -1,10 +1,20 @@
 """Settings of the detection commands."""
 
+import argparse
 from dataclasses import dataclass
 
 from ..common.backbone_flags import BackboneConfig
 from ..common.cli import Switch, above_zero, count, positive, rate
-from ..common.config import DTYPES, DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig, check_sides
+from ..common.config import (
+    DTYPES,
+    DeviceConfig,
+    LoadingConfig,
+    OptimConfig,
+    RunConfig,
+    TrainDeviceConfig,
+    WarmupEpochs,
+    check_sides,
+)
 from ..common.flags import flag, section
 
 # Functions of stvit.adapters.torchvision, and whether their models predict masks. Importing them takes seconds.
@@ -36,6 +46,10 @@ class ValidationDataConfig(LoadingConfig):
     )
     val_images: str | None = flag(None, "folder of the validation images", metavar="DIR")
     val_annotations: str | None = flag(None, "their annotations (JSON), in COCO's format", metavar="FILE")
+    check_data: bool = flag(
+        True, "compare the sizes of all images with the annotations before the start",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
     batch_size: int = flag(2, "images per step and process", type=positive, metavar="N", short="-b")
     train_images: str | None = None
     train_annotations: str | None = None
@@ -97,10 +111,13 @@ class DetectionOptimConfig(OptimConfig):
     sched_on_updates: bool = flag(
         True, "change the learning rate after each update, not after each epoch", action=Switch
     )
-    warmup_epochs: int = flag(0, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
+    warmup_epochs: int = flag(
+        0, "epochs of warmup from --warmup-lr to --lr, instead of --warmup-updates (0: none)", type=count,
+        action=WarmupEpochs, metavar="N",
+    )  # fmt: skip
     warmup_lr: float = flag(1e-7, "learning rate of the first step", type=above_zero, metavar="X")
     warmup_updates: int | None = flag(
-        500, "updates of warmup, instead of --warmup-epochs; needs --sched-on-updates", type=positive, metavar="N"
+        500, "updates of warmup (0: none); needs --sched-on-updates", type=count, metavar="N"
     )
     min_lr: float = flag(0.0, "lowest learning rate", type=rate, metavar="X")
     decay_milestones: list[int] | None = flag(

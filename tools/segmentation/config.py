@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from ..common.backbone_flags import BackboneConfig
 from ..common.cli import above_zero, at_least_zero, count, number, positive, rate
-from ..common.config import DeviceConfig, LoadingConfig, OptimConfig, RunConfig, TrainDeviceConfig, check_sides
+from ..common.config import (
+    DeviceConfig,
+    LoadingConfig,
+    OptimConfig,
+    RunConfig,
+    TrainDeviceConfig,
+    WarmupEpochs,
+    check_sides,
+)
 from ..common.flags import flag, section
 
 # Functions of stvit.adapters.segmentation. Importing them takes seconds.
@@ -118,7 +126,9 @@ class SegmentationOptimConfig(OptimConfig):
     sched_on_updates: bool = flag(
         True, "change the learning rate after each update, not after each epoch", action=argparse.BooleanOptionalAction
     )
-    warmup_epochs: int = flag(1, "epochs of warmup from --warmup-lr to --lr", type=count, metavar="N")
+    warmup_epochs: int = flag(
+        1, "epochs of warmup from --warmup-lr to --lr (0: none)", type=count, action=WarmupEpochs, metavar="N"
+    )
     warmup_lr: float = flag(1e-10, "learning rate of the first step", type=at_least_zero, metavar="X")
     min_lr: float = flag(0.0, "learning rate of the last update", type=at_least_zero, metavar="X")
 
