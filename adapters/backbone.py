@@ -9,7 +9,6 @@ Shapes:
 """
 
 import difflib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ __all__ = [
     "load_backbone",
     "pyramid_indices",
 ]
-
-LOGGER = logging.getLogger(__name__)
 
 # Strides of the feature maps that detectors and segmentation decoders expect.
 STRIDES = (4, 8, 16, 32)
@@ -257,7 +254,7 @@ def load_backbone(
     *,
     in_chans: int = 3,
     model_args: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = LOGGER.info,
+    log: Callable[[str], None] = print,
 ) -> int:
     """Loads pretrained weights of a timm model into a backbone.
 

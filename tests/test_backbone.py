@@ -1,6 +1,5 @@
 """timm backbones with feature maps, for models of other libraries."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -74,15 +73,14 @@ def test_image_statistics() -> None:
     assert mean == pytest.approx([0.449]) and len(std) == 1
 
 
-def test_pretrained_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     classifier = timm.create_model("stvit_pico", num_classes=7)
     hub.save(classifier, tmp_path / "model")
     features = create_features("stvit_pico")
-    with caplog.at_level(logging.INFO, "stvit.adapters.backbone"):
-        loaded = load_backbone(features.net, "stvit_pico", tmp_path / "model")
+    loaded = load_backbone(features.net, "stvit_pico", tmp_path / "model")
     assert loaded == len(features.net.state_dict())
-    assert f"Loaded {loaded}/{loaded} tensors of the backbone stvit_pico" in caplog.text
+    assert f"Loaded {loaded}/{loaded} tensors of the backbone stvit_pico" in capsys.readouterr().out
     for key, value in features.net.state_dict().items():
         assert torch.equal(value, classifier.state_dict()[key]), key
     with pytest.raises(ValueError, match="is a stvit_pico checkpoint, but the backbone is stvit_nano"):

@@ -112,13 +112,12 @@ def backbone_folder(tmp_path: Path) -> Path:
     return tmp_path / "backbone"
 
 
-def test_pretrained_backbone(backbone_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "stvit")
+def test_pretrained_backbone(backbone_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = create("upernet", pretrained_backbone=backbone_folder)
     wanted = timm.create_model(f"local-dir:{backbone_folder}", pretrained=True).state_dict()
     own = model.net.state_dict()
     assert own and all(torch.equal(value, wanted[key]) for key, value in own.items())
-    assert f"Loaded {len(own)}/{len(own)} tensors of the backbone test_stvit" in caplog.text
+    assert f"Loaded {len(own)}/{len(own)} tensors of the backbone test_stvit" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is a test_stvit checkpoint, but the backbone is stvit_pico"):
         create("upernet", "stvit_pico", pretrained_backbone=backbone_folder)
     save_model(model, backbone_folder.parent / "whole")
@@ -224,6 +223,7 @@ def test_drop_path_and_gradient_checkpointing() -> None:
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
         ({"short_side": 0}, "short_side must be a whole number of at least 1, got 0"),
         ({"decoder_chanels": 8}, "upernet has no argument 'decoder_chanels', expected one of decoder_channels, "),
+        ({"decoder_channels": -1}, "decoder_channels must be a whole number of at least 1, got -1"),
         ({"activation": "softmax"}, "upernet has no argument 'activation'"),
         ({"backbone_kwargs": {"stoken": 8}}, "cannot create upernet on the backbone test_stvit: .*stoken"),
         (

@@ -1,7 +1,6 @@
 """torchvision's detectors on timm backbones."""
 
 import csv
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,17 @@ def test_grayscale(builder: str) -> None:
             "mask_rcnn has no argument 'box_score_tresh'; did you mean box_score_t",
         ),
         ("retinanet", {"box_score_thresh": 0.1}, "retinanet has no argument 'box_score_thresh'; did you mean score_th"),
-        ("fcos", {"zzz": 1}, "fcos has no argument 'zzz'; pass pretrained_backbone, in_chans, .*topk_candidates"),
+        (
+            "fcos",
+            {"zzz": 1},
+            "fcos has no argument 'zzz'; pass pretrained_backbone, in_chans, .*, norm, or an argument of",
+        ),
+        (
+            "cascade_mask_rcnn",
+            {"zzz": 1},
+            "norm, iou_thresholds, box_weights, loss_weights, box_convs, anchor_sizes, or",
+        ),
+        ("mask_rcnn", {"fpn_channels": -1}, "fpn_channels must be a whole number of at least 1, got -1"),
         ("cascade_rcnn", {"bbox_reg_weights": (1, 1, 1, 1)}, "has no argument 'bbox_reg_weights'; did you mean box_we"),
         ("cascade_rcnn", {"mask_head": None}, "has no argument 'mask_head'"),
         ("cascade_rcnn", {"iou_thresholds": (0.5, 0.6)}, "must have the same length"),
@@ -195,12 +204,11 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @ALL_MODELS
-def test_pretrained_backbone(builder: str, pico: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_pretrained_backbone(builder: str, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = create(builder, "stvit_pico", pretrained_backbone=pico, frozen_stages=1)
     own, expected = model.net.state_dict(), torch.load(pico)["state_dict"]
     assert len(own) > 150 and all(torch.equal(value, expected[key]) for key, value in own.items())
-    assert f"Loaded {len(own)}/{len(own)} tensors of the backbone stvit_pico from {pico}" in caplog.text
+    assert f"Loaded {len(own)}/{len(own)} tensors of the backbone stvit_pico from {pico}" in capsys.readouterr().out
     assert model.norm_eval and "pretrained_backbone" not in model.recipe.args
     # Frozen stages and the BatchNorm layers of the backbone stay in evaluation mode.
     frozen = {key for key, parameter in model.net.named_parameters() if not parameter.requires_grad}

@@ -170,6 +170,7 @@ def upernet(
     long_side: int = 2048,
     auxiliary_head: bool = True,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> UPerNet:
     """Creates a UPerNet (Xiao et al. 2018) on a timm backbone.
@@ -192,6 +193,7 @@ def upernet(
         auxiliary_head: Whether to add an `FCNHead` to the feature map of stride 16. Its weight in the loss is
             `AUXILIARY_WEIGHT`.
         backbone_kwargs: Other arguments of the timm model.
+        log: Receives a line with the number of loaded tensors of the backbone.
         **kwargs: Arguments of `segmentation_models_pytorch.UPerNet`, such as `decoder_channels`.
 
     Raises:
@@ -216,6 +218,7 @@ def semantic_fpn(
     long_side: int = 2048,
     auxiliary_head: bool = False,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> SemanticFPN:
     """Creates a Semantic FPN (Kirillov et al. 2019) on a timm backbone.
@@ -245,6 +248,7 @@ def deeplabv3plus(
     long_side: int = 2048,
     auxiliary_head: bool = False,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> DeepLabV3Plus:
     """Creates a DeepLabV3+ (Chen et al. 2018) on a timm backbone.
@@ -284,7 +288,7 @@ def load(source: str | Path, **overrides: Any) -> Any:
 
 def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
     """Creates a model from the arguments of its builder."""
-    kwargs = arguments.pop("kwargs")
+    kwargs, log = arguments.pop("kwargs"), arguments.pop("log")
     given = {**arguments, **kwargs}
     source = given.pop("pretrained_backbone")
     if given["norm_eval"] is None:
@@ -325,7 +329,7 @@ def _build(name: str, model_class: Any, arguments: dict[str, Any]) -> Any:
             setattr(model, key, _check_stats(key, values, in_chans))
     model.auxiliary_head = FCNHead(model.encoder.out_channels[-2], num_classes) if has_auxiliary_head else None
     if source is not None and source is not False:
-        load_backbone(model.net, backbone, source, in_chans=in_chans, model_args=backbone_kwargs)
+        load_backbone(model.net, backbone, source, in_chans=in_chans, model_args=backbone_kwargs, log=log)
     freeze_stages(model.net, frozen_stages)
     return model.train()
 
@@ -356,9 +360,9 @@ _NO_ARGUMENTS = {
 
 
 def _check_smp_arguments(name: str, model_class: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuses arguments that smp's model does not have.
+    """Refuses arguments that smp's model does not have, and widths below 1.
 
-    smp would pass them on to timm.
+    smp would pass unknown arguments on to timm.
 
     Raises:
         ValueError: If there is one.
@@ -370,6 +374,9 @@ def _check_smp_arguments(name: str, model_class: Any, arguments: Mapping[str, An
                 f"{name} has no argument {key!r}, expected one of {', '.join(known)}; pass arguments of the backbone "
                 "as backbone_kwargs"
             )
+        value = arguments[key]
+        if key.endswith("channels") and isinstance(value, int) and value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
 
 
 def _check_stats(name: str, values: Sequence[float], in_chans: int) -> list[float]:

@@ -340,6 +340,7 @@ def faster_rcnn(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Builds a Faster R-CNN on the feature maps of strides 4 to 32 of a timm model.
@@ -361,6 +362,7 @@ def faster_rcnn(
         fpn_channels: Channels of the feature pyramid.
         norm: Normalization in the feature pyramid and the heads: 'gn' (GroupNorm), 'bn' (BatchNorm) or None. Training
             without pretrained weights needs it (He et al. 2019, arXiv 1811.08883).
+        log: Receives a line with the number of loaded tensors of the backbone.
         **kwargs: Arguments of torchvision's class, such as `min_size` and `box_score_thresh`, and of its
             `GeneralizedRCNNTransform`. In addition, `box_convs`: number of 3x3 convolutions in the box head, before one
             fully connected layer instead of two; and `anchor_sizes`: five numbers of pixels, smaller ones for smaller
@@ -388,6 +390,7 @@ def mask_rcnn(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> MaskRCNN:
     """Builds a Mask R-CNN on a timm model. The arguments are those of `faster_rcnn`.
@@ -410,6 +413,7 @@ def cascade_rcnn(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> CascadeRCNN:
     """Builds a Cascade R-CNN on a timm model, see `CascadeRoIHeads`.
@@ -435,6 +439,7 @@ def cascade_mask_rcnn(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> CascadeMaskRCNN:
     """Builds a Cascade Mask R-CNN on a timm model.
@@ -459,6 +464,7 @@ def retinanet(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> RetinaNet:
     """Builds a RetinaNet on the feature maps of strides 8 to 32 of a timm model.
@@ -483,6 +489,7 @@ def fcos(
     backbone_kwargs: Mapping[str, Any] | None = None,
     fpn_channels: int = 256,
     norm: str | None = None,
+    log: Callable[[str], None] = print,
     **kwargs: Any,
 ) -> FCOS:
     """Builds an FCOS on the feature maps of strides 8 to 32 of a timm model.
@@ -505,6 +512,7 @@ def _build(cls: type[_Model], builder: str, args: dict[str, Any], kwargs: dict[s
         kwargs: Its other arguments, for `cls`.
     """
     args = {key: value for key, value in args.items() if key != "kwargs"}
+    log = args.pop("log")
     name, num_classes, in_chans = args["backbone"], args["num_classes"], args["in_chans"]
     _check(cls, builder, num_classes, args, kwargs)
     source = args.pop("pretrained_backbone")
@@ -522,7 +530,7 @@ def _build(cls: type[_Model], builder: str, args: dict[str, Any], kwargs: dict[s
     else:
         body, extra_blocks = TimmFeatures(net, name, indices), LastLevelMaxPool()
     if source:
-        load_backbone(net, name, source, in_chans=in_chans, model_args=model_args)
+        load_backbone(net, name, source, in_chans=in_chans, model_args=model_args, log=log)
     freeze_stages(net, args["frozen_stages"])
 
     mean, std = image_stats(net, in_chans)
@@ -545,17 +553,30 @@ def _check(cls: type[Any], builder: str, num_classes: int, args: Mapping[str, An
     for key in kwargs:
         if key not in known:
             near = difflib.get_close_matches(key, [*known, *args], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"pass {', '.join([*list(args)[2:], *known])}"
+            own = ", ".join([*list(args)[2:], *_own_arguments(cls)])
+            hint = f"did you mean {near[0]}?" if near else f"pass {own}, or an argument of torchvision's class"
             raise ValueError(f"{builder} has no argument {key!r}; {hint}")
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"num_classes counts the background, so it must be at least 2, got {num_classes!r}")
+    if not isinstance(args["fpn_channels"], int) or args["fpn_channels"] < 1:
+        raise ValueError(f"fpn_channels must be a whole number of at least 1, got {args['fpn_channels']!r}")
     channels, has_groups = args["fpn_channels"], args["norm"] == "gn" or issubclass(cls, FCOS)
-    if has_groups and (not isinstance(channels, int) or channels < 2 * _GROUPS or channels % _GROUPS):
+    if has_groups and (channels < 2 * _GROUPS or channels % _GROUPS):
         # A group of one channel of a map of one pixel is a single value.
         raise ValueError(
             f"{builder} has GroupNorm with {_GROUPS} groups, so fpn_channels must be a multiple of {_GROUPS} and at "
             f"least {2 * _GROUPS}, got {channels!r}"
         )
+
+
+def _own_arguments(cls: type[Any]) -> list[str]:
+    """Returns the arguments of our classes that torchvision's do not have.
+
+    Arguments that are modules are left out.
+    """
+    ours = [parent for parent in cls.__mro__ if parent.__module__ == __name__]
+    names = dict.fromkeys(name for parent in ours for name in inspect.signature(parent).parameters)
+    return [name for name in names if name not in cls.hidden_arguments and not name.endswith(("_head", "_pool"))]
 
 
 def _keyword_arguments(cls: type[Any]) -> list[str]:

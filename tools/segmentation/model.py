@@ -41,11 +41,15 @@ def create_model(config: ModelConfig, image: ImageConfig, num_classes: int, dist
         "backbone_kwargs": config.backbone_kwargs or None,
     }
     for key in config.model_kwargs:
+        if key == "log":
+            raise CommandError("--model-kwargs log: only Python code can set it; remove it")
         if key in arguments or key in ("backbone", "num_classes"):
             raise CommandError(f"--model-kwargs {key}: pass --{key.replace('_', '-')} instead")
     with distributed.primary_first():
         try:
-            model = builder(config.backbone, num_classes, **arguments, **config.model_kwargs)
+            model = builder(
+                config.backbone, num_classes, log=distributed.print_primary, **arguments, **config.model_kwargs
+            )
         except (ValueError, TypeError, RuntimeError) as error:
             raise CommandError(f"cannot create the model: {reason(error)}") from error
         if config.pretrained_path is not None:
