@@ -364,6 +364,8 @@ def test_images_in_subfolders(write_coco: Callable[..., Path], tmp_path: Path) -
         ({"train_images": None}, "--train-annotations needs --train-images"),
         ({"val_annotations": None}, "--val-images needs --val-annotations"),
         ({"val_images": "nowhere"}, "image folder nowhere is not a folder; check --val-images"),
+        ({"val_annotations": None, "data_dir": "."}, "instances_val2017.json does not exist; check --data-dir"),
+        ({"val_images": None, "data_dir": "."}, "image folder val2017 is not a folder; check --data-dir"),
         ({"val_images": None, "data_dir": "nowhere"}, "--data-dir nowhere is not a folder; it must contain annotation"),
     ],
 )
@@ -445,6 +447,14 @@ def test_changed_objects_change_the_fingerprint(content: Content, coco_photos: P
     path.write_text(json.dumps(content), encoding="utf-8")
     after = fingerprint(open_images(data(coco_photos, train_annotations=str(path)), ONE, with_masks=True))
     assert find_changes(before, after) == ["training images: 4, different or in another order"]
+    content["annotations"][0]["bbox"][0] -= 1
+    content["annotations"][1]["segmentation"]["counts"][0] -= 1
+    content["annotations"][1]["segmentation"]["counts"][-1] += 1
+    path.write_text(json.dumps(content), encoding="utf-8")
+    after = fingerprint(open_images(data(coco_photos, train_annotations=str(path)), ONE, with_masks=True))
+    assert find_changes(before, after) == ["training annotations: other masks, areas or label maps"]
+    del before["train"]["contents"]  # an earlier version wrote no digest of the masks
+    assert find_changes(before, after) == []
 
 
 def test_a_source_can_be_sent_to_another_process(coco_photos: Path) -> None:

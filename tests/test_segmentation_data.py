@@ -19,8 +19,9 @@ from torchvision import tv_tensors
 from stvit.images import UnreadableImageError, image_size
 from stvit.tools.common.cli import CommandError, OneProcessError
 from stvit.tools.common.distributed import Distributed
+from stvit.tools.common.fingerprint import find_changes, fingerprint, keep_contents
 from stvit.tools.segmentation.config import ImageConfig, ValidationDataConfig
-from stvit.tools.segmentation.data import LabeledImages, check_labels, open_data
+from stvit.tools.segmentation.data import LabeledImages, check_data, check_labels, open_data
 from stvit.tools.segmentation.draw import draw_overlay, palette
 from stvit.tools.segmentation.inference import MULTI_SCALES, Predictor, Scaling, argmax_resized
 from stvit.tools.segmentation.job import SegmentationTask, segmentation_loss
@@ -88,7 +89,7 @@ def test_class_names(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(CommandError, match="has no class names"):
         read_class_names(path)
-    with pytest.raises(CommandError, match="cannot read --class-names"):
+    with pytest.raises(CommandError, match=r"--class-names .*missing does not exist"):
         read_class_names(tmp_path / "missing")
 
 
@@ -177,6 +178,24 @@ def test_missing_classes_are_printed(data: Path, capsys: pytest.CaptureFixture[s
     rules = LabelRules(5, reduce_zero_label=True)
     check_labels([open_source(data), open_source(data, "validation")], rules, 1, ["a", "b", "c", "d", "e"])
     assert capsys.readouterr().out == "2 classes are not in the training labels: d, e\n"
+
+
+def test_changed_label_maps_change_the_fingerprint(data: Path) -> None:
+    """Also label maps of the same file size, if they are read."""
+    config = ValidationDataConfig(data_dir=str(data), reduce_zero_label=True)
+    path = data / "annotations/training/bus_0.png"
+    labels = np.asarray(Image.open(path))
+    found = []
+    for values, config.check_data in ((labels, True), (labels[:, ::-1], True), (labels[:, ::-1], False)):
+        Image.fromarray(values).save(path, compress_level=0)
+        images, rules = open_data(config, CPU, num_classes=3)
+        check_data(config, images, rules, CPU)
+        found.append(fingerprint(images))
+    before, after, unread = found
+    assert find_changes(before, after) == ["training annotations: other masks, areas or label maps"]
+    assert find_changes(before, unread) == find_changes(unread, before) == []
+    keep_contents(before, unread)
+    assert unread == before
 
 
 def test_classes_must_be_known(data: Path) -> None:
@@ -459,7 +478,8 @@ def test_label_maps_of_coco(script: ModuleType, tmp_path: Path) -> None:
     # The small square is in front of the large one. The category with the fewest pixels is ignored, as is the crowd.
     assert labels[0].tolist() == [2, 2, 1, 1, 1, 1, 1, 1, 2, 2, 255, 255]
     assert labels[7].tolist() == [1] * 8 + [0, 0, 0, 255]
-    open_data(ValidationDataConfig(data_dir=str(tmp_path / "out")), CPU, num_classes=3)
+    config = ValidationDataConfig(data_dir=str(tmp_path / "out"))
+    check_data(config, *open_data(config, CPU, num_classes=3), CPU)
 
 
 def test_label_maps_of_penn_fudan(script: ModuleType, tmp_path: Path) -> None:

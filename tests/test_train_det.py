@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from stvit import hub
 from stvit.adapters import torchvision as detectors
 from stvit.tools import predict_det, train_det, validate_det
 from stvit.tools.common.checkpoint import Checkpoints, load_checkpoint
@@ -222,6 +225,16 @@ def test_every_model_is_offered() -> None:
     assert list(BUILDERS) == list(MODELS)
 
 
+def test_weights_of_the_backbone_are_counted(
+    coco_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = timm.create_model("test_stvit", num_classes=2)
+    hub.save(backbone, tmp_path / "backbone")
+    flags = [*SMALL, *data_flags(coco_photos), f"--pretrained-backbone={tmp_path / 'backbone'}", f"--output={tmp_path}"]
+    assert train_det.main([*flags, "--batch-size=9"]) == 1  # the training does not start
+    assert " tensors of the backbone test_stvit from " in capsys.readouterr().out
+
+
 def test_fine_tuning_for_other_classes(reference: Path, coco_photos: Path, tmp_path: Path, capsys: Any) -> None:
     content = json.loads((coco_photos / "instances.json").read_text(encoding="utf-8"))
     content["categories"].append({"id": 9, "name": "tie"})
@@ -275,7 +288,10 @@ def test_fine_tuning_for_other_classes(reference: Path, coco_photos: Path, tmp_p
             ["--batch-size=5"],
             "an update takes 10 images (--batch-size 5 x --grad-accum-steps 2), but",
         ),
-        (["--val-annotations=nowhere.json"], "annotation file nowhere.json does not exist"),
+        (["--val-annotations=nowhere.json"], "annotation file nowhere.json does not exist; check --val-annotations"),
+        (["--model-kwargs", "fpn_channels=-1"], "fpn_channels must be a whole number of at least 1, got -1"),
+        (["--model-kwargs", "mask_head=1"], "--model-kwargs mask_head: only Python code can set it; remove it"),
+        (["--model-kwargs", "log=1"], "--model-kwargs log: only Python code can set it; remove it"),
         (["--frozen-stages=9"], "stages"),
         (["--min-size", "64", "500"], "--min-size 500 is larger than --max-size 128; lower it to at most 128"),
         (["--test-size=500"], "--test-size 500 is larger than --max-size 128; lower it to at most 128"),
@@ -314,10 +330,22 @@ def test_an_image_of_another_size_is_named(
 ) -> None:
     photos = write_coco(tmp_path / "photos")
     path = photos / "images/zidane_1.jpg"
-    Image.open(path).resize((50, 60)).save(path)
-    assert train_det.main([*RUN, *data_flags(photos), f"--output={tmp_path}", "--workers=0"]) == 1
-    said = f"error: cannot transform image {path}: it has 50x60 pixels, but the annotations say 96x54"
-    assert said in capsys.readouterr().err
+    flags = [*RUN, *data_flags(photos), f"--output={tmp_path}", "--workers=0"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    for size, options, hint in (
+        ((50, 60), {}, ""),
+        ((96, 54), {"exif": exif}, ", or turn its pixels and remove its EXIF orientation"),
+    ):
+        Image.open(path).resize(size).save(path, **options)
+        pixels = "54x96" if options else "50x60"
+        problem = f"{pixels} pixels, but the annotations say 96x54; correct its width and height in the annotations"
+        assert train_det.main(flags) == 1
+        found = f"{photos / 'instances.json'}: image of another size (1): {path} (image 103) has {problem}{hint}\n"
+        assert capsys.readouterr().err.endswith(f"error: {found}") and not (tmp_path / "it").exists()
+        assert train_det.main([*flags, "--no-check-data"]) == 1
+        assert f"error: image {path}: {problem}{hint}" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "it")
 
 
 def test_changed_annotations_are_refused(
@@ -332,6 +360,17 @@ def test_changed_annotations_are_refused(
     (photos / "instances.json").write_text(text.replace('"category_id": 7', '"category_id": 3', 1), encoding="utf-8")
     assert train_det.main(flags) == 1
     assert "the images have changed since" in capsys.readouterr().err
+
+
+def test_changed_masks_are_refused(
+    reference: Path, write_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_coco(tmp_path / "photos")
+    content = json.loads((photos / "instances.json").read_text(encoding="utf-8"))
+    content["annotations"][0]["segmentation"][0][0] += 1
+    (photos / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    assert train_det.main([*RUN, *data_flags(photos), f"--output={reference}"]) == 1
+    assert "training annotations: other masks, areas or label maps; validation anno" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

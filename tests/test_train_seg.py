@@ -76,6 +76,8 @@ def test_training_records_losses_and_metrics(run: Path) -> None:
         for kind in ("eval", "ema"):
             assert all(0 <= float(row[f"{kind}_{name}"]) <= 100 for name in ("miou", "macc", "aacc"))
     assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
+    (last,) = (run / "checkpoints").glob("00003-*.pt")
+    assert all(load_checkpoint(last)["data"][split]["contents"] for split in ("train", "val"))
     config = json.loads((run / "best/config.json").read_text())
     assert config["label_names"] == CLASS_NAMES and config["category_ids"] == [1, 2, 3]
     best = max(float(row[f"{kind}_miou"]) for row in history for kind in ("eval", "ema"))
@@ -179,8 +181,8 @@ def four_names(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data-dir=nowhere"], "nowhere/images/training is not a folder"),
-        (["--class-names=nowhere"], "cannot read --class-names nowhere"),
+        (["--data-dir=nowhere"], "nowhere/images/training is not a folder; it must contain one image per example; che"),
+        (["--class-names=nowhere"], "--class-names nowhere does not exist"),
         (["--no-reduce-zero-label"], "label maps are wrong"),
         (["--backbone=stvit_smal"], "unknown backbone 'stvit_smal'; did you mean stvit_small"),
         (["--model-kwargs", "channel=8"], "upernet has no argument 'channel'"),
@@ -208,6 +210,27 @@ def test_unchecked_labels_stop_the_training(data: Path, tmp_path: Path, capsys: 
     assert "bus_0.png: 5x5 pixels, but its image has 96x128; make both the same" in last_error(capsys)
     assert train(wrong, tmp_path, "--epochs=1", "--no-check-data") == 1
     assert "annotations/training/bus_0.png: 5x5 pixels" in last_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backbone=resnet99"], "unknown backbone 'resnet99'"),
+        (["--in-chans=2"], "--in-chans must be 1 (gray) or 3 (color), got 2"),
+        (["--model-kwargs", "channel=8"], "upernet has no argument 'channel'"),
+        (["--pretrained-path=nowhere"], "--pretrained-path: nowhere"),
+        (["--batch-size=1"], "BatchNorm of upernet needs at least two images per step and process"),
+        (["--batch-size=1", "--model=deeplabv3plus"], "BatchNorm of deeplabv3plus needs at least two images"),
+        (["--opt=adamx"], "cannot create optimizer adamx"),
+        ([], "label maps are wrong"),
+    ],
+)
+def test_flags_are_checked_before_the_label_maps(
+    flags: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [f"--val-labels={data / 'annotations/training'}", "--no-reduce-zero-label"]
+    assert train(data, tmp_path, *wrong, *flags) == 1
+    assert message in last_error(capsys)
 
 
 def test_unreadable_images_are_skipped_up_to_a_limit(

@@ -303,7 +303,10 @@ class PushConfig:
 
 
 class WarmupEpochs(argparse.Action):
-    """A warmup in epochs, which replaces one in updates that a default, a recipe or an earlier flag sets."""
+    """A warmup in epochs, which replaces an earlier one in updates.
+
+    A default, a recipe or another flag may have set the latter.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, values)

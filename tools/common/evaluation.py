@@ -34,6 +34,8 @@ def class_names(class_map: str | None, model: Any) -> list[str] | None:
         return list(known) if known is not None and len(known) == model.num_classes else None
     try:
         lines = read_utf8(Path(class_map)).splitlines()
+    except FileNotFoundError as error:
+        raise CommandError(f"--class-map {class_map} does not exist") from error
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read --class-map {class_map}: {reason(error)}") from error
     names = [line.strip() for line in lines if line.strip()]

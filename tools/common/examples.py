@@ -22,6 +22,10 @@ from .signals import ignore_signals_in_worker
 TrainKey = tuple[int, int, int]
 
 
+class ExampleError(ValueError):
+    """Raised by a transform if an image and its annotations contradict each other."""
+
+
 class ExampleDataset(Dataset):
     """Images and targets of a source, opened by `stvit.images`.
 
@@ -102,6 +106,8 @@ class ExampleDataset(Dataset):
             return self.example(image, target)
         except CommandError:
             raise
+        except ExampleError as error:
+            raise OneProcessError(f"image {self.name(index % len(self))}: {error}") from error
         except Exception as error:
             raise OneProcessError(
                 f"cannot transform image {self.name(index % len(self))}: {reason(error)}; check the augmentation flags"

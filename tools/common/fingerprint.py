@@ -18,14 +18,16 @@ _DIGEST_BYTES = 16
 def fingerprint(images: Images) -> dict[str, Any]:
     """Returns the class names of a run, and digests of its image paths and labels.
 
-    Paths are relative to the dataset, so that it may be moved. The contents of the images do not count.
+    Paths are relative to the dataset, so that it may be moved. The contents of the images do not count, but those of
+    annotations do.
 
     Args:
         images: The training and validation sets.
 
     Returns:
         `class_names`, and for `train` and `val` a digest of all images in order (`all`) and, for each label, the number
-        of images and their digest (`labels`). A wds/ dataset has only the digest of its description.
+        of images and their digest (`labels`), and the digest of masks or label maps (`contents`), or None if they are
+        unknown. A wds/ dataset has only the digest of its description.
     """
     return {
         "class_names": images.class_names,
@@ -44,7 +46,9 @@ def _describe(dataset: Any) -> dict[str, Any]:
         digest.update(line)
         by_label[label] = number + 1, digest
     labels = {label: [number, digest.hexdigest()] for label, (number, digest) in by_label.items()}
-    return {"all": everything.hexdigest(), "labels": labels}
+    source: Any = getattr(dataset, "source", None)
+    contents = source.contents_digest() if hasattr(source, "contents_digest") else None
+    return {"all": everything.hexdigest(), "labels": labels, "contents": contents}
 
 
 def _new_digest() -> Any:
@@ -100,6 +104,7 @@ def find_fingerprint_mismatch(value: Any) -> str | None:
         if not all(isinstance(label, str) and len(label) <= _LONGEST_LABEL for label in labels):
             return mismatch or f"data.{split}.labels has a key that is not a class number"
         mismatch = mismatch or find_mismatch(labels, {label: [0, ""] for label in labels}, f"data.{split}.labels")
+        mismatch = mismatch or find_mismatch(value[split].get("contents"), None, f"data.{split}.contents")
     return mismatch
 
 
@@ -117,6 +122,9 @@ def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changes = _class_changes(then.get("class_names"), names)
     for split, title in (("train", "training"), ("val", "validation")):
         if then[split]["all"] == now[split]["all"]:
+            contents = [value[split].get("contents") for value in (then, now)]
+            if None not in contents and contents[0] != contents[1]:
+                changes.append(f"{title} annotations: other masks, areas or label maps")
             continue
         before, after = then[split]["labels"], now[split]["labels"]
         totals = [sum(number for number, _ in labels.values()) for labels in (before, after)]
@@ -134,6 +142,20 @@ def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found = found or ["another order"]
         changes.append(f"{title} images{total}: {_some(found)}")
     return changes
+
+
+def keep_contents(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Copies the digests of contents that the current fingerprint lacks.
+
+    It lacks them if the files were not read (--no-check-data).
+
+    Args:
+        then: Fingerprint in a checkpoint.
+        now: Fingerprint of the current images, which is changed.
+    """
+    for split in ("train", "val"):
+        if now[split]["contents"] is None and then[split]["all"] == now[split]["all"]:
+            now[split]["contents"] = then[split].get("contents")
 
 
 def _class_changes(then: list[str] | None, now: list[str] | None) -> list[str]:

@@ -74,7 +74,7 @@ def schedule_arguments(config: OptimConfig, updates_per_epoch: int) -> dict[str,
 
 
 def find_schedule_problems(config: OptimConfig, updates_per_epoch: int) -> list[str]:
-    """Returns a sentence for each part of a schedule that does not fit the length of the training.
+    """Returns what in a schedule does not fit the length of the training.
 
     Args:
         config: The schedule.

@@ -12,7 +12,7 @@ from .checkpoint import load_checkpoint
 from .cli import CommandError, reason
 from .config import TrainConfig
 from .distributed import Distributed
-from .fingerprint import find_changes, find_fingerprint_mismatch
+from .fingerprint import find_changes, find_fingerprint_mismatch, keep_contents
 from .flags import to_recipe
 from .job import Job, StepResult
 from .optimization import current_lr, resume_schedule, schedule_state
@@ -311,6 +311,7 @@ class TrainState:
         """
         if "data" in state:
             changes = find_changes(state["data"], self.fingerprint)
+            keep_contents(state["data"], self.fingerprint)
         else:
             kinds = zip(("training", "validation"), state["images"], self._image_counts(), strict=True)
             changes = [f"{kind} images: {old}, now {new}" for kind, old, new in kinds if old != new]

@@ -217,6 +217,15 @@ class Coco:
             box = " ".join(f"{value:g}" for value in columns.boxes[number])
             yield f"{box} {int(columns.crowds[number])}", int(columns.labels[number])
 
+    def describe_shapes(self, index: int) -> Iterator[bytes]:
+        """Yields areas and masks of the objects of an image, for the data's fingerprint."""
+        columns = self._columns
+        numbers = columns.of_image(index)
+        yield columns.areas[numbers].tobytes()
+        if self.with_masks:
+            for number in numbers:
+                yield from columns.shape_parts(number)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -441,6 +450,13 @@ class _Columns:
     def has_mask(self, number: int) -> bool:
         """Returns whether an object has polygons or run lengths."""
         return bool(self._last_polygon[number] > self._first_polygon[number])
+
+    def shape_parts(self, number: int) -> Iterator[bytes]:
+        """Yields the polygons or run lengths of an object, each after its length."""
+        for place in range(self._first_polygon[number], self._last_polygon[number]):
+            values = self._values[self._polygon_bounds[place] : self._polygon_bounds[place + 1]]
+            yield f"{'rle' if self._rle[number] else 'polygon'} {len(values)}\n".encode()
+            yield values.tobytes()
 
     def rle(self, number: int, height: int, width: int) -> dict[str, Any]:
         """Returns the mask of an object as compressed RLE.

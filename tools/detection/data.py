@@ -4,18 +4,22 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..common.cli import CommandError, reason
+from stvit.images import UnreadableImageError, image_size
+
+from ..common.cli import CommandError, progress_bar, reason
 from ..common.data import Images
 from ..common.distributed import Distributed
 from ..common.examples import ExampleDataset
 from .coco import MOST_NAMED, Coco
 from .config import TrainDataConfig, ValidationDataConfig
+from .transforms import describe_wrong_size
 
 _YEAR = "2017"
 
@@ -62,10 +66,34 @@ class CocoSource:
         name = self.coco.images[int(self.indices[index])].file_name
         return os.path.join(self.folder, name) if absolute else name
 
+    def find_wrong_size(self, index: int) -> str | None:
+        """Returns what is wrong with the size of an image.
+
+        None if it is right, or the file cannot be read.
+        """
+        image = self.coco.images[int(self.indices[index])]
+        path = self.filename(index, absolute=True)
+        try:
+            problem = describe_wrong_size(image_size(path), (image.width, image.height))
+        except (OSError, UnreadableImageError):
+            return None
+        return None if problem is None else f"{path} (image {image.id}) has {problem}"
+
     def aspect_ratios(self) -> list[float]:
         """Returns width divided by height of each image."""
         images = (self.coco.images[int(number)] for number in self.indices)
         return [image.width / image.height for image in images]
+
+    def contents_digest(self) -> str | None:
+        """Returns a digest of the areas and masks of the objects.
+
+        `names_and_labels` leaves them out.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for number in self.indices:
+            for part in self.coco.describe_shapes(int(number)):
+                digest.update(part)
+        return digest.hexdigest()
 
     def names_and_labels(self) -> Iterator[tuple[str, str]]:
         """Yields the name of each image with a digest of its objects, and an empty label."""
@@ -129,8 +157,12 @@ def _open_set(
 ) -> tuple[Coco, Path]:
     """Returns the annotations and the image folder of a split, `train` or `val`."""
     annotations, folder = find_set(config, split)
+    if not annotations.exists():
+        flag = f"--{split}-annotations" if getattr(config, f"{split}_annotations") is not None else "--data-dir"
+        raise CommandError(f"annotation file {annotations} does not exist; check {flag}")
     coco = Coco(annotations, with_masks)
-    distributed.on_primary(partial(check_files, coco, folder, f"--{split}-images"))
+    images_flag = f"--{split}-images" if getattr(config, f"{split}_images") is not None else "--data-dir"
+    distributed.on_primary(partial(check_files, coco, folder, images_flag))
     if distributed.is_primary:
         use = "training leaves them out" if split == "train" else "in COCO's metrics they count as not detected"
         for problem in coco.unusable:
@@ -201,6 +233,42 @@ def check_files(coco: Coco, folder: Path, flag: str) -> None:
             f"{len(missing)} of {len(coco.images)} images of {coco.path} are not in {folder}: {examples}"
             f"{', …' if len(missing) > MOST_NAMED else ''}; check {flag}"
         )
+
+
+def check_sizes(config: ValidationDataConfig, images: Images, distributed: Distributed) -> None:
+    """Compares the sizes of all images with the annotations.
+
+    With --no-check-data, it does nothing. Only the headers of the files are read. Files that cannot be read are left
+    out: the training reports them, and --max-bad-images decides.
+
+    Args:
+        config: The data.
+        images: The training and validation sets of `open_images`.
+        distributed: The processes of the run. The primary process checks.
+
+    Raises:
+        CommandError: If sizes differ.
+    """
+    if config.check_data:
+        sources = [dataset.source for dataset in (images.train, images.val) if dataset is not None]
+        distributed.on_primary(partial(_check_sizes, sources, config.workers))
+
+
+def _check_sizes(sources: Sequence[CocoSource], workers: int) -> None:
+    executor = ThreadPoolExecutor(max_workers=max(1, workers))  # files of a network drive arrive in parallel
+    try:
+        with progress_bar(sum(map(len, sources)), "image size", is_shown=True) as bar:
+            for source in sources:
+                wrong = []
+                for problem in executor.map(source.find_wrong_size, range(len(source))):
+                    if problem is not None:
+                        wrong.append(problem)
+                    bar.update()
+                if wrong:
+                    first = "; ".join(wrong[:MOST_NAMED]) + ("; …" if len(wrong) > MOST_NAMED else "")
+                    raise CommandError(f"{source.coco.path}: image of another size ({len(wrong)}): {first}")
+    finally:
+        executor.shutdown(cancel_futures=True)  # after an interrupt
 
 
 def _list_files(folder: Path) -> set[str]:

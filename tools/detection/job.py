@@ -1,7 +1,7 @@
 """Object detection and instance segmentation, as a job of the training engine."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..common.job import Job, SavedWeights, StepResult
 from ..common.runs import run_label
 from .coco import Coco
 from .config import MODELS, DetectionConfig, ModelConfig
-from .data import open_images
+from .data import check_sizes, open_images
 from .inference import Detections, detect, to_device
 from .metrics import compute_scores, gather_detections
 from .transforms import TrainTransform, ValTransform, aspect_ratio_groups, collate
@@ -84,14 +84,9 @@ def create_model(config: ModelConfig, *, num_classes: int, min_size: int, max_si
         "max_size": max_size,
     }
     for key in config.model_kwargs:
-        if key in arguments or key in ("backbone", "num_classes"):
-            own = {"min_size": "test-size", "drop_path_rate": "drop-path"}.get(key, key.replace("_", "-"))
-            raise CommandError(
-                f"--model-kwargs {key}: "
-                + ("the annotations decide it; remove it" if key == "num_classes" else f"pass --{own} instead")
-            )
+        _check_model_kwarg(key, arguments)
     try:
-        model = BUILDERS[config.model](config.backbone, num_classes, **arguments, **config.model_kwargs)
+        model = BUILDERS[config.model](config.backbone, num_classes, log=log, **arguments, **config.model_kwargs)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
@@ -101,6 +96,25 @@ def create_model(config: ModelConfig, *, num_classes: int, min_size: int, max_si
     if config.pretrained_path:
         _load_weights(model, config.pretrained_path, log)
     return model
+
+
+def _check_model_kwarg(key: str, arguments: Mapping[str, Any]) -> None:
+    """Checks that --model-kwargs may set an argument.
+
+    Args:
+        key: The argument.
+        arguments: Arguments that other flags set.
+
+    Raises:
+        CommandError: If another flag sets it, or no text can express its values.
+    """
+    if key == "num_classes":
+        raise CommandError("--model-kwargs num_classes: the annotations decide it; remove it")
+    if key in arguments or key == "backbone":
+        own = {"min_size": "test-size", "drop_path_rate": "drop-path"}.get(key, key.replace("_", "-"))
+        raise CommandError(f"--model-kwargs {key}: pass --{own} instead")
+    if key in ("log", "_skip_resize") or key.endswith(("_generator", "_head", "_pool")):
+        raise CommandError(f"--model-kwargs {key}: only Python code can set it; remove it")
 
 
 def _load_weights(model: nn.Module, source: str, log: Any) -> None:
@@ -190,6 +204,14 @@ class Detection(Job):
             f"{config.model.model} on {config.model.backbone}, {parameters:.1f} M parameters, {len(self.coco.names)} "
             f"classes, {len(images.train)} training and {len(images.val)} validation images"
         )
+
+    def check_data(self) -> None:
+        """Compares the sizes of the images with the annotations.
+
+        Raises:
+            CommandError: If sizes differ.
+        """
+        check_sizes(self.config.data, self.images, self.distributed)
 
     def begin_epoch(self, epoch: int) -> None:
         """Does nothing: no setting depends on the epoch."""

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ..common.examples import ExampleError
+
 
 class TrainTransform:
     """Random size and horizontal flip of an image and its objects.
@@ -39,7 +41,7 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Returns an image (C, H, W), 0 to 255, and its objects as plain tensors."""
-        check_size(image, target["boxes"].canvas_size)
+        _check_size(image, target["boxes"].canvas_size)
         result: tuple[torch.Tensor, dict[str, Any]] = self.transform(image, target)
         return result
 
@@ -50,21 +52,38 @@ class ValTransform:
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Returns an image (C, H, W), 0 to 255, and its unchanged target."""
         if "size" in target:
-            check_size(image, target["size"])
+            _check_size(image, target["size"])
         return v2.functional.pil_to_tensor(image), target
 
 
-def check_size(image: Image.Image, size: Sequence[int]) -> None:
+def describe_wrong_size(size: tuple[int, int], annotated: tuple[int, int]) -> str | None:
+    """Returns what is wrong if an image has another size than annotated.
+
+    None if the sizes are equal.
+
+    Args:
+        size: Width and height of the image, turned by its EXIF orientation.
+        annotated: Width and height in the annotations.
+    """
+    if size == annotated:
+        return None
+    turned = ", or turn its pixels and remove its EXIF orientation" if size[::-1] == annotated else ""
+    return (
+        f"{size[0]}x{size[1]} pixels, but the annotations say {annotated[0]}x{annotated[1]}; correct its width and "
+        f"height in the annotations{turned}"
+    )
+
+
+def _check_size(image: Image.Image, size: Sequence[int]) -> None:
     """Checks that an image has the height and width in its annotations.
 
     Raises:
-        ValueError: If it has another size.
+        ExampleError: If it has another size.
     """
     height, width = size
-    if image.size != (width, height):
-        is_turned = image.size == (height, width)
-        hint = ": the annotations ignore the EXIF orientation" if is_turned else ""
-        raise ValueError(f"it has {image.width}x{image.height} pixels, but the annotations say {width}x{height}{hint}")
+    problem = describe_wrong_size(image.size, (width, height))
+    if problem is not None:
+        raise ExampleError(problem)
 
 
 def aspect_ratio_groups(ratios: Sequence[float], factor: int) -> list[int]:

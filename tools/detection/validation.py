@@ -28,7 +28,7 @@ from ..common.locks import PathLock
 from ..common.validation import take_output
 from .coco import Coco
 from .config import ValidationConfig
-from .data import open_images
+from .data import check_sizes, open_images
 from .inference import Detections, detect, to_device
 from .metrics import METRICS, Scores, compute_scores, gather_detections
 from .source import OpenedDetector, open_detector
@@ -57,6 +57,7 @@ def validate(config: ValidationConfig) -> None:
         images = open_images(
             data, distributed, with_masks=detector.has_masks, in_chans=detector.in_chans, is_training=False
         )
+        check_sizes(data, images, distributed)
         images.val.transform = ValTransform()
         bad_images = BadImages(data.max_bad_images, Path(distributed.from_primary(temporary)) / "bad_images.jsonl")
         images.val.bad_images = bad_images

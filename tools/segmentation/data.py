@@ -1,5 +1,6 @@
 """Datasets of images and label maps: files, checks, and what a run needs of them."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,10 @@ class LabeledImages:
         images: Folder of the images.
         labels: Folder of the label maps.
         ignored: The ignored files and folders of both.
+        contents: Digest of the label maps, after `check_labels` has read them.
     """
+
+    contents: str | None = None
 
     def __init__(self, images: Path, labels: Path) -> None:
         """Finds the files.
@@ -84,6 +88,10 @@ class LabeledImages:
         """Returns the path of an image, with `absolute` including the folder."""
         return os.path.join(self.images, self._images[index]) if absolute else self._images[index]
 
+    def contents_digest(self) -> str | None:
+        """Returns a digest of the label maps; None if they were not read."""
+        return self.contents
+
     def names_and_labels(self) -> Iterator[tuple[str, str]]:
         """Yields the path of each image with the size of its label map.
 
@@ -103,7 +111,9 @@ def open_data(
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
 ) -> tuple[Images, LabelRules]:
-    """Opens the training and validation sets, and checks their label maps.
+    """Opens the training and validation sets.
+
+    Label maps are not read, see `check_data`.
 
     Args:
         config: The datasets.
@@ -118,7 +128,7 @@ def open_data(
         The datasets without transforms, and the meaning of the values in the label maps.
 
     Raises:
-        CommandError: If a folder or file is missing, or a label map is wrong.
+        CommandError: If a folder or file is missing.
     """
     names = _class_names(config, class_names)
     if names is not None and num_classes not in (None, len(names)):
@@ -136,8 +146,6 @@ def open_data(
             line = ignored.describe(folder)
             if line is not None:
                 distributed.print_primary(line)
-    if config.check_data:
-        distributed.on_primary(partial(check_labels, sources, rules, config.workers, names))
     mode = "L" if in_chans == 1 else "RGB"
     datasets: list[Any] = [ExampleDataset(source, mode, seed) for source in sources]
     return Images(datasets[0] if is_training else None, datasets[-1], names), rules
@@ -156,18 +164,22 @@ def _folders(config: ValidationDataConfig, split: str) -> tuple[Path, Path]:
     """Returns the folders of the images and the label maps of a split.
 
     Raises:
-        CommandError: If a flag is missing.
+        CommandError: If a flag is missing, or a folder does not exist.
     """
     short = "train" if split == "training" else "val"
     folders = []
     for kind, subfolder in (("images", "images"), ("labels", "annotations")):
         given = getattr(config, f"{short}_{kind}")
         if given is not None:
-            folders.append(Path(given).expanduser())
+            folder, flag = Path(given).expanduser(), f"--{short}-{kind}"
         elif config.data_dir is None:
             raise CommandError(f"no {split} {kind}; pass --data-dir, or --{short}-{kind}")
         else:
-            folders.append(Path(config.data_dir).expanduser() / subfolder / split)
+            folder, flag = Path(config.data_dir).expanduser() / subfolder / split, "--data-dir"
+        if not folder.is_dir():
+            thing = "image" if kind == "images" else "label map"
+            raise CommandError(f"{folder} is not a folder; it must contain one {thing} per example; check {flag}")
+        folders.append(folder)
     return folders[0], folders[1]
 
 
@@ -175,12 +187,31 @@ def _folders(config: ValidationDataConfig, split: str) -> tuple[Path, Path]:
 # Checks
 
 
+def check_data(config: ValidationDataConfig, images: Images, rules: LabelRules, distributed: Distributed) -> None:
+    """Reads and checks all label maps.
+
+    With --no-check-data, it does nothing.
+
+    Args:
+        config: The datasets.
+        images: The training and validation sets of `open_data`.
+        rules: Meaning of the values.
+        distributed: The processes of the run. The primary process checks.
+
+    Raises:
+        CommandError: If a label map is wrong, or a set has no labeled pixel.
+    """
+    if config.check_data:
+        sources = [dataset.source for dataset in (images.train, images.val) if dataset is not None]
+        distributed.on_primary(partial(check_labels, sources, rules, config.workers, images.class_names))
+
+
 def check_labels(
     sources: Sequence[LabeledImages], rules: LabelRules, workers: int, names: Sequence[str] | None = None
 ) -> None:
     """Reads all label maps, and checks their sizes and values.
 
-    Prints the classes that the first source does not contain.
+    Prints the classes that the first source does not contain. Each source gets the digest of its label maps.
 
     Args:
         sources: The training and validation sets.
@@ -195,6 +226,7 @@ def check_labels(
     pairs = [source[index] for source in sources for index in range(len(source))]
     problems: list[str] = []
     found: list[np.ndarray] = []
+    digests: list[bytes] = []
     executor = ThreadPoolExecutor(max_workers=max(1, workers))  # Pillow decodes without Python's lock
     try:
         with progress_bar(len(pairs), "label map", is_shown=True) as bar:
@@ -202,7 +234,8 @@ def check_labels(
                 if isinstance(result, str):
                     problems.append(result)
                 else:
-                    found.append(result)
+                    found.append(result[0])
+                    digests.append(result[1])
                 bar.update()
     finally:
         executor.shutdown(cancel_futures=True)  # after an interrupt
@@ -211,6 +244,7 @@ def check_labels(
     place = 0
     for source in sources:
         present = np.any(found[place : place + len(source)], axis=0)
+        source.contents = _digest(b"".join(digests[place : place + len(source)])).hex()
         place += len(source)
         if not present.any():
             raise CommandError(f"no label map in {source.labels} has a labeled pixel: {rules.describe_ignored()}")
@@ -219,16 +253,23 @@ def check_labels(
             print(f"{_count(missing, 'class is', 'classes are')} not in the training labels: {_some(missing)}")
 
 
-def _check_pair(reader: LabelReader, image: str, labels: Path) -> np.ndarray | str:
-    """Returns the classes in a label map, bool (K,), or what is wrong with it."""
+def _check_pair(reader: LabelReader, image: str, labels: Path) -> tuple[np.ndarray, bytes] | str:
+    """Returns the classes in a label map, bool (K,), and the digest of its file.
+
+    If the label map is wrong, it returns the problem.
+    """
     try:
         size = image_size(image)
     except (OSError, UnreadableImageError):
         size = None  # reading the image reports it, and --max-bad-images decides
     try:
-        return reader.find_classes(labels, size)
+        return reader.find_classes(labels, size), _digest(labels.read_bytes())
     except ValueError as error:
         return f"{labels}: {error}"
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _stem(name: str) -> str:

@@ -30,13 +30,15 @@ from ..common.examples import ExampleLoader, create_example_val_loader
 from ..common.job import Job, SavedWeights, StepResult
 from ..common.runs import run_label
 from .config import SegmentationConfig
-from .data import open_data
+from .data import check_data, open_data
 from .evaluation import evaluate
 from .inference import Predictor, Scaling, normalize
 from .labels import IGNORED, LabelReader, LabelRules
 from .metrics import compute_scores
 from .model import create_model
 from .transforms import Example, ReadExample, collate_crops, collate_images, train_transform
+
+_BATCH_NORM = "BatchNorm of {} needs at least two images per step and process; increase --batch-size, or pass --bn-eval"
 
 
 def prepare(config: SegmentationConfig, distributed: Distributed) -> "Segmentation":
@@ -87,6 +89,22 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
+def _check_batch_size(config: SegmentationConfig, model: nn.Module) -> None:
+    """Checks that BatchNorm after a global pooling sees several values of a channel.
+
+    Raises:
+        CommandError: If a step has one image.
+    """
+    optim = config.optim
+    if config.data.batch_size > 1 or optim.bn_eval or optim.sync_bn:
+        return
+    for part in model.modules():
+        layers = list(part.children()) if isinstance(part, nn.Sequential) else []
+        pools = any(isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)) for layer in layers)
+        if pools and any(isinstance(layer, nn.BatchNorm2d) for layer in part.modules()):
+            raise CommandError(_BATCH_NORM.format(config.model.model))
+
+
 class Segmentation(Job):
     """Semantic segmentation with cross-entropy.
 
@@ -114,6 +132,7 @@ class Segmentation(Job):
         self.model: Any = model
         self.dtype = DTYPES[config.device.model_dtype]
         self.scaling = Scaling(config.image.short_side, config.image.long_side)
+        _check_batch_size(config, model)
         self.losses = ("loss_decode",) if model.auxiliary_head is None else ("loss_decode", "loss_aux")
         reader = LabelReader(rules)
         images.train.transform = ReadExample(reader, train_transform(config.image, model.mean))
@@ -137,6 +156,14 @@ class Segmentation(Job):
             f"classes, {len(images.train)} training and {len(images.val)} validation images"
         )
 
+    def check_data(self) -> None:
+        """Reads and checks all label maps.
+
+        Raises:
+            CommandError: If a label map is wrong.
+        """
+        check_data(self.config.data, self.images, self.rules, self.distributed)
+
     def begin_epoch(self, epoch: int) -> None:
         """Does nothing: no setting depends on the epoch."""
 
@@ -148,7 +175,7 @@ class Segmentation(Job):
             is_first: Whether this is the first update of an epoch.
 
         Raises:
-            CommandError: If BatchNorm needs more images.
+            CommandError: If BatchNorm needs more images, for example because the crops are small.
         """
         images, labels = (tensor.to(self.distributed.device, non_blocking=True) for tensor in batch)
         normalized = normalize(images, self.model, self.dtype)
@@ -160,10 +187,7 @@ class Segmentation(Job):
         except ValueError as error:
             if "Expected more than 1 value per channel" not in str(error):
                 raise
-            raise CommandError(
-                f"BatchNorm of {self.config.model.model} needs at least two images per step and process; increase "
-                "--batch-size, or pass --bn-eval"
-            ) from error
+            raise CommandError(_BATCH_NORM.format(self.config.model.model)) from error
         parts = {name: result[name].detach() for name in self.losses}
         return StepResult(result["loss"], len(images), losses=parts)
 

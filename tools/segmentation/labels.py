@@ -178,6 +178,8 @@ def read_class_names(path: Path) -> list[str]:
     """
     try:
         lines = [line for line in read_utf8(path).splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise CommandError(f"--class-names {path} does not exist") from error
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read --class-names {path}: {reason(error)}") from error
     if lines and "\t" in lines[0]:

@@ -28,7 +28,7 @@ from ..common.locks import PathLock
 from ..common.logs import has_matplotlib
 from ..common.validation import MAX_CONFUSION_CLASSES, draw_confusion, take_output
 from .config import ValidationConfig
-from .data import open_data
+from .data import check_data, open_data
 from .evaluation import evaluate
 from .inference import Predictor
 from .labels import LabelReader
@@ -72,6 +72,7 @@ def validate(config: ValidationConfig) -> None:
             class_names=model.label_names,
             num_classes=model.num_classes,
         )
+        check_data(data, images, rules, distributed)
         bad_images = BadImages(data.max_bad_images, Path(distributed.from_primary(temporary)) / "bad_images.jsonl")
         images.val.bad_images = bad_images
         images.val.transform = ReadExample(LabelReader(rules))
