@@ -89,7 +89,7 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def _check_batch_size(config: SegmentationConfig, model: nn.Module) -> None:
+def _check_batch_size(config: SegmentationConfig, model: Any) -> None:
     """Checks that BatchNorm after a global pooling sees several values of a channel.
 
     Raises:
@@ -98,7 +98,7 @@ def _check_batch_size(config: SegmentationConfig, model: nn.Module) -> None:
     optim = config.optim
     if config.data.batch_size > 1 or optim.bn_eval or optim.sync_bn:
         return
-    for part in model.modules():
+    for part in model.decoder.modules():
         layers = list(part.children()) if isinstance(part, nn.Sequential) else []
         pools = any(isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)) for layer in layers)
         if pools and any(isinstance(layer, nn.BatchNorm2d) for layer in part.modules()):
