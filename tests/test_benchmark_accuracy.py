@@ -18,6 +18,8 @@ import stvit
 from stvit.tools import benchmark, train_cls
 from stvit.tools.benchmarks import models, variants
 from stvit.tools.benchmarks.accuracy import interval_of_means
+from stvit.tools.common.locks import PathLock
+from stvit.tools.common.runs import RUN_LOCK
 from tests.golden import fill
 
 RECIPE = {
@@ -100,10 +102,32 @@ def test_measurement(digits_folder: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert benchmark.main([*flags, "--batch-size=2"]) == 0
     assert "speed and memory" not in capsys.readouterr().out
-    assert read(table) == rows
+    assert [{**row, "date": ""} for row in read(table)] == [{**row, "date": ""} for row in rows]
     assert benchmark.main([*flags, "--batch-size=3"]) == 0
     assert "speed and memory" in capsys.readouterr().out
-    assert {row["batch_size"] for row in read(output / "speed.csv")} == {"3"}
+    assert [row["batch_size"] for row in read(output / "speed.csv")] == ["2"] * 4 + ["3"] * 4
+    capsys.readouterr()
+    fewer = [flag for flag in flags if flag != COARSE]
+    assert benchmark.main([*fewer[:-1], "--min-seconds=0.01", "--batch-size=2"]) == 0  # part of the first measurement
+    assert "speed and memory" not in capsys.readouterr().out
+    assert [row["measured"] for row in read(table)] == [rows[0]["measured"]]
+
+
+def test_runs_of_another_process_are_left_to_it(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["accuracy", write_recipe(tmp_path), f"--data-dir={digits_folder}", f"--output={tmp_path / 'runs'}"]
+    flags += ["--models", "test_stvit", COARSE, "--seeds=1", "--parts=train"]
+    (tmp_path / "runs" / FOLDERS[0]).mkdir(parents=True)
+    with PathLock() as lock:
+        lock.acquire(tmp_path / "runs" / FOLDERS[0] / RUN_LOCK)
+        assert benchmark.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert f"uses {tmp_path / 'runs' / FOLDERS[0]}; continuing with the next run" in printed
+    assert printed.splitlines()[-1].startswith("another process still trains 1 of the runs")
+    assert [(tmp_path / "runs" / folder / "result.json").exists() for folder in FOLDERS] == [False, True]
+    assert benchmark.main(flags) == 0
+    assert all((tmp_path / "runs" / folder / "result.json").exists() for folder in FOLDERS)
 
 
 def test_other_flags_are_refused(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,11 +41,12 @@ only the bytes are counted.
 
 accuracy: top-1 accuracy of models that are trained with the same recipe and the same seeds, beside their speed and
 memory. Each model and seed is a run of `stvit train` in --output. The same command continues an interrupted series and
-repeats no complete run. `--parts train` only trains and `--parts measure` only measures. The accuracy is that of the
-validation images after the last epoch, with a 95 % confidence interval of each run (Wilson). low and high are those of
-the mean over the seeds (Student's t, with the standard deviation pooled over all models). Speed is in images/s and
-memory in MiB that a training step adds, each with the image size in the name of the column. --csv and --plot are
-written again after each run. tools/benchmarks/variants.py has the model stvit_pico_no_attention.
+repeats no complete run. Started twice, it trains two runs at a time. `--parts train` only trains, `--parts measure`
+only measures, and a measurement on the same machine is not repeated. The accuracy is that of the validation images
+after the last epoch, with a 95 % confidence interval of each run (Wilson). low and high are the interval of the mean
+over the seeds (Student's t, with the standard deviation pooled over all models). Speed is in images/s and memory in MiB
+that a training step adds. Their columns contain the image size. --csv and --plot are written again after each run.
+`stvit_pico_no_attention` is stvit_pico without attention (tools/benchmarks/variants.py).
 
 gpu: everything about a GPU in one run of limited time, most important first: inference and training of stvit_small and
 its peers, peak memory, latency, block sizes of the kernels, the operator, a detector and profiles. Each table is a CSV

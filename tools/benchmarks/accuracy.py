@@ -3,7 +3,9 @@
 Each model is trained with each seed by the engine of `stvit train`, in a run directory of its own:
 
     <output>/<model>-seed<N>/   the run, with result.json when it is complete
-    <output>/speed.csv          the last measurement of speed and memory
+    <output>/speed.csv          measurements of speed and memory
+
+Several processes may run the same command. Each takes the next run that no other one trains.
 """
 
 import csv
@@ -30,10 +32,11 @@ from ..common.engine import Engine, open_session
 from ..common.evaluation import confidence_interval
 from ..common.files import atomic_write, read_utf8
 from ..common.flags import to_recipe
+from ..common.locks import InUseError
 from ..common.recipes import load_yaml
 from ..common.runs import RESUME_MUTABLE
 from .config import AccuracyConfig, SpeedConfig
-from .measure import circumstances, replace_table
+from .measure import append, circumstances
 from .models import (
     Case,
     benchmark_model,
@@ -122,7 +125,7 @@ def benchmark(config: AccuracyConfig) -> Iterator[list[dict[str, Any]]]:
     """Yields tables of all models: first what exists, then after each step.
 
     A step is a run, or the measurement. The runs are done seed by seed, so that after an interruption all models have
-    the same number of runs, up to one.
+    the same number of runs, up to one. Runs that another process trains are left to it.
     """
     models = _unique([_normalized(spec) for spec in config.models])
     runs = [_create_run(config, model, seed) for seed in dict.fromkeys(config.seeds) for model in models]
@@ -141,20 +144,27 @@ def benchmark(config: AccuracyConfig) -> Iterator[list[dict[str, Any]]]:
         }
         for model, case in cases.items()
     }
-    results = {run: result for run in runs if (result := run.read()) is not None}
     speed = Speed(config, settings, cases)
-    yield _table(costs, results, speed)
-    if "train" in config.parts:
-        for number, run in enumerate(runs, 1):
-            if run in results:
-                continue
-            print(f"\nrun {number} of {len(runs)}: {run.model}, seed {run.seed}", flush=True)
-            results[run] = _train(run)
-            gc.collect()  # the loaders and their processes, before the next ones start
-            yield _table(costs, results, speed)
-    if "measure" in config.parts and not speed.is_current():
+    yield _table(costs, runs, speed)
+    in_use = []
+    for number, run in enumerate(runs if "train" in config.parts else [], 1):
+        if run.read() is not None:
+            continue
+        print(f"\nrun {number} of {len(runs)}: {run.model}, seed {run.seed}", flush=True)
+        try:
+            _train(run)
+        except InUseError as error:
+            print(f"{error.args[0].partition(';')[0]}; continuing with the next run", flush=True)
+            in_use.append(run)
+            continue
+        gc.collect()  # the loaders and their processes, before the next ones start
+        yield _table(costs, runs, speed)
+    left = sum(run.read() is None for run in in_use)
+    if left:  # a measurement would be disturbed
+        print(f"another process still trains {left} of the runs; run the command again after it for the whole table")
+    elif "measure" in config.parts and not speed.is_current():
         speed.measure()
-        yield _table(costs, results, speed)
+        yield _table(costs, runs, speed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,10 +242,11 @@ def _check_same_flags(run: Run) -> None:
         )
 
 
-def _train(run: Run) -> Result:
+def _train(run: Run) -> None:
     """Trains, or continues a run, and writes its result.
 
     Raises:
+        InUseError: If another process trains it.
         Interrupted: If a signal ended the run. Its state is saved.
         CommandError: If the run fails.
     """
@@ -251,7 +262,6 @@ def _train(run: Run) -> Result:
         raise Interrupted(str(error).removesuffix(" with --resume auto"), error.status - 128) from error
     text = json.dumps(asdict(result))
     atomic_write(run.folder / "result.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    return result
 
 
 def _num_classes(runs: Sequence[Run]) -> int:
@@ -284,7 +294,7 @@ class Speed:
 
     Attributes:
         sizes: Image sizes in pixels.
-        rows: Rows of the last measurement, if it has all models and sizes.
+        rows: Rows of the last measurement that has all models and sizes; empty without one.
     """
 
     def __init__(self, config: AccuracyConfig, settings: ClassificationConfig, cases: dict[str, Case]) -> None:
@@ -320,13 +330,14 @@ class Speed:
                 table = list(csv.DictReader(file))
         except FileNotFoundError:
             return {}
-        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        by_date: dict[str, dict[tuple[str, str, int], dict[str, Any]]] = {}
         for row in table:
             wanted = self._training if row["step"] == "training" else self._inference
             if [row[key] for key in SETTINGS] == [wanted.ways[0], wanted.dtype, str(wanted.batch_size)]:
+                rows = by_date.setdefault(row["date"], {})  # those of a measurement have the same date
                 rows[row["model"], row["step"], int(row["img_size"])] = row
         needed = {(m, step, size) for m in self._cases for step in ("inference", "training") for size in self.sizes}
-        return rows if needed <= rows.keys() else {}
+        return next((rows for _, rows in sorted(by_date.items(), reverse=True) if needed <= rows.keys()), {})
 
     def is_current(self) -> bool:
         """Returns whether the measurement has this machine, versions and threads."""
@@ -336,11 +347,11 @@ class Speed:
         return all(row[key] == value for row in self.rows.values() for key, value in now.items())
 
     def measure(self) -> None:
-        """Measures all models again, and replaces the last measurement."""
+        """Measures all models, and adds the measurement to the file."""
         print("\nspeed and memory", flush=True)
         tables = [*benchmark_model(self._inference), *benchmark_train(self._training)]
         here = circumstances(self._device)
-        replace_table(self.path, [{**here, **row} for table in tables for row in table])
+        append(self.path, [{**here, **row} for table in tables for row in table])
         self.rows = self._read()
 
     def columns(self, model: str) -> dict[str, Any]:
@@ -382,9 +393,13 @@ def _case(config: AccuracyConfig, model: str, settings: ClassificationConfig, nu
 # Table
 
 
-def _table(costs: dict[str, dict[str, Any]], results: dict[Run, Result], speed: Speed) -> list[dict[str, Any]]:
-    """Returns a row for each model."""
-    by_model = {model: {run.seed: result for run, result in results.items() if run.model == model} for model in costs}
+def _table(costs: dict[str, dict[str, Any]], runs: Sequence[Run], speed: Speed) -> list[dict[str, Any]]:
+    """Returns a row for each model, with the results that exist now."""
+    by_model: dict[str, dict[int, Result]] = {model: {} for model in costs}
+    for run in runs:
+        result = run.read()
+        if result is not None:
+            by_model[run.model][run.seed] = result
     means = interval_of_means([[result.top1 for result in by_model[model].values()] for model in costs])
     rows = []
     for (model, cost), mean in zip(costs.items(), means, strict=True):

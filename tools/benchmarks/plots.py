@@ -111,14 +111,14 @@ def draw_resolution(rows: Rows, path: Path) -> None:
 def draw_accuracy(rows: Rows, path: Path) -> None:
     """Plots accuracy over images/s in inference.
 
-    Without a measurement, it is over GMAC. Small points are runs. A large one is the mean over the seeds, with its
+    Without a measurement, it is over MMAC. Small points are runs. A large one is the mean over the seeds, with its
     confidence interval.
     """
     figure, axes = _figure(9.0, 5.0)
     size = rows[0]["img_size"]
     is_measured = bool(rows[0][f"inference_{size}"])
     for i, row in enumerate(rows):
-        x = row[f"inference_{size}"] if is_measured else row["gmac"]
+        x = row[f"inference_{size}"] if is_measured else 1e3 * row["gmac"]
         runs = [float(value) for value in row["top1_runs"].split()]
         if not runs:
             continue
@@ -128,8 +128,10 @@ def draw_accuracy(rows: Rows, path: Path) -> None:
             axes.vlines(x, row["low"], row["high"], color=color, lw=1.2)
         axes.scatter([x], [row["top1"]], s=60, color=color, marker=marker, label=row["model"], zorder=3)
     throughput = f"images/s in inference ({size}x{size} pixels, {rows[0]['threads']} threads)"
-    axes.set(xlabel=throughput if is_measured else f"GMAC at {size}x{size} pixels", xscale="log")
-    axes.set(ylabel=f"top-1 of the validation images after {rows[0]['epochs']} epochs (%)")
+    axes.set(xlabel=throughput if is_measured else f"MMAC at {size}x{size} pixels", xscale="log")
+    axes.set(ylabel=f"top-1 of the validation images after epoch {rows[0]['epochs']} (%)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(which="both", lw=0.3)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", fontsize=8)
