@@ -219,7 +219,7 @@ def test_interval_of_means() -> None:
 
 
 def test_no_attention_has_no_attention() -> None:
-    model, plain = (timm.create_model(name, num_classes=10) for name in ("stvit_pico_no_attention", "stvit_pico"))
+    model, plain = (timm.create_model(name, num_classes=10) for name in ("no_attention_stvit_pico", "stvit_pico"))
     names, expected = ({name: value.shape for name, value in net.state_dict().items()} for net in (model, plain))
     assert names == {
         name: shape for name, shape in expected.items() if not any(part in name for part in (".attn.", ".norm1."))
@@ -228,14 +228,14 @@ def test_no_attention_has_no_attention() -> None:
     assert timm.get_pretrained_cfg("stvit_pico").architecture == "stvit_pico"
     costs = [
         models.count_gmac(models.Case(name, "eager", 1, 48, "float32", "cpu", num_classes=10))
-        for name in ("stvit_pico_no_attention", "stvit_pico")
+        for name in ("no_attention_stvit_pico", "stvit_pico")
     ]
     assert 0.3 < costs[0] / costs[1] < 0.9
 
 
 def test_no_attention_is_the_rest_of_the_block() -> None:
     """With projections of zero, the attention adds nothing, and both models are the same."""
-    model, plain = (timm.create_model(name).eval() for name in ("stvit_pico_no_attention", "stvit_pico"))
+    model, plain = (timm.create_model(name).eval() for name in ("no_attention_stvit_pico", "stvit_pico"))
     for name, value in plain.named_parameters():
         if ".attn.proj." in name:
             value.data.zero_()
@@ -244,7 +244,7 @@ def test_no_attention_is_the_rest_of_the_block() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
         optimized = models.optimized(
-            model, models.Case("stvit_pico_no_attention", "optimized", 2, 64, "float32", "cpu")
+            model, models.Case("no_attention_stvit_pico", "optimized", 2, 64, "float32", "cpu")
         )
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
     block: Any = optimized.stages[0].blocks[0]
@@ -254,8 +254,8 @@ def test_no_attention_is_the_rest_of_the_block() -> None:
 
 def test_no_attention_trains_and_loads(digits_folder: Path, tmp_path: Path) -> None:
     flags = [write_recipe(tmp_path), f"--data-dir={digits_folder}", f"--output={tmp_path / 'runs'}", "--experiment=it"]
-    assert train_cls.main([*flags, "--model=stvit_pico_no_attention"]) == 0
+    assert train_cls.main([*flags, "--model=no_attention_stvit_pico"]) == 0
     saved = timm.create_model(f"local-dir:{tmp_path / 'runs/it/last'}", pretrained=True).eval()
     assert saved.num_classes == 4 and isinstance(saved, variants.STViTWithoutAttention)
-    fresh = timm.create_model("stvit_pico_no_attention", num_classes=4)
+    fresh = timm.create_model("no_attention_stvit_pico", num_classes=4)
     assert all(not torch.equal(value, fresh.get_parameter(name)) for name, value in saved.named_parameters())

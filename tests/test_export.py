@@ -397,7 +397,7 @@ def test_errors_are_one_line(best: Path, tmp_path: Path, capsys: pytest.CaptureF
         ),
         ([checkpoint, f"--output={tmp_path / 'a_file/it.onnx'}"], "create it first"),
         ([checkpoint, "--dataset=sklearn/digits"], "the model has no class '0', which is in the dataset"),
-        ([checkpoint, "--dataset=sklearn/digits", "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
+        ([checkpoint, "--dataset=sklearn/digits", "--class-map=nowhere.txt"], "--class-map nowhere.txt does not exist"),
     ):
         output = [] if any(flag.startswith("--output") for flag in flags) else [f"--output={tmp_path / 'it'}"]
         if "--dataset=sklearn/digits" in flags:

@@ -174,7 +174,7 @@ def test_models_of_adapters(hub: Hub, push: Push, tmp_path: Path, adapter: str) 
     module = importlib.import_module(f"stvit.adapters.{adapter}")
     builder = module.faster_rcnn if adapter == "torchvision" else module.semantic_fpn
     model = builder("test_stvit", num_classes=3)
-    save_model(model, tmp_path / "run/best", label_names=["cat", "dog"][: 2 if adapter == "torchvision" else 3])
+    save_model(model, tmp_path / "run/best", label_names=["cat", "dog", "bird"][: 2 if adapter == "torchvision" else 3])
     said = push(tmp_path / "run", "--license=mit", "--tag=v1")
     files = hub.files(REPO)
     assert files.keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}

@@ -392,7 +392,7 @@ def test_flag_wins_over_recipe(tmp_path: Path) -> None:
         ("mixup: .nan", "--mixup: expected a number of at least 0, got 'nan'"),
         ("mean: [.inf, 0, 0]", "--mean: expected a number, got 'inf'"),
         ("crop_pct: 0", "--crop-pct: expected a number above 0, got '0'"),
-        ("layer_decay: .nan", "--layer-decay: expected a number above 0, got 'nan'"),
+        ("layer_decay: .nan", "--layer-decay: expected a number above 0 and at most 1, got 'nan'"),
         ("lr: [1, 2]", "lr must be a number"),
         ("model: 7", "model must be text, got 7"),
         ("drop_path: 1.5", "--drop-path: expected a number from 0 to 1"),

@@ -307,7 +307,7 @@ def test_errors_are_one_line(
         ([data, last, "--use-ema"], "are for a file of weights; remove the flag"),
         ([data, last, "--official-crop", "--crop-pct=0.9"], "remove --crop-pct and --interpolation"),
         ([data, last, "--real-labels"], "expected the 50,000 validation images of ImageNet, got 20"),
-        ([data, last, "--class-map=nowhere.txt"], "cannot read --class-map nowhere.txt"),
+        ([data, last, "--class-map=nowhere.txt"], "--class-map nowhere.txt does not exist"),
         ([data, "--model=stvit_small"], "of the Hub repository stvit/stvit_small.in1k (revision main): offline"),
         ([data, "--model=test_stvit"], "test_stvit: no pretrained weights of this model are published"),
         ([f"--data-dir={tmp_path}", last], "has no folder for --val-split validation"),

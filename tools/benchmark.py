@@ -46,7 +46,7 @@ only measures, and a measurement on the same machine is not repeated. The accura
 after the last epoch, with a 95 % confidence interval of each run (Wilson). low and high are the interval of the mean
 over the seeds (Student's t, with the standard deviation pooled over all models). Speed is in images/s and memory in MiB
 that a training step adds. Their columns contain the image size. --csv and --plot are written again after each run.
-`stvit_pico_no_attention` is stvit_pico without attention (tools/benchmarks/variants.py).
+`no_attention_stvit_pico` is stvit_pico without attention (tools/benchmarks/variants.py).
 
 gpu: everything about a GPU in one run of limited time, most important first: inference and training of stvit_small and
 its peers, peak memory, latency, block sizes of the kernels, the operator, a detector and profiles. Each table is a CSV

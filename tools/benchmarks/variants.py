@@ -1,6 +1,7 @@
 """Variants of the model that only experiments need.
 
-Importing this module registers them in timm.
+Importing this module registers them in timm. Their names do not begin with "stvit", so that they are not listed beside
+the models of the package.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from stvit.stvit import STViT, STViTBlock
 from stvit.stvit import default_cfgs as stvit_cfgs
 from stvit.weights.create import build_model
 
-__all__ = ["BlockWithoutAttention", "STViTWithoutAttention", "optimize_blocks", "stvit_pico_no_attention"]
+__all__ = ["BlockWithoutAttention", "STViTWithoutAttention", "no_attention_stvit_pico", "optimize_blocks"]
 
 
 class BlockWithoutAttention(nn.Module):
@@ -60,11 +61,11 @@ def optimize_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-default_cfgs = generate_default_cfgs({"stvit_pico_no_attention": stvit_cfgs["stvit_pico"].cfgs["in1k"]})
+default_cfgs = generate_default_cfgs({"no_attention_stvit_pico": stvit_cfgs["stvit_pico"].cfgs["in1k"]})
 
 
 @register_model
-def stvit_pico_no_attention(pretrained: bool = False, **kwargs: Any) -> STViT:
+def no_attention_stvit_pico(pretrained: bool = False, **kwargs: Any) -> STViT:
     """Creates STViT-Pico without attention."""
     model_args = {
         "dims": (32, 64, 128, 192),
@@ -74,7 +75,7 @@ def stvit_pico_no_attention(pretrained: bool = False, **kwargs: Any) -> STViT:
     }
     return build_model(
         STViTWithoutAttention,
-        "stvit_pico_no_attention",
+        "no_attention_stvit_pico",
         pretrained,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **dict(model_args, **kwargs),
