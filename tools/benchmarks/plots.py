@@ -111,8 +111,8 @@ def draw_resolution(rows: Rows, path: Path) -> None:
 def draw_accuracy(rows: Rows, path: Path) -> None:
     """Plots accuracy over images/s in inference.
 
-    Without a measurement, it is over MMAC. Small points are runs. A large one is the mean over the seeds, with its
-    confidence interval.
+    Without a measurement, it is over MMAC. Dashes are runs. A point is the mean over the seeds, with its confidence
+    interval.
     """
     figure, axes = _figure(9.0, 5.0)
     size = rows[0]["img_size"]
@@ -123,11 +123,11 @@ def draw_accuracy(rows: Rows, path: Path) -> None:
         if not runs:
             continue
         color, marker = f"C{i % 10}", "o" if row["model"].startswith("stvit") else "s"
-        axes.scatter([x] * len(runs), runs, s=9, color=color, alpha=0.6, linewidths=0)
+        axes.scatter([x] * len(runs), runs, s=80, color=color, marker="_")
         if row["low"] != "":
             axes.vlines(x, row["low"], row["high"], color=color, lw=1.2)
         axes.scatter([x], [row["top1"]], s=60, color=color, marker=marker, label=row["model"], zorder=3)
-    throughput = f"images/s in inference ({size}x{size} pixels, {rows[0]['threads']} threads)"
+    throughput = f"images/s in inference ({size}x{size} pixels, threads: {rows[0]['threads']})"
     axes.set(xlabel=throughput if is_measured else f"MMAC at {size}x{size} pixels", xscale="log")
     axes.set(ylabel=f"top-1 of the validation images after epoch {rows[0]['epochs']} (%)")
     axes.xaxis.set_major_formatter("{x:g}")
