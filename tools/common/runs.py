@@ -23,15 +23,25 @@ from .snapshots import fetch_run, read_remote_recipe
 
 # Lock file in a run directory; see `PathLock`.
 RUN_LOCK = ".stvit.lock"
+# Settings that name the data. The data of a named run may move; runs without a name are distinguished by them.
+_DATA_PATHS = (
+    "class_names",
+    "data_dir",
+    "train_annotations",
+    "train_images",
+    "train_labels",
+    "val_annotations",
+    "val_images",
+    "val_labels",
+)
 # Flags that a resumed run may change. They affect where and how fast it runs, but not its results.
 RESUME_MUTABLE = {
+    *_DATA_PATHS,
     "batch_size",
     "check_data",
     "checkpoint_epochs",
     "checkpoint_steps",
-    "class_names",
     "compile",
-    "data_dir",
     "device",
     "dist_backend",
     "experiment",
@@ -45,28 +55,10 @@ RESUME_MUTABLE = {
     "log_wandb",
     "max_bad_images",
     "output",
-    "train_annotations",
-    "train_images",
-    "train_labels",
-    "val_annotations",
-    "val_images",
-    "val_labels",
     "validation_batch_size",
     "wandb_project",
     "workers",
 }
-
-# Those that name the data. The data of a named run may move; runs without a name are distinguished by them.
-_DATA_PATHS = (
-    "class_names",
-    "data_dir",
-    "train_annotations",
-    "train_images",
-    "train_labels",
-    "val_annotations",
-    "val_images",
-    "val_labels",
-)
 
 Recipe = Mapping[str, Any]
 
