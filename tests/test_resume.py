@@ -137,6 +137,26 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
     assert_same_run(tmp_path, reference)
 
 
+def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it"
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from stvit.tools import train_cls; from stvit.tools.common.engine import Engine\n"
+        "save = Engine._save_checkpoint\n"
+        "def save_or_die(self):\n"
+        f"    if Path({str(folder / 'summary.csv')!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    save(self)\n"
+        "Engine._save_checkpoint = save_or_die\n"
+        "train_cls.main(sys.argv[1:])"
+    )
+    flags = [*RUN, f"--output={tmp_path}", "--checkpoint-steps=1000"]
+    process = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (folder / "summary.csv").exists()
+    finish(tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
 @pytest.mark.long  # test_distributed.py and test_train_cls.py send these signals to other runs
 @pytest.mark.parametrize(
     ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]

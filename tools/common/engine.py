@@ -281,7 +281,9 @@ class Engine:
             raise CommandError("the training set contains no complete batch; lower --batch-size or --workers")
         sums.store()
         progress.step = self.updates
-        if self.distributed.size > 1:  # several processes cannot stop within an evaluation
+        # Several processes cannot stop within an evaluation. In the first epoch, results are written before any
+        # checkpoint exists: a run that is killed between them must be able to continue.
+        if self.distributed.size > 1 or progress.epoch == 0:
             self._save_checkpoint()
 
     def _update(self, batches: Iterator[Any], sums: EpochSums) -> bool:
@@ -370,8 +372,8 @@ class Engine:
     def _evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Returns the metrics of a model.
 
-        If one process trains and the evaluation fails, the updates of the epoch are saved first. Several processes have
-        saved them before the evaluation.
+        If the evaluation fails, the updates of the epoch are saved first. Those of the first epoch and of several
+        processes are saved already.
         """
         job, progress = self.job, self.state.progress
         try:
@@ -379,7 +381,7 @@ class Engine:
         except _Stopped:  # `train` saves
             raise
         except Exception as error:
-            is_saved = self.distributed.size > 1
+            is_saved = self.distributed.size > 1 or progress.epoch == 0
             with suppress(Exception):  # the disk may be full, or the device lost: the first error counts
                 if not is_saved:
                     self._save_checkpoint()
