@@ -367,7 +367,8 @@ def _check_smp_arguments(name: str, model_class: Any, arguments: Mapping[str, An
     Raises:
         ValueError: If there is one.
     """
-    known = sorted(set(inspect.signature(model_class).parameters) - _NO_ARGUMENTS)
+    # In Python 3.10, the signature of the class is that of its `__new__`.
+    known = sorted(set(inspect.signature(model_class.__init__).parameters) - _NO_ARGUMENTS)
     for key in arguments:
         if key not in known and key != "encoder_output_stride":
             raise ValueError(
