@@ -284,7 +284,7 @@ def test_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["model"] for row in rows] == models
     for row in rows:
         assert (row["height"], row["width"]) == ("64", "96")
-        assert 0 < float(row["gmac_backbone"]) <= float(row["gmac"])
+        assert 0 < float(row["backbone_gmac"]) <= float(row["gmac"])
         assert 0 < float(row["ms_backbone"]) < 1 and float(row["ms"]) > 0
     assert benchmark.main([*flags[:-1], "--repeats", "0"]) == 0
     assert "gmac" in (said := capsys.readouterr().out.splitlines()[-3]) and "ms" not in said.split()

@@ -404,7 +404,9 @@ def test_images_without_objects(
 
     content["annotations"] = content["annotations"][-1:]
     path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(CommandError, match="has no object to train on"):
+    with pytest.raises(CommandError, match="has no object to train on; check --train-annotations"):
+        open_images(data(coco_photos, train_annotations=str(path)), ONE, with_masks=False)
+    with pytest.raises(CommandError, match="has no object with a mask to train on; choose a --model without masks"):
         open_images(data(coco_photos, train_annotations=str(path)), ONE, with_masks=True)
     with pytest.raises(CommandError, match="has no object, so that no accuracy can be measured"):
         open_images(data(coco_photos, val_annotations=str(path)), ONE, with_masks=True)

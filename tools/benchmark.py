@@ -31,8 +31,8 @@ yolo: parameters, GFLOPs (two per multiply-add, in convolutions, matrix products
 YOLO26 detectors at batch size 1, and the share of the backbone. Each scale is measured with the stock backbone and with
 an STViT.
 
-dense: parameters, GMAC and latency of the detectors and segmentation models of stvit.adapters for one image, and the
-share of the backbone.
+dense: parameters, GMAC and latency of the detectors and segmentation models of stvit.adapters for one image, and those
+of the backbone: params_backbone and ms_backbone are shares, backbone_gmac is a number of operations.
 
 kernels: super token sampling and upsampling on a GPU, with Triton kernels, the reference and the compiled reference.
 They are measured without attention (functions) and with it (operator), forward only and with backward (both). The

@@ -105,7 +105,7 @@ def measure_size(model: Any, height: int, width: int) -> dict[str, Any]:
         "params_m": round(parameters / 1e6, 2),
         "params_backbone": round(sum(p.numel() for p in model.net.parameters()) / parameters, 3),
         "gmac": significant(gmac),
-        "gmac_backbone": significant(gmac_backbone),
+        "backbone_gmac": significant(gmac_backbone),
     }
 
 

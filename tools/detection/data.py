@@ -145,6 +145,11 @@ def open_images(
                 "(--keep-empty-images keeps them)"
             )
     if not any(len(coco.usable(index)) for index in indices):
+        if with_masks:
+            raise CommandError(
+                f"{coco.path} has no object with a mask to train on; choose a --model without masks, such as "
+                "faster_rcnn, or check --train-annotations"
+            )
         raise CommandError(f"{coco.path} has no object to train on; check --train-annotations")
     if val[0].count_objects() == 0:
         raise CommandError(f"{val[0].path} has no object, so that no accuracy can be measured")
