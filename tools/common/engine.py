@@ -281,9 +281,7 @@ class Engine:
             raise CommandError("the training set contains no complete batch; lower --batch-size or --workers")
         sums.store()
         progress.step = self.updates
-        # Several processes cannot stop within an evaluation. In the first epoch, results are written before any
-        # checkpoint exists: a run that is killed between them must be able to continue.
-        if self.distributed.size > 1 or progress.epoch == 0:
+        if self._saves_before_evaluation():
             self._save_checkpoint()
 
     def _update(self, batches: Iterator[Any], sums: EpochSums) -> bool:
@@ -369,6 +367,14 @@ class Engine:
             self.log.epoch(state.update, progress.history)
             self.bar.write(self._describe_epoch(row), file=sys.stdout)
 
+    def _saves_before_evaluation(self) -> bool:
+        """Returns whether a checkpoint is saved right before the evaluation.
+
+        Several processes cannot stop within an evaluation. In the first epoch, results are written before any
+        checkpoint exists: a run that is killed between them must be able to continue.
+        """
+        return self.distributed.size > 1 or self.state.progress.epoch == 0
+
     def _evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Returns the metrics of a model.
 
@@ -381,7 +387,7 @@ class Engine:
         except _Stopped:  # `train` saves
             raise
         except Exception as error:
-            is_saved = self.distributed.size > 1 or progress.epoch == 0
+            is_saved = self._saves_before_evaluation()
             with suppress(Exception):  # the disk may be full, or the device lost: the first error counts
                 if not is_saved:
                     self._save_checkpoint()

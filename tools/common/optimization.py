@@ -83,16 +83,13 @@ def find_schedule_problems(config: OptimConfig, updates_per_epoch: int) -> list[
     problems = []
     total = config.epochs * updates_per_epoch
     length = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''} of {updates_per_epoch} updates"
-    warmup = config.warmup_epochs * updates_per_epoch if config.warmup_updates is None else config.warmup_updates
+    flag, value, warmup = "--warmup-updates", config.warmup_updates, config.warmup_updates
+    if warmup is None:
+        flag, value, warmup = "--warmup-epochs", config.warmup_epochs, config.warmup_epochs * updates_per_epoch
     if warmup >= total:
-        flag = (
-            f"--warmup-epochs {config.warmup_epochs}"
-            if config.warmup_updates is None
-            else f"--warmup-updates {config.warmup_updates}"
-        )
         problems.append(
-            f"{flag} is not shorter than the training of {length}, so the learning rate stays below its value; pass a "
-            f"smaller {flag.partition(' ')[0]}, 0 for no warmup"
+            f"{flag} {value} is not shorter than the training of {length}, so the learning rate stays below its value; "
+            f"pass a smaller {flag}, 0 for no warmup"
         )
     late = [epoch for epoch in config.decay_milestones or () if epoch >= config.epochs]
     if config.sched == "multistep" and late:
