@@ -412,6 +412,17 @@ def test_images_without_objects(
         open_images(data(coco_photos, val_annotations=str(path)), ONE, with_masks=True)
 
 
+def test_a_mask_model_needs_masks_to_measure_it(content: Content, coco_photos: Path, tmp_path: Path) -> None:
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    flags = data(coco_photos, val_annotations=str(path))
+    with pytest.raises(CommandError, match="boxes.json has no object with a mask, so that no mask AP can be measured"):
+        open_images(flags, ONE, with_masks=True)
+    assert open_images(flags, ONE, with_masks=False).val
+
+
 def test_both_files_need_the_same_categories(content: Content, coco_photos: Path, tmp_path: Path) -> None:
     content["categories"].append({"id": 9, "name": "tie"})
     path = tmp_path / "other.json"

@@ -39,6 +39,9 @@ def test_errors_show_the_name_of_the_command() -> None:
     shown = run(STVIT, "convert", "--nope")
     assert shown.returncode == 2
     assert "(see stvit convert --help)" in shown.stderr
+    shown = run(STVIT, "benchmark", "data", "--workers", "x")
+    assert shown.returncode == 2
+    assert "(see stvit benchmark data --help)" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -477,6 +477,23 @@ def test_categories_are_matched_by_name(
     assert "class names that appear twice" in capsys.readouterr().err
 
 
+def test_annotations_without_masks_evaluate_boxes_only(
+    reference: Path, coco_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((coco_photos / "instances.json").read_text(encoding="utf-8"))
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "images").symlink_to(coco_photos / "images")
+    flags = [*data_flags(tmp_path, ["val"]), "--workers=0", f"--output={tmp_path / 'report'}"]
+    assert validate_det.main([f"--checkpoint={reference / 'it/last'}", *flags]) == 0
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'instances.json'} has no masks, so only boxes are evaluated" in said.out
+    assert "box AP " in said.out and "mask AP " not in said.out and "without a mask" not in said.err
+    results = json.loads((tmp_path / "report/results.json").read_text(encoding="utf-8"))
+    assert results["box_AP"] == pytest.approx(rows(reference)[-1]["eval_box_AP"], abs=1e-9) and "mask_AP" not in results
+
+
 def test_unreadable_validation_images_do_not_count(
     reference: Path, write_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,14 +37,14 @@ def parse_args(argv: Sequence[str] | None = None) -> PredictionConfig:
     """
     args = create_parser().parse_args(argv)
     config = from_flags(PredictionConfig, args)
-    config.image = args.image
+    config.images = args.images
     return config
 
 
 def create_parser() -> Parser:
     """Creates the parser."""
     parser = Parser(prog="predict_seg.py", description="Predicts the class of each pixel in images.")
-    parser.add_argument("image", metavar="IMAGE", help="image file or folder of images")
+    parser.add_argument("images", metavar="IMAGES", help="image, or folder of images")
     add_sections(parser, PredictionConfig)
     add_flags(parser.add_argument_group("results"), PredictionConfig)
     return parser

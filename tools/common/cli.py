@@ -249,7 +249,8 @@ class Parser(argparse.ArgumentParser):
             prog: File name of the command. Under `stvit`, messages show `stvit` and the subcommand instead.
             **kwargs: More arguments of `argparse.ArgumentParser`.
         """
-        if Path(sys.argv[0]).stem == "stvit" and len(sys.argv) > 1:
+        # argparse passes the whole name of the parent to a subparser, such as "stvit benchmark model".
+        if Path(sys.argv[0]).stem == "stvit" and len(sys.argv) > 1 and not prog.startswith("stvit "):
             prog = f"stvit {sys.argv[1]}"
         super().__init__(prog=prog, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 

@@ -132,6 +132,11 @@ class Coco:
         """Returns whether the category ids are not 1, 2, 3, …"""
         return self.category_ids != list(range(1, len(self.category_ids) + 1))
 
+    @property
+    def has_masks(self) -> bool:
+        """Returns whether any object has a mask that was read."""
+        return self.with_masks and self._columns.any_mask()
+
     def usable(self, index: int) -> np.ndarray:
         """Returns the numbers of an image's objects to train on.
 
@@ -446,6 +451,10 @@ class _Columns:
     def of_image(self, index: int) -> np.ndarray:
         """Returns the numbers of an image's objects."""
         return np.arange(self._starts[index], self._starts[index + 1])
+
+    def any_mask(self) -> bool:
+        """Returns whether any object has polygons or run lengths."""
+        return bool((self._last_polygon > self._first_polygon).any())
 
     def has_mask(self, number: int) -> bool:
         """Returns whether an object has polygons or run lengths."""

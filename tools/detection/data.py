@@ -166,6 +166,14 @@ def _open_set(
         flag = f"--{split}-annotations" if getattr(config, f"{split}_annotations") is not None else "--data-dir"
         raise CommandError(f"annotation file {annotations} does not exist; check {flag}")
     coco = Coco(annotations, with_masks)
+    if split == "val" and with_masks and coco.count_objects() > 0 and not coco.has_masks:
+        if isinstance(config, TrainDataConfig):
+            raise CommandError(
+                f"{annotations} has no object with a mask, so that no mask AP can be measured; choose a --model "
+                "without masks, such as faster_rcnn, or check --val-annotations"
+            )
+        coco = Coco(annotations, with_masks=False)
+        distributed.print_primary(f"{annotations} has no masks, so only boxes are evaluated")
     images_flag = f"--{split}-images" if getattr(config, f"{split}_images") is not None else "--data-dir"
     distributed.on_primary(partial(check_files, coco, folder, images_flag))
     if distributed.is_primary:

@@ -74,7 +74,7 @@ def validate(config: ValidationConfig) -> None:
         gathered = gather_detections(found, distributed)
         if not distributed.is_primary:
             return
-        scores = compute_scores(coco, gathered, detector.has_masks)
+        scores = compute_scores(coco, gathered, coco.with_masks)
         for line in describe_scores(scores):
             print(line)
         if speed:

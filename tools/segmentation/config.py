@@ -177,12 +177,12 @@ class PredictionConfig:
     """Settings of a prediction. Each section is a group of flags.
 
     Attributes:
-        image: Image file or folder.
+        images: Image, or folder of images.
     """
 
     source: SourceConfig = section("model", SourceConfig)
     device: DeviceConfig = section("device and speed", DeviceConfig)
-    image: str = ""
+    images: str = ""
     output: str = flag(
         "predictions", "folder of the results; only files of earlier predictions are replaced there", metavar="DIR"
     )

@@ -42,7 +42,7 @@ def predict(config: PredictionConfig) -> None:
         CommandError: If a flag is wrong, the model cannot be loaded, a file of the user would be overwritten, or an
             image cannot be read.
     """
-    root, output = Path(config.image).expanduser(), Path(config.output).expanduser()
+    root, output = Path(config.images).expanduser(), Path(config.output).expanduser()
     images = find_images(root, output)
     names = result_names(root, images)
     written = [f"{folder}/{name}.png" for name in names for folder in ("labels", "overlays")]
