@@ -47,6 +47,7 @@ from stvit.ops import SuperTokenAttention, layers
 from stvit.ops.portable import is_exporting
 from stvit.weights.create import build_model
 from stvit.weights.official import checkpoint_filter_fn, is_official
+from stvit.weights.packaged import CIFAR10_CLASSES, packaged_file
 
 __all__ = ["STViT", "checkpoint_filter_fn"]
 
@@ -846,9 +847,21 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 _CFG_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+_CFG_CIFAR10 = {
+    "num_classes": 10,
+    "label_names": CIFAR10_CLASSES,
+    "input_size": (3, 64, 64),
+    "pool_size": (2, 2),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "license": "apache-2.0",
+    "origin_url": None,
+}
 
 
-# Tags with published weights have a repository on the Hub.
+# Tags with published weights have a repository on the Hub or a file in the package. '*' marks the default tag, because
+# timm would choose one with weights.
 default_cfgs = generate_default_cfgs(
     {
         # With a filename timm does not look for a pickle.
@@ -861,7 +874,8 @@ default_cfgs = generate_default_cfgs(
             "stvit_large.in1k": _cfg(hf_hub_id="stvit/stvit_large.in1k", license="mit"),
             "stvit_large.in1k_384": _cfg(hf_hub_id="stvit/stvit_large.in1k_384", license="mit", **_CFG_384),
             "stvit_femto.in1k": _cfg(),
-            "stvit_pico.in1k": _cfg(),
+            "stvit_pico.cifar10": _cfg(file=packaged_file("stvit_pico.cifar10"), **_CFG_CIFAR10),
+            "stvit_pico.in1k*": _cfg(),
             "stvit_nano.in1k": _cfg(),
             "stvit_tiny.in1k": _cfg(),
             "test_stvit.in1k": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),

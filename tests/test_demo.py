@@ -549,7 +549,7 @@ def test_results_of_a_former_image_are_dropped(models: Path) -> None:
 
     from stvit.tools.demonstration.page import Page
 
-    offered = ModelList(ModelsConfig(names=[str(models / "runs/vehicles")], runs="", random=False))
+    offered = ModelList(ModelsConfig(names=[str(models / "runs/vehicles")], runs="", examples=False))
     computer: Any = Computer()
     page = Page(offered, computer, LimitsConfig()).blocks
     functions = {function.fn.__name__: function.fn for function in page.fns.values()}
@@ -583,7 +583,7 @@ def test_no_file_of_the_machine_is_served(models: Path, tmp_path: Path) -> None:
 
     Answers do not show whether it exists.
     """
-    flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
+    flags = ["--runs=", "--no-examples", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
     # SIGHUP: closing the terminal removes the files, too.
@@ -809,7 +809,7 @@ def test_users_do_not_wait_for_each_other(page: str, page_hub: Hub, models: Path
 @pytest.mark.long
 def test_no_file_is_left_when_the_page_ends(models: Path, photo: Path, tmp_path: Path) -> None:
     """After SIGTERM, uploads are deleted."""
-    flags = ["--runs=", "--no-random", str(models / "runs/vehicles"), f"--port={free_port()}"]
+    flags = ["--runs=", "--no-examples", str(models / "runs/vehicles"), f"--port={free_port()}"]
     (tmp_path / "temporary").mkdir()
     env = {"TMPDIR": str(tmp_path / "temporary")}
     with serving([sys.executable, demo.__file__, *flags], tmp_path, tmp_path / "log", env, signal.SIGTERM) as page:
@@ -841,7 +841,7 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
         ),
         ([""], "'': no such run, file or model"),
         (["."], "--checkpoint: no config.json in . or best"),
-        (["--no-random", "--no-hub"], "no model to offer; pass a MODEL, or remove --no-random"),
+        (["--no-examples", "--no-hub"], "no model to offer; pass a MODEL, or remove --no-examples"),
         (["--host=203.0.113.1"], "cannot listen on 203.0.113.1"),
         (["--max-total-megabytes=5"], "--max-total-megabytes 5 is less than --max-megabytes 10; raise it"),
     ],
@@ -883,7 +883,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list contains arguments, runs, and random weights.
+    """The list contains arguments, runs, and examples.
 
     Models of the Hub are in the lists of both kinds.
     """
@@ -894,19 +894,20 @@ def test_models_offered(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("stvit_pico (random weights)", "stvit_pico"),
         ("runs/detect/train", "runs/detect/train"),
         ("runs/vehicles", "runs/vehicles"),
-        ("stvit_small (random weights)", "stvit_small"),
+        ("stvit_pico.cifar10 (trained on CIFAR-10)", "stvit_pico.cifar10"),
         ("yolo26n-stvit_pico (random weights)", "yolo26n-stvit_pico.yaml"),
     ]
     names = [name for _, name in offered.choices(of_detectors=True)]
     assert names == ["hf-hub:ORG/a", "runs/detect/train", "yolo26n-stvit_pico.yaml"]
     names = [name for _, name in offered.choices(of_detectors=False)]
-    assert names == ["hf-hub:ORG/a", "stvit_pico", "runs/vehicles", "stvit_small"]
+    assert names == ["hf-hub:ORG/a", "stvit_pico", "runs/vehicles", "stvit_pico.cifar10"]
     opened = OpenedModels()
     assert opened.get("stvit_pico").is_random and not opened.get("runs/vehicles").is_random
+    assert not opened.get("stvit_pico.cifar10").is_random
     assert opened.get("stvit_pico") is opened.get("stvit_pico")
     assert offered.check(" stvit_pico ") == "stvit_pico"
     assert offered.check(" hf_hub:ORG/b@v1") == "hf-hub:ORG/b@v1"  # timm's former spelling
-    closed = list_models("runs/vehicles", "--no-hub", "--no-random", "--runs=")
+    closed = list_models("runs/vehicles", "--no-hub", "--no-examples", "--runs=")
     assert [name for _, name in closed.choices()] == ["runs/vehicles"]
     for name in ("hf-hub:ORG/a", "stvit_pico", "runs/detect/train", "", None):
         with pytest.raises(CommandError, match=r"there is no model .* here; choose a model from the list$"):

@@ -120,7 +120,8 @@ def workplace(
     folder = tmp_path / "workplace"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "docs"):
+        (folder / name).symlink_to(ROOT / name)
     write_digits(folder / "flowers", 60, 20)
     for name in ("photo.jpg", "photos/bus.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)

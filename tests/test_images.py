@@ -168,7 +168,7 @@ def test_all_commands_see_the_same_pixels(channels: int, tmp_path: Path, monkeyp
     write_images(uploads)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
     limits = LimitsConfig()
-    models = ModelList(ModelsConfig(names=[str(tmp_path / "run")], runs="", random=False))
+    models = ModelList(ModelsConfig(names=[str(tmp_path / "run")], runs="", examples=False))
     page = Page(models, Computer(models, limits), limits).blocks
     classifier = OpenedModels().get(str(tmp_path / "run"))
     receive = next(function.fn for function in page.fns.values() if function.name == "receive")

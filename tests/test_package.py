@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import stvit
+from stvit.weights.packaged import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,8 @@ def test_wheel_contains_one_package_with_its_data(wheel: Path) -> None:
         assert sources and {f"stvit/{path.as_posix()}" for path in sources} <= set(names)
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "stvit").rglob("*.py")} <= set(names)
     assert any(name.startswith("stvit/configs/") and name.endswith(".yaml") for name in names)
+    assert {f"stvit/weights/packaged/{name}.safetensors" for name in PACKAGED} <= set(names)
+    assert wheel.stat().st_size < 5e6
     licenses = f"stvit-{stvit.__version__}.dist-info/licenses/"
     assert {licenses + "LICENSE", licenses + "NOTICE"} <= set(names)
 
@@ -88,13 +91,13 @@ import importlib.resources, timm, torch, yaml
 import stvit, stvit.adapters, stvit.configs, stvit.tools.train_cls
 for module in (stvit, stvit.adapters, stvit.configs, stvit.tools.train_cls):
     assert module.__file__.startswith(sys.path[0]), module.__file__
-model = timm.create_model("stvit_pico").eval()
+model = timm.create_model("stvit_pico.cifar10", pretrained=True).eval()
 print(tuple(model(torch.zeros(1, 3, 64, 64)).shape))
 recipe = importlib.resources.files("stvit.configs") / "cls" / "stvit_pico_digits.yaml"
 print(yaml.safe_load(recipe.read_text())["model"])
 """
     )
-    assert run([sys.executable, "-c", program], tmp_path).splitlines() == ["(1, 1000)", "stvit_pico"]
+    assert run([sys.executable, "-c", program], tmp_path).splitlines() == ["(1, 10)", "stvit_pico"]
 
 
 def test_import_needs_no_extra() -> None:

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import timm
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from ultralytics.utils import ASSETS
 
 from stvit.hub import save
 from tests.hub_server import Hub
@@ -23,23 +21,26 @@ def test_length() -> None:
     assert len(README.splitlines()) < 150
 
 
-def test_python_runs_as_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_as_written(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(timm.create_model("test_stvit", num_classes=4), tmp_path / "runs/flowers/best")
     hub.create_repo("ORG/flowers")
     hub.commit("ORG/flowers", {file.name: file.read_bytes() for file in (tmp_path / "runs/flowers/best").iterdir()})
-    Image.open(ASSETS / "bus.jpg").convert("RGB").resize((405, 540)).save("photo.jpg")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     blocks = [block for block in BLOCKS if "adapters.yolo" not in block]
     assert (len(blocks), len(BLOCKS)) == (5, 6)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+    assert capsys.readouterr().out == "cat\n"
     assert scope["logits"].shape == (1, 10)
     assert [features.shape[-1] for features in scope["maps"]] == [56, 28, 14, 7]
     assert scope["detector"].roi_heads.has_mask() and scope["segmenter"].num_classes == 150
     assert scope["scores"].shape == (8, 10)
     assert scope["flowers"].num_classes == scope["own"].num_classes == 4
-    assert scope["view"].assignment.shape == (540, 405) and Path("super_tokens.png").exists()
+    assert scope["view"].assignment.shape == (300, 451) and Path("super_tokens.png").exists()
 
 
 def test_detection_runs_as_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

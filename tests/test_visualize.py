@@ -722,13 +722,27 @@ def test_random_weights_are_announced(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     photo(64, 64).save("a.png")
-    assert command.main(["a.png", "--stage", "1"]) == 0
+    flags = ["a.png", "--stage", "1", "--model", "test_stvit", "--no-pretrained"]
+    assert command.main(flags) == 0
     assert files(tmp_path / "super_tokens/a") == pictures(1)
-    assert "warning: stvit_small, random weights: the model is untrained; pass --checkpoint" in capsys.readouterr().err
+    assert "warning: test_stvit, random weights: the model is untrained; pass --checkpoint" in capsys.readouterr().err
     # The random weights are the same each time.
     first = Path("super_tokens/a/stage1.png").read_bytes()
-    assert command.main(["a.png", "--stage", "1"]) == 0
+    assert command.main(flags) == 0
     assert Path("super_tokens/a/stage1.png").read_bytes() == first
+
+
+def test_without_a_model_the_weights_of_the_package_are_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(64, 64).save(tmp_path / "a.png")
+    assert command.main([str(tmp_path / "a.png"), "--stage", "1", f"--output={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr()
+    assert "stvit_pico.cifar10 was trained on CIFAR-10; pass --checkpoint for another model" in said.out
+    assert "warning" not in said.err
+    model = timm.create_model("stvit_pico.cifar10", pretrained=True)
+    sheet = visualize.super_tokens(model, tmp_path / "a.png", stage=1).draw_boundaries()
+    assert np.array_equal(np.array(Image.open(tmp_path / "out/a/stage1_boundaries.png")), np.array(sheet))
 
 
 def test_a_folder_with_unreadable_files(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serves a page that shows the classes, boxes and super tokens of an image.
 
-    python tools/demo.py                                  # the runs in runs/, and models with random weights
+    python tools/demo.py                                  # the runs in runs/, stvit_pico.cifar10, a random detector
     python tools/demo.py runs/flowers hf-hub:ORG/detector yolo26s-stvit_small.yaml
     python tools/demo.py --port 8000 --max-megabytes 5
 
@@ -10,8 +10,9 @@
 The page is at http://127.0.0.1:7860. Only this machine can open it, and there is no share link. --host 0.0.0.0 opens
 it to the network. The page answers only to its own addresses and to the names of --allow-host.
 
-A model is a run, a file, hf-hub:ORG/NAME, or a name. A model that is given by its name has random weights. Users can
-type further models of the Hub into the page, unless --no-hub is passed. `push_to_hub.py --space` publishes the page
+A model is a run, a file, hf-hub:ORG/NAME, or a name. A model that is given by its name has random weights, except for
+stvit_pico.cifar10, whose weights are part of the package. Users can type further models of the Hub into the page,
+unless --no-hub is passed. `push_to_hub.py --space` publishes the page
 and a model as a Space of the Hugging Face Hub.
 
 Models run in two processes: one for the models of the list, and one for models that users type in. A request that takes

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Draws the super tokens of a model over images.
 
+    python tools/visualize.py photo.jpg                   # stvit_pico.cifar10, whose weights are part of the package
     python tools/visualize.py photo.jpg --checkpoint runs/flowers
     python tools/visualize.py photos/ --checkpoint hf-hub:ORG/flowers --stage 1 --pixel 320 240 --output pictures
     python tools/visualize.py photo.jpg --checkpoint runs/detect/train --img-size 640
@@ -34,7 +35,7 @@ from stvit.tools.common.config import ModelSource
 from stvit.tools.common.flags import add_flags, from_flags
 from stvit.tools.visualizing.config import DrawConfig
 
-DEFAULT_MODEL = "stvit_small"
+DEFAULT_MODEL = "stvit_pico.cifar10"  # its weights are part of the package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +105,7 @@ def draw(args: argparse.Namespace) -> None:
     from stvit.tools.visualizing import measures, pictures
 
     if args.checkpoint is None and args.model is None and args.checkpoints is None:
-        args.model, args.pretrained = DEFAULT_MODEL, False
+        args.model = DEFAULT_MODEL
     if args.checkpoints is not None and (args.checkpoint or args.masks):
         raise CommandError("--checkpoints cannot be combined with --checkpoint or --masks; remove one of them")
     if args.masks is None and (args.void is not None or args.tolerance is not None):
@@ -135,6 +136,8 @@ def draw(args: argparse.Namespace) -> None:
     checkpoints = [] if args.checkpoints is None else pictures.find_checkpoints(args.checkpoints)
     loaded = load_checkpoint(checkpoints[0][1]) if checkpoints else load_model(model_source)
     stages = pictures.choose_stages(args.stage, loaded)
+    if loaded.trained_on:
+        print(f"{loaded.title} was trained on {loaded.trained_on}; pass --checkpoint for another model")
     if loaded.is_random:
         print(f"warning: {loaded.title}: the model is untrained; pass --checkpoint", file=sys.stderr)
 

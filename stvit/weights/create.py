@@ -37,6 +37,7 @@ from stvit.weights.errors import (
     explain_config_errors,
     explain_errors,
 )
+from stvit.weights.packaged import check_packaged
 from stvit.weights.prefix import strip_prefix, tensor_names
 from stvit.weights.source import NAMESPACE_VARIABLE, Source, is_own_model
 
@@ -244,6 +245,11 @@ def check_source(
             check_model_args(args or {})
     if not pretrained:
         return _MAX_PARAMETERS if cfg.get("source") else None
+    if cfg.get("file"):
+        try:
+            check_packaged(cfg["file"])
+        except WeightsFileError as error:
+            raise PretrainedError(f"{model}: cannot load the pretrained weights: {error}") from error
     try:
         elements = [count_elements(path) for path in _find_weight_files(cfg, cache_dir)]
     except Exception as error:  # of the Hub, the network or an arbitrary file

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
 from safetensors import SafetensorError
@@ -146,9 +147,13 @@ def explain(
 
 def _explain_unpublished(cfg: Mapping[str, Any]) -> str:
     """Returns the message for a model without published weights."""
-    message = (
-        "no pretrained weights of this model are published. Pass pretrained=False for random weights. To load your "
-        "own, pass 'hf-hub:ORG/NAME' or 'local-dir:FOLDER' as the name, or pretrained_cfg_overlay=dict(file=PATH)"
+    message = "no pretrained weights of this model are published. Pass pretrained=False for random weights. "
+    published = timm.list_pretrained(f"{cfg.get('architecture')}.*")
+    if published:
+        message += f"{' and '.join(published)} can be loaded. "
+    message += (
+        "To load your own, pass 'hf-hub:ORG/NAME' or 'local-dir:FOLDER' as the name, or "
+        "pretrained_cfg_overlay=dict(file=PATH)"
     )
     if is_own_model(cfg.get("architecture")):
         repository = f"ORG/{cfg['architecture']}.{cfg.get('tag')}"

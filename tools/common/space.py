@@ -40,7 +40,7 @@ from stvit.tools.demo import main  # noqa: E402
 HOST = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
 PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
 NAMES = [f"--allow-host={name}" for name in os.environ.get("SPACE_HOST", "").split(",") if name]
-FLAGS = ["--runs=", "--no-hub", "--no-random", "--host", HOST, "--port", PORT, *NAMES]
+FLAGS = ["--runs=", "--no-hub", "--no-examples", "--host", HOST, "--port", PORT, *NAMES]
 
 if __name__ == "__main__":
     sys.exit(main([{model}, *FLAGS, *sys.argv[1:]]))

@@ -16,6 +16,7 @@ import stvit
 from stvit import hub, visualize
 from stvit.weights import Source, WeightsFileError
 from stvit.weights.check import class_names
+from stvit.weights.packaged import PACKAGED
 
 from .cli import CommandError, reason
 from .config import ModelSource
@@ -33,12 +34,14 @@ class LoadedModel:
         model: Model of timm, or Ultralytics' YOLO.
         is_yolo: Whether the model is a YOLO.
         is_random: Whether the weights are random.
+        trained_on: Data set of a model whose weights are part of the package; "" for others.
     """
 
     title: str
     model: Any
     is_yolo: bool
     is_random: bool
+    trained_on: str = ""
 
 
 def load_model(config: ModelSource) -> LoadedModel:
@@ -109,7 +112,8 @@ def _load_classifier(config: ModelSource) -> LoadedModel:
     with _seeded_rng():
         model = open_model(config).model
     title = f"{config.title}, random weights" if is_random else config.title
-    return LoadedModel(title, model.eval().requires_grad_(False), is_yolo=False, is_random=is_random)
+    trained_on = "" if is_random or config.checkpoint else PACKAGED.get(config.title, "")
+    return LoadedModel(title, model.eval().requires_grad_(False), False, is_random, trained_on)
 
 
 _DRAWING = threading.Lock()

@@ -44,7 +44,11 @@ class ModelsConfig:
         f"{MAX_DOWNLOADS // 2**30} GB in all",
         action=argparse.BooleanOptionalAction,
     )
-    random: bool = flag(True, "offer models with random weights", action=argparse.BooleanOptionalAction)
+    examples: bool = flag(
+        True,
+        "offer the classifier of the package and a detector with random weights",
+        action=argparse.BooleanOptionalAction,
+    )
 
 
 @dataclass

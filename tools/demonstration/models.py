@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from stvit.weights import Source
+from stvit.weights.packaged import PACKAGED
 
 from ..common.cli import CommandError
 from ..common.config import ModelSource
@@ -19,7 +20,8 @@ from .hub_models import check_config, check_modules
 
 __all__ = ["ModelList", "OpenedModels", "parse_hub"]
 
-RANDOM_MODELS = ("stvit_small", "yolo26n-stvit_pico.yaml")
+# No weights of a detector are published, so the example of a detector has random ones.
+EXAMPLES = (*PACKAGED, "yolo26n-stvit_pico.yaml")
 # Repository ids that users can type in, with a revision.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -42,10 +44,10 @@ class ModelList:
             CommandError: If a model is unknown, or the list is empty.
         """
         self.takes_hub_ids = config.hub
-        random = RANDOM_MODELS if config.random else ()
-        self.names = list(dict.fromkeys([*config.names, *_find_runs(config.runs), *random]))
+        examples = EXAMPLES if config.examples else ()
+        self.names = list(dict.fromkeys([*config.names, *_find_runs(config.runs), *examples]))
         if not self.names and not self.takes_hub_ids:
-            raise CommandError("no model to offer; pass a MODEL, or remove --no-random")
+            raise CommandError("no model to offer; pass a MODEL, or remove --no-examples")
         for name in self.names:
             _check_exists(name)
 
@@ -59,9 +61,7 @@ class ModelList:
         wanted = [
             name for name in self.names if of_detectors is None or parse_hub(name) or is_detector(name) == of_detectors
         ]
-        return [
-            (name if _is_source(name) else f"{name.removesuffix('.yaml')} (random weights)", name) for name in wanted
-        ]
+        return [(_label(name), name) for name in wanted]
 
     def check(self, name: Any) -> str:
         """Returns the name of a model in the list or on the Hub.
@@ -80,6 +80,14 @@ class ModelList:
             hub = ", or type hf-hub:ORG/NAME" if self.takes_hub_ids else ""
             raise CommandError(f"there is no model {name[:80]!r} here; choose a model from the list{hub}")
         return str(source)
+
+
+def _label(name: str) -> str:
+    """Returns the label of a model in the list. It says where the weights are from."""
+    if _is_source(name):
+        return name
+    note = f"trained on {PACKAGED[name]}" if name in PACKAGED else "random weights"
+    return f"{name.removesuffix('.yaml')} ({note})"
 
 
 def _find_runs(root: str) -> list[str]:
@@ -163,7 +171,7 @@ def _open(name: str, downloaded: Source | None, is_limited: bool) -> LoadedModel
     elif _is_source(name):
         loaded = load_model(ModelSource(checkpoint=name))
     else:
-        loaded = load_model(ModelSource(model=name, pretrained=False))
+        loaded = load_model(ModelSource(model=name, pretrained=name in PACKAGED))
     if is_limited:
         check_modules(name, loaded.model)
     return loaded
