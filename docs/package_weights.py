@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Stores the best weights of a run in the package, in half precision.
+"""Stores the weights of a folder in the package, in half precision.
 
-    python docs/package_weights.py runs/cifar10 stvit_pico.cifar10
+    python docs/package_weights.py runs/cifar10/last_ema stvit_pico.cifar10
 
 Prints the sha256 for stvit/weights/packaged.py.
 """
@@ -20,11 +20,11 @@ from stvit.weights.packaged import packaged_file
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the file."""
-    parser = argparse.ArgumentParser(description="Stores the best weights of a run in the package.")
-    parser.add_argument("run", help="run directory, or folder with model.safetensors")
+    parser = argparse.ArgumentParser(description="Stores the weights of a folder in the package.")
+    parser.add_argument("folder", help="folder with model.safetensors, or run directory for its best weights")
     parser.add_argument("name", help="model with its tag, such as stvit_pico.cifar10")
     args = parser.parse_args(argv)
-    weights, _ = read_weights(Source.parse(args.run).path / "model.safetensors")
+    weights, _ = read_weights(Source.parse(args.folder).path / "model.safetensors")
     path = Path(packaged_file(args.name))
     path.parent.mkdir(exist_ok=True)
     save_file({name: _halve(tensor) for name, tensor in weights.items()}, path, metadata={"format": "pt"})

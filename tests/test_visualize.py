@@ -625,6 +625,10 @@ def test_sheet(model: Any) -> None:
     assert long.width == 3 * 480 + 4 * 16
     gaps = np.concatenate([np.array(long)[:, i * 496 : i * 496 + 16] for i in range(4)], axis=1)
     assert gaps.min() == 255  # no caption leaves its column
+    # A caption is shortened only if it does not fit at half of the font size.
+    for length in range(20, 60):
+        caption = ("attention of token 128, 0.0029 to 0.0031" * 2)[:length]
+        assert draw._fit_captions([caption], 28, 480)[1] == [caption]
     # The sheet stays small for narrow and for flat pictures.
     for size in ((1, 1000), (1000, 1)):
         assert max(super_tokens(model, photo(*size)).draw().size) < 3000

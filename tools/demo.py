@@ -12,8 +12,7 @@ it to the network. The page answers only to its own addresses and to the names o
 
 A model is a run, a file, hf-hub:ORG/NAME, or a name. A model that is given by its name has random weights, except for
 stvit_pico.cifar10, whose weights are part of the package. Users can type further models of the Hub into the page,
-unless --no-hub is passed. `push_to_hub.py --space` publishes the page
-and a model as a Space of the Hugging Face Hub.
+unless --no-hub is passed. `push_to_hub.py --space` publishes the page and a model as a Space of the Hugging Face Hub.
 
 Models run in two processes: one for the models of the list, and one for models that users type in. A request that takes
 longer than --max-seconds ends its process. The next request starts a new one. Each process needs a few hundred MB,

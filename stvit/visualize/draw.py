@@ -122,8 +122,11 @@ def _fit_captions(captions: Sequence[str], size: int, width: int) -> tuple[Any, 
     Returns:
         The font and the captions.
     """
-    length = max(ImageFont.load_default(size).getlength(caption) for caption in captions)
-    font: Any = ImageFont.load_default(max(size / 2, size * min(1.0, width / length)))
+    smallest = size / 2
+    font: Any = ImageFont.load_default(size)
+    while font.size > smallest and any(font.getlength(caption) > width for caption in captions):
+        # In small steps, because hinting makes the length not proportional to the size.
+        font = ImageFont.load_default(max(smallest, font.size - 0.5))
     fitting = []
     for caption in captions:
         text = caption

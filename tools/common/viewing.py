@@ -112,7 +112,8 @@ def _load_classifier(config: ModelSource) -> LoadedModel:
     with _seeded_rng():
         model = open_model(config).model
     title = f"{config.title}, random weights" if is_random else config.title
-    trained_on = "" if is_random or config.checkpoint else PACKAGED.get(config.title, "")
+    is_packaged = config.title in PACKAGED and not config.checkpoint and not is_random
+    trained_on = PACKAGED[config.title].dataset if is_packaged else ""
     return LoadedModel(title, model.eval().requires_grad_(False), False, is_random, trained_on)
 
 

@@ -86,7 +86,7 @@ def _label(name: str) -> str:
     """Returns the label of a model in the list. It says where the weights are from."""
     if _is_source(name):
         return name
-    note = f"trained on {PACKAGED[name]}" if name in PACKAGED else "random weights"
+    note = f"trained on {PACKAGED[name].dataset}" if name in PACKAGED else "random weights"
     return f"{name.removesuffix('.yaml')} ({note})"
 
 

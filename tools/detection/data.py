@@ -146,10 +146,7 @@ def open_images(
             )
     if not any(len(coco.usable(index)) for index in indices):
         if with_masks:
-            raise CommandError(
-                f"{coco.path} has no object with a mask to train on; choose a --model without masks, such as "
-                "faster_rcnn, or check --train-annotations"
-            )
+            raise _missing_masks(coco.path, "to train on", "--train-annotations")
         raise CommandError(f"{coco.path} has no object to train on; check --train-annotations")
     if val[0].count_objects() == 0:
         raise CommandError(f"{val[0].path} has no object, so that no accuracy can be measured")
@@ -168,10 +165,7 @@ def _open_set(
     coco = Coco(annotations, with_masks)
     if split == "val" and with_masks and coco.count_objects() > 0 and not coco.has_masks:
         if isinstance(config, TrainDataConfig):
-            raise CommandError(
-                f"{annotations} has no object with a mask, so that no mask AP can be measured; choose a --model "
-                "without masks, such as faster_rcnn, or check --val-annotations"
-            )
+            raise _missing_masks(annotations, "to measure mask AP on", "--val-annotations")
         coco = Coco(annotations, with_masks=False)
         distributed.print_primary(f"{annotations} has no masks, so only boxes are evaluated")
     images_flag = f"--{split}-images" if getattr(config, f"{split}_images") is not None else "--data-dir"
@@ -189,6 +183,13 @@ def _open_set(
             "results have the original ids"
         )
     return coco, folder
+
+
+def _missing_masks(annotations: Path, use: str, flag: str) -> CommandError:
+    return CommandError(
+        f"{annotations} has no object with a mask {use}; choose a --model without masks, such as faster_rcnn, or check "
+        f"{flag}"
+    )
 
 
 def find_set(config: ValidationDataConfig, split: str) -> tuple[Path, Path]:
