@@ -112,7 +112,7 @@ def draw_accuracy(rows: Rows, path: Path) -> None:
     """Plots accuracy over images/s in inference.
 
     Without a measurement, it is over MMAC. Dashes are runs. A point is the mean over the seeds, with its confidence
-    interval.
+    interval. If all models have one run, the interval is that of the run.
     """
     figure, axes = _figure(9.0, 5.0)
     size = rows[0]["img_size"]
@@ -124,8 +124,9 @@ def draw_accuracy(rows: Rows, path: Path) -> None:
             continue
         color, marker = f"C{i % 10}", "o" if row["model"].startswith("stvit") else "s"
         axes.scatter([x] * len(runs), runs, s=80, color=color, marker="_")
-        if row["low"] != "":
-            axes.vlines(x, row["low"], row["high"], color=color, lw=1.2)
+        of_run = row["low"] == ""
+        low, high = map(float, row["intervals"].split("-")) if of_run else (row["low"], row["high"])
+        axes.vlines(x, low, high, color=color, lw=1.2)
         axes.scatter([x], [row["top1"]], s=60, color=color, marker=marker, label=row["model"], zorder=3)
     throughput = f"images/s in inference ({size}x{size} pixels, threads: {rows[0]['threads']})"
     axes.set(xlabel=throughput if is_measured else f"MMAC at {size}x{size} pixels", xscale="log")
