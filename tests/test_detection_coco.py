@@ -418,7 +418,7 @@ def test_a_mask_model_needs_masks_to_measure_it(content: Content, coco_photos: P
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     flags = data(coco_photos, val_annotations=str(path))
-    with pytest.raises(CommandError, match="has no object with a mask to measure mask AP on; choose"):
+    with pytest.raises(CommandError, match=r"boxes\.json has no object with a mask to measure mask AP on; choose"):
         open_images(flags, ONE, with_masks=True)
     assert open_images(flags, ONE, with_masks=False).val
 
