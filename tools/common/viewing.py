@@ -114,7 +114,9 @@ def _load_classifier(config: ModelSource) -> LoadedModel:
     title = f"{config.title}, random weights" if is_random else config.title
     is_packaged = config.title in PACKAGED and not config.checkpoint and not is_random
     trained_on = PACKAGED[config.title].dataset if is_packaged else ""
-    return LoadedModel(title, model.eval().requires_grad_(False), False, is_random, trained_on)
+    return LoadedModel(
+        title, model.eval().requires_grad_(False), is_yolo=False, is_random=is_random, trained_on=trained_on
+    )
 
 
 _DRAWING = threading.Lock()
