@@ -4,11 +4,13 @@
     python docs/make_digit_scenes.py DATA
     python docs/digit_detectors.py train DATA RESULTS
     python docs/digit_detectors.py latency RESULTS
+    python docs/digit_detectors.py picture DATA RESULTS
 
 `train` skips finished runs, and continues a stopped run after its last complete epoch: after an interruption, run the
 same command again. Commands with different --seeds can use the same RESULTS folder at the same time. `latency` measures
 the trained detectors in turns and needs a quiet machine, but no data. The results are RESULTS/accuracy.csv,
-RESULTS/latency.csv, and RESULTS/digits.png as soon as both tables exist.
+RESULTS/latency.csv, and RESULTS/digits.png as soon as both tables exist. `picture` draws the first test images, with
+their true boxes and those of each model, into RESULTS/detections.png.
 
 All weights are random at first. All detectors have the same recipe, `RECIPE`, and the same number of epochs. The
 accuracy is that of the last epoch, so no test image chooses an epoch.
@@ -30,12 +32,15 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # read when Ultralytics is i
 import torch
 
 from stvit.adapters.yolo import YOLO
+from stvit.images import open_image
 from stvit.tools.benchmarks.config import DetectorConfig
 from stvit.tools.benchmarks.measure import circumstances, print_table, replace_table
 from stvit.tools.benchmarks.yolo import benchmark
 from stvit.tools.common.cli import CommandError, Parser, positive, run
 from stvit.tools.common.files import atomic_write
 
+LabeledBox = tuple[str, tuple[float, ...]]  # text; left, top, right and bottom in pixels
+LABEL_HEIGHT = 12  # pixels that a label needs above its box
 MODELS = ["yolo26n", "yolo26n-stvit", "yolo26n-stokenattention"]
 # Ultralytics' augmentation, without mirror images, because a mirrored digit is no digit.
 RECIPE: dict[str, Any] = {
@@ -69,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     latency.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
     latency.add_argument("--img-size", type=positive, nargs="+", default=[160, 640], metavar="N", help="pixels")
     latency.add_argument("--repeats", type=positive, default=15, metavar="N", help="measurements of each detector")
-    for command in (train, latency):
+    picture = commands.add_parser("picture", help="draw test images with true and found boxes")
+    picture.add_argument("data", type=Path, metavar="DATA", help="folder that make_digit_scenes.py wrote")
+    picture.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
+    picture.add_argument("--images", type=positive, default=4, metavar="N", help="number of test images")
+    for command in (train, latency, picture):
         command.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="model files without .yaml")
     return run(_command, parser.parse_args(argv))
 
@@ -77,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(args: argparse.Namespace) -> None:
     if args.command == "train":
         train_detectors(args.data, args.results, args.models, args.seeds, args.epochs)
-    else:
+    elif args.command == "latency":
         measure_latency(args.results, args.models, args.img_size, args.repeats)
+    else:
+        draw_detections(args.data, args.results, args.models, args.images)
 
 
 def train_detectors(data: Path, results: Path, models: Sequence[str], seeds: Sequence[int], epochs: int) -> None:
@@ -94,9 +105,7 @@ def train_detectors(data: Path, results: Path, models: Sequence[str], seeds: Seq
     Raises:
         CommandError: If there is no data set, or a run in `results` has another number of epochs.
     """
-    data_file = data.absolute() / "digits.yaml"
-    if not data_file.is_file():
-        raise CommandError(f"{data} has no digits.yaml; make it: python docs/make_digit_scenes.py {data}")
+    data_file = _require_data_file(data)
     for seed in seeds:  # outer loop: after half the time there is one run of each model
         for model in models:
             folder = results.absolute() / f"{model}-seed{seed}"
@@ -175,15 +184,10 @@ def measure_latency(results: Path, models: Sequence[str], img_sizes: Sequence[in
     Raises:
         CommandError: If a detector has not been trained.
     """
-    checkpoints = []
-    for model in models:
-        runs = sorted(results.glob(f"{model}-seed*/weights/resume.pt"))
-        if not runs:
-            raise CommandError(f"{results} has no run of {model}; train it first, or leave it out with --models")
-        checkpoints.append(str(runs[0]))
+    checkpoints = [_find_checkpoint(results, model) for model in models]
     rows = []
     for img_size in img_sizes:
-        (table,) = benchmark(DetectorConfig(models=checkpoints, img_size=img_size, repeats=repeats))
+        (table,) = benchmark(DetectorConfig(models=list(map(str, checkpoints)), img_size=img_size, repeats=repeats))
         rows += [{**_origin(), **row, "model": model} for model, row in zip(models, table, strict=True)]
     replace_table(results / "latency.csv", rows)
     print_table([{key: row[key] for key in ("model", "img_size", "gflops", "ms", "ms_min", "ms_max")} for row in rows])
@@ -218,6 +222,85 @@ def draw(results: Path) -> None:
         axes.grid(lw=0.3)
     figure.axes[0].legend(fontsize=8, title="one dot for each seed")
     atomic_write(results / "digits.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+
+
+def draw_detections(data: Path, results: Path, models: Sequence[str], count: int) -> None:
+    """Draws the first test images: a column with the true boxes, and a column for one detector of each model.
+
+    Args:
+        data: Folder of the data set.
+        results: Folder of the runs, and of the picture.
+        models: Names of model files, without suffix.
+        count: Number of images. All test images if there are fewer.
+
+    Raises:
+        CommandError: If there is no data set, or a detector has not been trained.
+    """
+    folder = _require_data_file(data).parent
+    coco = json.loads((folder / "val.json").read_text(encoding="utf-8"))
+    images = coco["images"][:count]
+    files = [folder / "images" / "val" / image["file_name"] for image in images]
+    columns = {"true boxes": [_true_boxes(coco, image["id"]) for image in images]}
+    for model in models:
+        detector = YOLO(_find_checkpoint(results, model))
+        found = detector.predict(files, imgsz=RECIPE["imgsz"], device=RECIPE["device"], verbose=False)
+        columns[model] = [_found_boxes(result) for result in found]
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(2.5 * len(columns), 2.6 * len(files)), layout="constrained")
+    for column, (title, boxes) in enumerate(columns.items()):
+        for row, file in enumerate(files):
+            axes = figure.add_subplot(len(files), len(columns), row * len(columns) + column + 1)
+            axes.imshow(open_image(file))
+            axes.set_title(title if row == 0 else "", fontsize=9)
+            axes.set_axis_off()
+            for label, (left, top, right, bottom) in boxes[row]:
+                axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec="yellow", lw=1))
+                place = {"va": "top", "y": top} if top < LABEL_HEIGHT else {"va": "bottom", "y": top}
+                axes.text(x=left, s=label, size=7, bbox={"fc": "yellow", "ec": "none", "pad": 0.5}, **place)
+    atomic_write(results / "detections.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+def _true_boxes(coco: dict[str, Any], image: int) -> list[LabeledBox]:
+    """Returns the annotated boxes of an image, by its number."""
+    boxes = []
+    for annotation in coco["annotations"]:
+        if annotation["image_id"] == image:
+            left, top, width, height = annotation["bbox"]
+            boxes.append((str(annotation["category_id"]), (left, top, left + width, top + height)))
+    return boxes
+
+
+def _found_boxes(result: Any) -> list[LabeledBox]:
+    """Returns the boxes of an Ultralytics result, labeled with class and score."""
+    return [
+        (f"{result.names[int(label)]}: {score:.0%}", tuple(box)) for *box, score, label in result.boxes.data.tolist()
+    ]
+
+
+def _require_data_file(data: Path) -> Path:
+    """Returns Ultralytics' data file of a data set.
+
+    Raises:
+        CommandError: If there is no data set.
+    """
+    file = data.absolute() / "digits.yaml"
+    if not file.is_file():
+        raise CommandError(f"{data} has no digits.yaml; make it: python docs/make_digit_scenes.py {data}")
+    return file
+
+
+def _find_checkpoint(results: Path, model: str) -> Path:
+    """Returns the last checkpoint of the first run of a model.
+
+    Raises:
+        CommandError: If there is no run.
+    """
+    runs = sorted(results.glob(f"{model}-seed*/weights/resume.pt"))
+    if not runs:
+        raise CommandError(f"{results} has no run of {model}; train it first, or leave it out with --models")
+    return runs[0]
 
 
 def _write_accuracy(results: Path) -> None:

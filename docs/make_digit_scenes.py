@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_scenes(args.output, {"train": args.train, "val": args.val}, args.seed)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(f"wrote {args.train} training and {args.val} test images; the data file is {args.output / 'digits.yaml'}")
 
 
 def write_scenes(output: Path, sizes: Mapping[str, int], seed: int = 0) -> None:

@@ -206,8 +206,15 @@ def test_finished_runs_are_skipped_measured_and_drawn(
     rows = read_rows(tmp_path / "latency.csv")
     assert [(row["model"], row["img_size"]) for row in rows] == [("yolo26n", "32"), ("yolo26n", "64")]
     assert Image.open(tmp_path / "digits.png").width > 500
-    assert detectors.main([*latency, "yolo26n-stvit"]) == 1
-    assert "has no run of yolo26n-stvit; train it first" in capsys.readouterr().err
+    picture = ["picture", str(scenes), str(tmp_path), "--images", "2", "--models", "yolo26n"]
+    assert detectors.main(picture) == 0
+    pixels = np.asarray(Image.open(tmp_path / "detections.png").convert("RGB"))
+    yellow = (pixels == (255, 255, 0)).all(-1)
+    left, right = yellow[:, : yellow.shape[1] // 2], yellow[:, yellow.shape[1] // 2 :]
+    assert left.any() and not right.any()  # the detector of one epoch finds nothing
+    for command in (latency, picture):
+        assert detectors.main([*command, "yolo26n-stvit"]) == 1
+        assert "has no run of yolo26n-stvit; train it first" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -234,5 +241,6 @@ def test_killed_run_continues_after_its_last_complete_epoch(scenes: Path, tmp_pa
 
 
 def test_missing_data_set(detectors: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert detectors.main(["train", str(tmp_path), str(tmp_path / "results")]) == 1
-    assert "has no digits.yaml; make it: python docs/make_digit_scenes.py" in capsys.readouterr().err
+    for command in ("train", "picture"):
+        assert detectors.main([command, str(tmp_path), str(tmp_path / "results")]) == 1
+        assert "has no digits.yaml; make it: python docs/make_digit_scenes.py" in capsys.readouterr().err
