@@ -10,7 +10,7 @@
 same command again. Commands with different --seeds can use the same RESULTS folder at the same time. `latency` measures
 the trained detectors in turns and needs a quiet machine, but no data. The results are RESULTS/accuracy.csv,
 RESULTS/latency.csv, and RESULTS/digits.png as soon as both tables exist. `picture` draws the first test images, with
-their true boxes and those of each model, into RESULTS/detections.png.
+their true boxes and those of each model, into RESULTS/detections.jpg.
 
 All weights are random at first. All detectors have the same recipe, `RECIPE`, and the same number of epochs. The
 accuracy is that of the last epoch, so no test image chooses an epoch.
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = commands.add_parser("picture", help="draw test images with true and found boxes")
     picture.add_argument("data", type=Path, metavar="DATA", help="folder that make_digit_scenes.py wrote")
     picture.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
-    picture.add_argument("--images", type=positive, default=4, metavar="N", help="number of test images")
+    picture.add_argument("--images", type=positive, default=6, metavar="N", help="number of test images")
     for command in (train, latency, picture):
         command.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="model files without .yaml")
     return run(_command, parser.parse_args(argv))
@@ -197,6 +197,8 @@ def measure_latency(results: Path, models: Sequence[str], img_sizes: Sequence[in
 def draw(results: Path) -> None:
     """Plots accuracy over latency, for each image size, if both tables exist.
 
+    Latency is relative to that of the first model in the table.
+
     Args:
         results: Folder of the tables, and of the plot.
     """
@@ -211,21 +213,22 @@ def draw(results: Path) -> None:
 
     sizes = list(dict.fromkeys(row["img_size"] for row in latency))
     figure = Figure(figsize=(4.5 * len(sizes), 4), layout="constrained")
-    for i, size in enumerate(sizes):
-        axes = figure.add_subplot(1, len(sizes), i + 1)
-        for row in latency:
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        rows = [row for row in latency if row["img_size"] == size]
+        for row in rows:
             scores = [100 * float(run["map50_95"]) for run in accuracy if run["model"] == row["model"]]
-            if row["img_size"] == size and scores:
-                axes.plot([float(row["ms"])] * len(scores), scores, "o", label=row["model"])
-        axes.set(xlabel=f"latency at {size}x{size} (ms)", ylabel=f"mAP50-95 at {RECIPE['imgsz']}x{RECIPE['imgsz']} (%)")
-        axes.set_xlim(left=0)
+            ratio = float(row["ms"]) / float(rows[0]["ms"])
+            axes.plot([ratio] * len(scores), scores, "o", label=row["model"])
+        axes.set(xlabel=f"latency at {size}x{size}, relative to {rows[0]['model']}")
+        axes.set(ylabel=f"mAP50-95 at {RECIPE['imgsz']}x{RECIPE['imgsz']} (%)")
+        axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         axes.grid(lw=0.3)
     figure.axes[0].legend(fontsize=8, title="one dot for each seed")
     atomic_write(results / "digits.png", lambda path: figure.savefig(path, dpi=150, format="png"))
 
 
 def draw_detections(data: Path, results: Path, models: Sequence[str], count: int) -> None:
-    """Draws the first test images: a column with the true boxes, and a column for one detector of each model.
+    """Draws the first test images: a row with the true boxes, and a row for one detector of each model.
 
     Args:
         data: Folder of the data set.
@@ -240,26 +243,28 @@ def draw_detections(data: Path, results: Path, models: Sequence[str], count: int
     coco = json.loads((folder / "val.json").read_text(encoding="utf-8"))
     images = coco["images"][:count]
     files = [folder / "images" / "val" / image["file_name"] for image in images]
-    columns = {"true boxes": [_true_boxes(coco, image["id"]) for image in images]}
+    rows = {"true boxes": [_true_boxes(coco, image["id"]) for image in images]}
     for model in models:
         detector = YOLO(_find_checkpoint(results, model))
         found = detector.predict(files, imgsz=RECIPE["imgsz"], device=RECIPE["device"], verbose=False)
-        columns[model] = [_found_boxes(result) for result in found]
+        rows[model] = [_found_boxes(result) for result in found]
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(2.5 * len(columns), 2.6 * len(files)), layout="constrained")
-    for column, (title, boxes) in enumerate(columns.items()):
-        for row, file in enumerate(files):
-            axes = figure.add_subplot(len(files), len(columns), row * len(columns) + column + 1)
+    figure = Figure(figsize=(2.5 * len(files), 2.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(files), squeeze=False)
+    for axes_of_row, (title, boxes) in zip(grid, rows.items(), strict=True):
+        axes_of_row[0].set_ylabel(title)
+        for axes, file, boxes_of_image in zip(axes_of_row, files, boxes, strict=True):
             axes.imshow(open_image(file))
-            axes.set_title(title if row == 0 else "", fontsize=9)
-            axes.set_axis_off()
-            for label, (left, top, right, bottom) in boxes[row]:
+            axes.set(xticks=[], yticks=[])
+            for label, (left, top, right, bottom) in boxes_of_image:
                 axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec="yellow", lw=1))
-                place = {"va": "top", "y": top} if top < LABEL_HEIGHT else {"va": "bottom", "y": top}
-                axes.text(x=left, s=label, size=7, bbox={"fc": "yellow", "ec": "none", "pad": 0.5}, **place)
-    atomic_write(results / "detections.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+                place = {"y": top, "va": "top" if top < LABEL_HEIGHT else "bottom"}
+                axes.text(
+                    x=left, s=label, size=7, clip_on=True, bbox={"fc": "yellow", "ec": "none", "pad": 0.5}, **place
+                )
+    atomic_write(results / "detections.jpg", lambda path: figure.savefig(path, dpi=100, format="jpg"))
 
 
 def _true_boxes(coco: dict[str, Any], image: int) -> list[LabeledBox]:
