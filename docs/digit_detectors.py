@@ -33,6 +33,7 @@ import torch
 
 from stvit.adapters.yolo import YOLO
 from stvit.images import open_image
+from stvit.tools.benchmarks.accuracy import interval_of_means
 from stvit.tools.benchmarks.config import DetectorConfig
 from stvit.tools.benchmarks.measure import circumstances, print_table, replace_table
 from stvit.tools.benchmarks.yolo import benchmark
@@ -314,7 +315,20 @@ def _write_accuracy(results: Path) -> None:
     replace_table(results / "accuracy.csv", rows)
     columns = ("model", "backbone", "seed", "epochs", "map50_95", "map50")
     print_table([{key: row[key] for key in columns} for row in rows])
+    _print_means(rows)
     draw(results)
+
+
+def _print_means(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the mean accuracy of each model with its 95 % confidence interval, for runs with several seeds."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["model"], []).append(100 * row["map50_95"])
+    table = []
+    for (model, group), mean in zip(scores.items(), interval_of_means(list(scores.values())), strict=True):
+        interval = "" if mean["low"] is None else "{low:.1f} to {high:.1f}".format(**mean)
+        table.append({"model": model, "runs": len(group), "mAP50-95 (%)": f"{mean['top1']:.1f}", "95 %": interval})
+    print_table(table)
 
 
 def _origin() -> dict[str, Any]:

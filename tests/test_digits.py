@@ -218,6 +218,21 @@ def test_finished_runs_are_skipped_measured_and_drawn(
         assert "has no run of yolo26n-stvit; train it first" in capsys.readouterr().err
 
 
+def test_mean_over_seeds(detectors: ModuleType, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for seed, score in ((1, 0.48), (2, 0.52)):
+        report = {"model": "yolo26n", "backbone": "stock", "seed": seed, "epochs": 1, "map50_95": score, "map50": 0.7}
+        (tmp_path / f"yolo26n-seed{seed}").mkdir()
+        (tmp_path / f"yolo26n-seed{seed}" / "accuracy.json").write_text(json.dumps(report))
+    flags = ["--models", "yolo26n", "--epochs", "1", "--seeds"]
+    assert detectors.main(["train", str(scenes), str(tmp_path), *flags, "1", "2"]) == 0
+    # Standard deviation 2.83 points, 12.7 standard errors with one degree of freedom.
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["yolo26n", "2", "50.0", "24.6", "to", "75.4"]
+    (tmp_path / "yolo26n-seed2" / "accuracy.json").unlink()
+    assert detectors.main(["train", str(scenes), str(tmp_path), *flags, "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["yolo26n", "1", "48.0"]
+
+
 @pytest.mark.long
 def test_killed_run_continues_after_its_last_complete_epoch(scenes: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(ROOT / "docs/digit_detectors.py"), "train", str(scenes), str(tmp_path)]
