@@ -13,11 +13,12 @@ RESULTS/latency.csv, and RESULTS/digits.png as soon as both tables exist. `pictu
 their true boxes and those of each model, into RESULTS/detections.jpg.
 
 All weights are random at first. All detectors have the same recipe, `RECIPE`, and the same number of epochs. The
-accuracy is that of the last epoch, so no test image chooses an epoch.
+accuracy is that of the last epoch. The test images choose no epoch.
 """
 
 import argparse
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,7 +38,7 @@ from stvit.tools.benchmarks.accuracy import interval_of_means
 from stvit.tools.benchmarks.config import DetectorConfig
 from stvit.tools.benchmarks.measure import circumstances, print_table, replace_table
 from stvit.tools.benchmarks.yolo import benchmark
-from stvit.tools.common.cli import CommandError, Parser, positive, run
+from stvit.tools.common.cli import CommandError, Parser, count, positive, run
 from stvit.tools.common.files import atomic_write
 
 LabeledBox = tuple[str, tuple[float, ...]]  # text; left, top, right and bottom in pixels
@@ -70,10 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("data", type=Path, metavar="DATA", help="folder that make_digit_scenes.py wrote")
     train.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
     train.add_argument("--epochs", type=positive, default=15, metavar="N", help="epochs of each run")
-    train.add_argument("--seeds", type=int, nargs="+", default=[1, 2], metavar="N", help="a run for each seed")
+    train.add_argument(
+        "--seeds", type=count, nargs="+", default=[1, 2], metavar="N", help="each model is trained once with each seed"
+    )
     latency = commands.add_parser("latency", help="measure the latency of the trained detectors")
     latency.add_argument("results", type=Path, metavar="RESULTS", help="folder of the runs and tables")
-    latency.add_argument("--img-size", type=positive, nargs="+", default=[160, 640], metavar="N", help="pixels")
+    latency.add_argument(
+        "--img-size", type=positive, nargs="+", default=[160, 640], metavar="N", help="image height and width in pixels"
+    )
     latency.add_argument("--repeats", type=positive, default=15, metavar="N", help="measurements of each detector")
     picture = commands.add_parser("picture", help="draw test images with true and found boxes")
     picture.add_argument("data", type=Path, metavar="DATA", help="folder that make_digit_scenes.py wrote")
@@ -104,22 +109,24 @@ def train_detectors(data: Path, results: Path, models: Sequence[str], seeds: Seq
         epochs: Epochs of each run.
 
     Raises:
-        CommandError: If there is no data set, or a run in `results` has another number of epochs.
+        CommandError: If there is no data set or no such model, or a run in `results` has other data or another recipe.
     """
     data_file = _require_data_file(data)
+    _check_models(models)
+    settings = {"epochs": epochs, "recipe": RECIPE, "data": _digest(data)}
+    _write_accuracy(results)
     for seed in seeds:  # outer loop: after half the time there is one run of each model
         for model in models:
             folder = results.absolute() / f"{model}-seed{seed}"
             report = folder / "accuracy.json"
+            _check_settings(folder, settings)
             if report.is_file():
-                _check_epochs(folder, json.loads(report.read_text(encoding="utf-8"))["epochs"], epochs)
                 continue
             checkpoint = train_detector(data_file, folder, model, seed, epochs)
             accuracy = evaluate_detector(checkpoint, data_file)
             text = json.dumps({**_origin(), "model": model, "seed": seed, "epochs": epochs, **accuracy})
             atomic_write(report, lambda path, text=text: path.write_text(text, encoding="utf-8"))
             _write_accuracy(results)
-    _write_accuracy(results)
 
 
 def train_detector(data_file: Path, folder: Path, model: str, seed: int, epochs: int) -> Path:
@@ -133,9 +140,6 @@ def train_detector(data_file: Path, folder: Path, model: str, seed: int, epochs:
         model: Name of the model file, without suffix.
         seed: Seed of the weights, the order of the images and the augmentation.
         epochs: Number of epochs.
-
-    Raises:
-        CommandError: If the run was started with another number of epochs.
     """
     # Ultralytics writes last.pt in place, so a killed process can leave half a file. This copy is always complete.
     copy = folder / "weights" / "resume.pt"
@@ -145,7 +149,6 @@ def train_detector(data_file: Path, folder: Path, model: str, seed: int, epochs:
 
     if copy.is_file():
         detector = YOLO(copy)
-        _check_epochs(folder, detector.ckpt["train_args"]["epochs"], epochs)
         if detector.ckpt["epoch"] + 1 == epochs:
             return copy
         arguments: dict[str, Any] = {"resume": True, "data": str(data_file), "save_dir": str(folder)}
@@ -183,7 +186,7 @@ def measure_latency(results: Path, models: Sequence[str], img_sizes: Sequence[in
         repeats: Measurements of each detector.
 
     Raises:
-        CommandError: If a detector has not been trained.
+        CommandError: If a detector has not been trained to the end.
     """
     checkpoints = [_find_checkpoint(results, model) for model in models]
     rows = []
@@ -222,6 +225,7 @@ def draw(results: Path) -> None:
             axes.plot([ratio] * len(scores), scores, "o", label=row["model"])
         axes.set(xlabel=f"latency at {size}x{size}, relative to {rows[0]['model']}")
         axes.set(ylabel=f"mAP50-95 at {RECIPE['imgsz']}x{RECIPE['imgsz']} (%)")
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         axes.grid(lw=0.3)
     figure.axes[0].legend(fontsize=8, title="one dot for each seed")
@@ -238,7 +242,7 @@ def draw_detections(data: Path, results: Path, models: Sequence[str], count: int
         count: Number of images. All test images if there are fewer.
 
     Raises:
-        CommandError: If there is no data set, or a detector has not been trained.
+        CommandError: If there is no data set, or a detector has not been trained to the end.
     """
     folder = _require_data_file(data).parent
     coco = json.loads((folder / "val.json").read_text(encoding="utf-8"))
@@ -266,6 +270,7 @@ def draw_detections(data: Path, results: Path, models: Sequence[str], count: int
                     x=left, s=label, size=7, clip_on=True, bbox={"fc": "yellow", "ec": "none", "pad": 0.5}, **place
                 )
     atomic_write(results / "detections.jpg", lambda path: figure.savefig(path, dpi=100, format="jpg"))
+    print(f"wrote {results / 'detections.jpg'}")
 
 
 def _true_boxes(coco: dict[str, Any], image: int) -> list[LabeledBox]:
@@ -297,21 +302,58 @@ def _require_data_file(data: Path) -> Path:
     return file
 
 
-def _find_checkpoint(results: Path, model: str) -> Path:
-    """Returns the last checkpoint of the first run of a model.
+def _check_models(models: Sequence[str]) -> None:
+    """Checks that each model has a model file.
 
     Raises:
-        CommandError: If there is no run.
+        CommandError: If one has none.
     """
-    runs = sorted(results.glob(f"{model}-seed*/weights/resume.pt"))
+    for model in models:
+        try:
+            YOLO(f"{model}.yaml")
+        except (FileNotFoundError, ValueError) as error:
+            raise CommandError(f"no model file {model}.yaml; correct --models") from error
+
+
+def _digest(data: Path) -> str:
+    """Returns a checksum of the annotations of a data set, which determine its images."""
+    annotations = [(data / f"{split}.json").read_bytes() for split in ("train", "val")]
+    return hashlib.sha256(b"".join(annotations)).hexdigest()
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a new run, and compares those of a run that exists.
+
+    Raises:
+        CommandError: If they differ.
+    """
+    file = folder / "settings.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, lambda path: path.write_text(json.dumps(settings), encoding="utf-8"))
+    for name, value in json.loads(file.read_text(encoding="utf-8")).items():
+        if value != settings[name]:
+            detail = f": {value}, not {settings[name]}" if name == "epochs" else ""
+            raise CommandError(f"{folder} is a run with other settings ({name}{detail}); choose another RESULTS folder")
+
+
+def _find_checkpoint(results: Path, model: str) -> Path:
+    """Returns the last checkpoint of the complete run of a model with the smallest seed.
+
+    Raises:
+        CommandError: If there is no complete run.
+    """
+    runs = {int(path.parent.name.rpartition("-seed")[2]): path for path in results.glob(f"{model}-seed*/accuracy.json")}
     if not runs:
-        raise CommandError(f"{results} has no run of {model}; train it first, or leave it out with --models")
-    return runs[0]
+        raise CommandError(f"{results} has no complete run of {model}; train it first, or leave it out with --models")
+    return runs[min(runs)].parent / "weights" / "resume.pt"
 
 
 def _write_accuracy(results: Path) -> None:
-    """Collects the finished runs in one table."""
+    """Collects the finished runs, if there are any, in one table."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/accuracy.json"))]
+    if not rows:
+        return
     replace_table(results / "accuracy.csv", rows)
     columns = ("model", "backbone", "seed", "epochs", "map50_95", "map50")
     print_table([{key: row[key] for key in columns} for row in rows])
@@ -334,18 +376,6 @@ def _print_means(rows: Sequence[dict[str, Any]]) -> None:
 def _origin() -> dict[str, Any]:
     """Returns the date, hardware and versions for a row."""
     return {**circumstances(torch.device("cpu")), "ultralytics": importlib.metadata.version("ultralytics")}
-
-
-def _check_epochs(folder: Path, found: int, expected: int) -> None:
-    """Checks that a run has the number of epochs that the command was given.
-
-    Raises:
-        CommandError: If not.
-    """
-    if found != expected:
-        raise CommandError(
-            f"{folder} is a run of {found} epochs, not {expected}; pass --epochs {found} or another folder"
-        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ train.json and val.json have the same boxes in COCO's format. There, each image 
 number in `sklearn.datasets.load_digits`.
 
 No digit and no photograph is in both splits. The digits come from 13 people, but the data do not say who wrote which.
-Digits of one person seem to follow each other, so the last fifth of each class is for the test: few people, if any,
+Digits of one person seem to follow each other, so the last fifth of each class is for the test: probably few people
 wrote digits of both splits. A digit appears about five times in its split, each time with another size, angle, color
 and background. The photographs are few, nine and five, so the test says little about other backgrounds.
 """
@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 from stvit.images import open_image
+from stvit.tools.common.cli import count, positive
 
 IMG_SIZE = 160  # pixels
 # Photographs in the installed packages. They must not show digits, as the license plate on Ultralytics' bus.jpg does.
@@ -73,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Writes a data set."""
     parser = argparse.ArgumentParser(description="Makes a detection data set of digits on photographs.")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="new or empty folder")
-    parser.add_argument("--train", type=int, default=2000, metavar="N", help="training images (default: 2000)")
-    parser.add_argument("--val", type=int, default=500, metavar="N", help="test images (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument("--train", type=positive, default=2000, metavar="N", help="training images (default: 2000)")
+    parser.add_argument("--val", type=positive, default=500, metavar="N", help="test images (default: 500)")
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="random seed (default: 0)")
     args = parser.parse_args(argv)
     try:
         write_scenes(args.output, {"train": args.train, "val": args.val}, args.seed)

@@ -22,6 +22,12 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# In a checkout, adapters, configs and tools are beside this folder; an installed package contains them. Without this
+# path, Python started in the checkout would not find `stvit.adapters`, because it imports the checkout's `stvit`.
+_parent = Path(__file__).resolve().parent.parent
+if (_parent / "pyproject.toml").is_file() and (_parent / "adapters" / "yolo").is_dir():
+    __path__.append(str(_parent))
+
 
 def _is_command() -> bool:
     """Returns whether Python runs a command of this package.

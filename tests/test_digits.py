@@ -197,7 +197,7 @@ def test_finished_runs_are_skipped_measured_and_drawn(
         if not is_tested:
             report.unlink()
         assert detectors.main([*train, "3"]) == 1
-        assert "is a run of 1 epochs, not 3; pass --epochs 1 or another folder" in capsys.readouterr().err
+        assert "is a run with other settings (epochs: 1, not 3); choose another" in capsys.readouterr().err
         assert detectors.main([*train, "1"]) == 0
         assert read_rows(tmp_path / "accuracy.csv")[0]["map50_95"] == run["map50_95"]
 
@@ -215,7 +215,7 @@ def test_finished_runs_are_skipped_measured_and_drawn(
     assert top.any() and not bottom.any()  # the detector of one epoch finds nothing
     for command in (latency, picture):
         assert detectors.main([*command, "yolo26n-stvit"]) == 1
-        assert "has no run of yolo26n-stvit; train it first" in capsys.readouterr().err
+        assert "has no complete run of yolo26n-stvit; train it first" in capsys.readouterr().err
 
 
 def test_mean_over_seeds(detectors: ModuleType, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -231,6 +231,46 @@ def test_mean_over_seeds(detectors: ModuleType, scenes: Path, tmp_path: Path, ca
     (tmp_path / "yolo26n-seed2" / "accuracy.json").unlink()
     assert detectors.main(["train", str(scenes), str(tmp_path), *flags, "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["yolo26n", "1", "48.0"]
+
+
+def test_run_of_other_data_is_not_continued(
+    detectors: ModuleType, script: ModuleType, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = tmp_path / "results"
+    folder = results / "yolo26n-seed2"
+    folder.mkdir(parents=True)
+    settings = {"epochs": 1, "recipe": detectors.RECIPE, "data": detectors._digest(scenes)}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    script.write_scenes(tmp_path / "other", {"train": 1, "val": 1}, seed=1)
+    flags = [str(results), "--models", "yolo26n", "--seeds", "2", "--epochs", "1"]
+    assert detectors.main(["train", str(tmp_path / "other"), *flags]) == 1
+    assert "is a run with other settings (data); choose another RESULTS folder" in capsys.readouterr().err
+
+
+def test_unfinished_run_is_not_measured(
+    detectors: ModuleType, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "yolo26n-seed1" / "weights").mkdir(parents=True)
+    (tmp_path / "yolo26n-seed1" / "weights" / "resume.pt").touch()
+    for command in (["latency"], ["picture", str(scenes)]):
+        assert detectors.main([*command, str(tmp_path), "--models", "yolo26n"]) == 1
+        assert "has no complete run of yolo26n" in capsys.readouterr().err
+
+
+def test_unknown_model(detectors: ModuleType, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert detectors.main(["train", str(scenes), str(tmp_path / "results"), "--models", "yolo26n", "nosuch"]) == 1
+    assert "no model file nosuch.yaml; correct --models" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--train", "--val"])
+def test_negative_numbers_are_refused(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "new"), flag, "-1"])
+    assert f"argument {flag}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.long

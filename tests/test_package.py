@@ -81,6 +81,15 @@ def test_metadata(wheel: Path) -> None:
     }
 
 
+def test_checkout_finds_the_adapters_without_an_editable_install(tmp_path: Path) -> None:
+    # Without site, no editable install is active: only the folders of this list are searched.
+    folders = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    program = f"import sys; sys.path[:0] = {folders}\nimport stvit.adapters.yolo, stvit.tools, stvit.configs\n"
+    program += "print(stvit.adapters.__file__)"
+    output = run([sys.executable, "-S", "-c", program], tmp_path)
+    assert output.splitlines()[-1] == str(ROOT / "adapters" / "__init__.py")
+
+
 def test_wheel_works_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel], tmp_path)

@@ -76,6 +76,6 @@ def test_other_weights_are_refused(damage: str, words: str, tmp_path: Path, monk
         save_file({"head.fc.bias": torch.zeros(10)}, path)
     monkeypatch.setattr(packaged, "_FOLDER", tmp_path)
     for create in (timm.create_model, stvit.create_model):
-        with pytest.raises(PretrainedError, match=rf"^stvit_pico: .*{words}.*; install stvit again$") as raised:
+        with pytest.raises(PretrainedError, match=rf"^{NAME}: .*{words}.*; install stvit again$") as raised:
             create(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
         assert str(path) in str(raised.value)

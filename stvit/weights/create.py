@@ -249,7 +249,8 @@ def check_source(
         try:
             check_packaged(cfg["file"])
         except WeightsFileError as error:
-            raise PretrainedError(f"{model}: cannot load the pretrained weights: {error}") from error
+            name = f"{model}.{cfg['tag']}" if cfg.get("tag") else model
+            raise PretrainedError(f"{name}: cannot load the pretrained weights: {error}") from error
     try:
         elements = [count_elements(path) for path in _find_weight_files(cfg, cache_dir)]
     except Exception as error:  # of the Hub, the network or an arbitrary file

@@ -5,7 +5,7 @@ Each model is trained with each seed by the engine of `stvit train`, in a run di
     <output>/<model>-seed<N>/   the run, with result.json when it is complete
     <output>/speed.csv          measurements of speed and memory
 
-Several processes may run the same command. Each takes the next run that no other one trains.
+Several processes may run the same command. Each takes the next run that no other process trains.
 """
 
 import csv
@@ -50,7 +50,7 @@ from .models import (
 
 __all__ = ["benchmark", "interval_of_means"]
 
-# Flags that every model must share, but for which a model has its own value if the recipe has none.
+# Flags that the recipe must set. Otherwise each model would use its own value.
 SHARED_FLAGS = ("img_size", "mean", "std", "interpolation", "crop_pct")
 # Flags that may change when a series continues. The results do not depend on them.
 MUTABLE = RESUME_MUTABLE - {"batch_size", "grad_accum_steps"}
@@ -124,8 +124,8 @@ class Run:
 def benchmark(config: AccuracyConfig) -> Iterator[list[dict[str, Any]]]:
     """Yields tables of all models: first what exists, then after each step.
 
-    A step is a run, or the measurement. The runs are done seed by seed, so that after an interruption all models have
-    the same number of runs, up to one. Runs that another process trains are left to it.
+    A step is a run, or the measurement. The runs are done seed by seed, so that after an interruption the numbers
+    of runs of two models differ by at most one. Runs that another process trains are left to it.
     """
     models = _unique([_normalized(spec) for spec in config.models])
     runs = [_create_run(config, model, seed) for seed in dict.fromkeys(config.seeds) for model in models]
@@ -161,7 +161,7 @@ def benchmark(config: AccuracyConfig) -> Iterator[list[dict[str, Any]]]:
         yield _table(costs, runs, speed)
     left = sum(run.read() is None for run in in_use)
     if left:  # a measurement would be disturbed
-        print(f"another process still trains {left} of the runs; run the command again after it for the whole table")
+        print(f"another process still trains {left} of the runs; when it has finished, run the command again")
     elif "measure" in config.parts and not speed.is_current():
         speed.measure()
         yield _table(costs, runs, speed)

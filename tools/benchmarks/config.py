@@ -67,7 +67,7 @@ class SpeedConfig(BenchmarkConfig):
     device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
     repeats: int = flag(7, "turns of each model and way", type=positive, metavar="N")
     min_seconds: float = flag(
-        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
+        0.2, "shortest duration of a turn; steps are repeated until it is reached", type=above_zero, metavar="S"
     )
     memory: bool = flag(True, "measure memory, in new processes (not on Windows)", action=Switch)
     plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
@@ -149,10 +149,17 @@ class AccuracyConfig(BenchmarkConfig):
     seeds: list[int] = flag([1, 2, 3], "seeds; each model is trained with each", type=count, nargs="+", metavar="N")
     output: str = flag("", "folder of the runs, continued if it exists", required=True, metavar="DIR")
     parts: list[str] = flag(
-        list(ACCURACY_PARTS), "train, and measure speed and memory", nargs="+", choices=ACCURACY_PARTS
+        list(ACCURACY_PARTS),
+        "what to do: train the models, measure speed and memory",
+        nargs="+",
+        choices=ACCURACY_PARTS,
     )
     img_size: list[int] = flag(
-        [64, 224], "further image sizes for speed and memory, in pixels", type=positive, nargs="+", metavar="N"
+        [64, 224],
+        "image sizes for speed and memory in pixels, besides that of the recipe",
+        type=positive,
+        nargs="+",
+        metavar="N",
     )
     batch_size: int = flag(16, "images per step in the measurements", type=positive, metavar="N", short="-b")
     way: str = flag("optimized", "way to run inference", choices=("eager", "optimized", "compiled"))
@@ -160,7 +167,7 @@ class AccuracyConfig(BenchmarkConfig):
     device: str = flag("", "cpu or cuda (default: cuda if available, else cpu)", metavar="NAME")
     repeats: int = flag(7, "turns of each model in the measurements", type=positive, metavar="N")
     min_seconds: float = flag(
-        0.2, "least duration of a turn, in which shorter steps are repeated", type=above_zero, metavar="S"
+        0.2, "shortest duration of a turn; steps are repeated until it is reached", type=above_zero, metavar="S"
     )
     plot: str | None = flag(None, "plot of the results: .png, .pdf or .svg", metavar="FILE")
 
