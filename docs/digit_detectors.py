@@ -233,7 +233,7 @@ def draw(results: Path) -> None:
 
 
 def draw_detections(data: Path, results: Path, models: Sequence[str], count: int) -> None:
-    """Draws the first test images: a row with the true boxes, and a row for one detector of each model.
+    """Draws the true boxes of the first test images, and those of each model.
 
     Args:
         data: Folder of the data set.
@@ -316,7 +316,7 @@ def _check_models(models: Sequence[str]) -> None:
 
 
 def _digest(data: Path) -> str:
-    """Returns a checksum of the annotations of a data set, which determine its images."""
+    """Returns a checksum of the annotations, which determine the images."""
     annotations = [(data / f"{split}.json").read_bytes() for split in ("train", "val")]
     return hashlib.sha256(b"".join(annotations)).hexdigest()
 
@@ -338,7 +338,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _find_checkpoint(results: Path, model: str) -> Path:
-    """Returns the last checkpoint of the complete run of a model with the smallest seed.
+    """Returns the last checkpoint of a model, from the run of the smallest seed.
 
     Raises:
         CommandError: If there is no complete run.
@@ -362,7 +362,7 @@ def _write_accuracy(results: Path) -> None:
 
 
 def _print_means(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the mean accuracy of each model with its 95 % confidence interval, for runs with several seeds."""
+    """Prints the mean accuracy of each model with its 95 % interval."""
     scores: dict[str, list[float]] = {}
     for row in rows:
         scores.setdefault(row["model"], []).append(100 * row["map50_95"])
