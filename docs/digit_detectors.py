@@ -18,7 +18,6 @@ accuracy is that of the last epoch. The test images choose no epoch.
 
 import argparse
 import csv
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -33,6 +32,7 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # read when Ultralytics is i
 import torch
 
 from stvit.adapters.yolo import YOLO
+from stvit.hub.files import file_sha256
 from stvit.images import open_image
 from stvit.tools.benchmarks.accuracy import interval_of_means
 from stvit.tools.benchmarks.config import DetectorConfig
@@ -248,6 +248,7 @@ def draw_detections(data: Path, results: Path, models: Sequence[str], count: int
     coco = json.loads((folder / "val.json").read_text(encoding="utf-8"))
     images = coco["images"][:count]
     files = [folder / "images" / "val" / image["file_name"] for image in images]
+    pictures = [open_image(file) for file in files]
     rows = {"true boxes": [_true_boxes(coco, image["id"]) for image in images]}
     for model in models:
         detector = YOLO(_find_checkpoint(results, model))
@@ -260,8 +261,8 @@ def draw_detections(data: Path, results: Path, models: Sequence[str], count: int
     grid = figure.subplots(len(rows), len(files), squeeze=False)
     for axes_of_row, (title, boxes) in zip(grid, rows.items(), strict=True):
         axes_of_row[0].set_ylabel(title)
-        for axes, file, boxes_of_image in zip(axes_of_row, files, boxes, strict=True):
-            axes.imshow(open_image(file))
+        for axes, picture, boxes_of_image in zip(axes_of_row, pictures, boxes, strict=True):
+            axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
             for label, (left, top, right, bottom) in boxes_of_image:
                 axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec="yellow", lw=1))
@@ -315,10 +316,9 @@ def _check_models(models: Sequence[str]) -> None:
             raise CommandError(f"no model file {model}.yaml; correct --models") from error
 
 
-def _digest(data: Path) -> str:
-    """Returns a checksum of the annotations, which determine the images."""
-    annotations = [(data / f"{split}.json").read_bytes() for split in ("train", "val")]
-    return hashlib.sha256(b"".join(annotations)).hexdigest()
+def _digest(data: Path) -> list[str]:
+    """Returns checksums of the annotations, which determine the images."""
+    return [file_sha256(data / f"{split}.json") for split in ("train", "val")]
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -345,7 +345,7 @@ def _find_checkpoint(results: Path, model: str) -> Path:
     """
     runs = {int(path.parent.name.rpartition("-seed")[2]): path for path in results.glob(f"{model}-seed*/accuracy.json")}
     if not runs:
-        raise CommandError(f"{results} has no complete run of {model}; train it first, or leave it out with --models")
+        raise CommandError(f"{results} has no complete run of {model}; train it first or pass other --models")
     return runs[min(runs)].parent / "weights" / "resume.pt"
 
 

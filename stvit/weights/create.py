@@ -249,7 +249,7 @@ def check_source(
         try:
             check_packaged(cfg["file"])
         except WeightsFileError as error:
-            name = f"{model}.{cfg['tag']}" if cfg.get("tag") else model
+            name = Path(cfg["file"]).stem  # with the tag, as 'stvit_pico.cifar10'
             raise PretrainedError(f"{name}: cannot load the pretrained weights: {error}") from error
     try:
         elements = [count_elements(path) for path in _find_weight_files(cfg, cache_dir)]
