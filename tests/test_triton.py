@@ -40,6 +40,7 @@ from stvit.tools.benchmarks import kernels as benchmark_of_kernels
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -252,9 +253,17 @@ def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
 
     huge = torch.empty(1, 64, 2**13, 2**13, device="meta")
-    assert kernels()._index(huge) == tl.int64 and kernels()._index(huge[:, :31]) == tl.int32
-    monkeypatch.setattr(kernels(), "_index", lambda *tensors: tl.int64)
-    check(torch.randn(2, 150, 17, 9, device=DEVICE), (4, 4), 2)
+    layouts = [kernels()._Layout.of(x) for x in (huge, huge[:, :31])]
+    assert [kernels()._index(layout) for layout in layouts] == [tl.int64, tl.int32]
+    used: list[Any] = []
+
+    def index(*maps: Any) -> Any:
+        used.extend(maps)
+        return tl.int64
+
+    monkeypatch.setattr(kernels(), "_index", index)
+    check(torch.randn(2, 150, 17, 10, device=DEVICE), (4, 4), 2)  # no other test has prepared launches of this size
+    assert used
 
 
 @also_on_gpu
@@ -287,17 +296,10 @@ class Allocations(TorchDispatchMode):
         return made
 
 
-class NotLaunched:
-    """Replaces a kernel, because the interpreter allocates copies."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
 def test_no_large_tensor_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators allocate no padded or unfolded tensor, and the association has the dtype of the input."""
-    for name in ("mean", "associate_and_aggregate", "sum_tiles", "upsample"):
-        monkeypatch.setattr(kernels(), f"{name}_kernel", NotLaunched())
+    # The interpreter would allocate copies.
+    monkeypatch.setattr(kernels().Launch, "__call__", lambda self, *tensors: None)
     B, C, H, W, h = 2, 64, 39, 31, 8
     x = channels_last(torch.randn(B, C, H, W, device=DEVICE).to(torch.bfloat16))
     pixels, maps = 2 * B * C * H * W, 2 * 9 * B * H * W
@@ -609,7 +611,7 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
 def run(program: str, *arguments: str, **environment: str) -> list[str]:
     """Returns the output of a program in a new process, on a CPU without the interpreter."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
-    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", **environment}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True
     )
@@ -714,15 +716,9 @@ LAYER_KERNELS = {
 COMPILE = """
 import json, re, subprocess, sys, tempfile, torch, triton
 from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from tests.fake_driver import install
 
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-
-driver.set_active(Driver())
+install(int(sys.argv[1]))
 made, run = [], triton.JITFunction.run
 
 def compile(self, *args, grid, warmup, **kwargs):
@@ -740,8 +736,7 @@ def count_spilled_bytes(cubin):
     return int(re.search(r"STACK:(\\d+)", run.stdout + run.stderr)[1])
 
 triton.JITFunction.run = compile
-from stvit.ops import backends, kernels, layer_kernels, triton as backend
-backends.why_no_kernels = lambda *args: ""
+from stvit.ops import kernels, layer_kernels, triton as backend
 shapes = {
     "bfloat16": [(64, 56, 8, 8), (320, 14, 2, 2)],
     "float16": [(96, 50, 20, 7), (1, 5, 1, 1), (16, 13, 3, 5)],
@@ -772,7 +767,7 @@ for name, dim, size in sizes[:1] if "--few" in sys.argv else sizes:
     layer_kernels.activate(x, vector, vector, vector)
     layer_kernels.activate_backward(x, x, vector)
     layer_kernels.sum_rows(x.flatten(0, 2))
-kernels._index = lambda *tensors: triton.language.int64
+kernels._index = lambda *maps: triton.language.int64
 backend.associate_and_aggregate(x, h, w, 1, dtype)
 print(json.dumps(made))
 """

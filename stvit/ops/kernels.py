@@ -14,13 +14,14 @@ Shapes: as in stvit/ops/reference.py, and
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import block_of_channels, cdiv, next_power_of_2, on_its_device
+from stvit.ops.launch import LAUNCHES, Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2
 
 __all__ = [
     "IS_INTERPRETED",
@@ -389,7 +390,7 @@ def upsample_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches
+# Launches. The functions with `lru_cache` compute what depends on the shapes. They run once for each shape.
 
 IS_INTERPRETED = not isinstance(mean_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on a CPU
 
@@ -426,11 +427,23 @@ def _tile(h: int, w: int, C: int, *dtypes: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _index(*tensors: torch.Tensor | None) -> tl.dtype:
+class _Layout(NamedTuple):
+    """Shape and strides of a map (B, C, H, W)."""
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "_Layout":
+        """Returns the layout of x."""
+        return cls(x.shape, x.stride())  # type: ignore[arg-type]  # torch.Size is a tuple
+
+
+def _index(*maps: _Layout | None) -> tl.dtype:
     """Returns the dtype of offsets in one image: int32, or int64 if necessary."""
     spans = (
-        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        for x in tensors
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.strides[1:], strict=True))
+        for x in maps
         if x is not None
     )
     return tl.int32 if max(spans) < 2**31 else tl.int64
@@ -450,7 +463,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
-@on_its_device
 def mean(x: torch.Tensor, h: int, w: int, blocks: Mapping[str, int] | None = None) -> torch.Tensor:
     """Returns the mean of each cell.
 
@@ -463,29 +475,32 @@ def mean(x: torch.Tensor, h: int, w: int, blocks: Mapping[str, int] | None = Non
     Returns:
         Means (B, Hs, Ws, C).
     """
+    shape, launch = _prepare_mean(_Layout.of(x), h, w, freeze(blocks))
+    tokens = x.new_empty(shape)
+    launch(x, tokens)
+    return tokens
+
+
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_mean(x: _Layout, h: int, w: int, blocks: Blocks) -> tuple[tuple[int, int, int, int], Launch]:
+    """Returns the shape of the means, and the launch."""
     B, C, H, W = x.shape
     Hs, Ws = cdiv(H, h), cdiv(W, w)
-    tokens = x.new_empty(B, Hs, Ws, C)
-    blocks = blocks or {}
-    block_c = blocks.get("block_c", block_of_channels(C, 64))
-    block_p = blocks.get("block_p", min(next_power_of_2(h * w), 512 // block_c))
-    mean_kernel[(B * Hs * Ws, cdiv(C, block_c))](
-        x,
-        tokens,
-        H,
-        W,
-        Hs,
-        Ws,
-        C,
-        *x.stride(),
+    chosen = dict(blocks)
+    block_c = chosen.get("block_c", block_of_channels(C, 64))
+    launch = Launch(
+        mean_kernel,
+        (B * Hs * Ws, cdiv(C, block_c)),
+        *(H, W, Hs, Ws, C),
+        *x.strides,
         h=h,
         w=w,
-        BLOCK_P=block_p,
+        BLOCK_P=chosen.get("block_p", min(next_power_of_2(h * w), 512 // block_c)),
         BLOCK_C=block_c,
         INDEX=_index(x),
-        num_warps=blocks.get("num_warps", 1),
+        num_warps=chosen.get("num_warps", 1),
     )
-    return tokens
+    return (B, Hs, Ws, C), launch
 
 
 def associate_and_aggregate(
@@ -548,7 +563,17 @@ def aggregate(
     return _launch(pixels, None, association, h, w, pixels.dtype, weights=weights, dtype=dtype)[0]
 
 
-@on_its_device
+class _Pass(NamedTuple):
+    """One pass over the tiles: two launches and the shapes of what they write."""
+
+    tile_sums: tuple[int, int, int]
+    tile_weights: tuple[int, int]
+    weights: tuple[int, ...]
+    sums: tuple[int, int, int, int]
+    process_tiles: Launch
+    sum_tiles: Launch
+
+
 def _launch(
     pixels: torch.Tensor,
     tokens: torch.Tensor | None,
@@ -578,64 +603,89 @@ def _launch(
     Returns:
         Sums or means (B, Hs, Ws, C) and weights (B, Hs, Ws). Both are empty without `aggregates`.
     """
-    B, C, H, W = pixels.shape
-    Hs, Ws = cdiv(H, h), cdiv(W, w)
-    tile = _tile(h, w, C, pixels.dtype, compute)
-    cells, block_c = tile["TILE"], tile["BLOCK_C"]
-    tiles = B * cdiv(Hs, cells) * cdiv(Ws, cells)
-    slots = (cells + 2) ** 2
-    tile_sums = pixels.new_empty(tiles if aggregates else 0, slots, C, dtype=torch.float32)
-    tile_weights = pixels.new_empty(tiles if is_softmax else 0, slots, dtype=torch.float32)
-    blocks = cdiv(C, block_c)
-    associate_and_aggregate_kernel[(tiles, blocks if aggregates else 1)](
+    layout = None if association is None else _Layout.of(association)
+    has_tokens, reads_weights = tokens is not None, weights is not None
+    prepared = _prepare_pass(
+        *(_Layout.of(pixels), layout, h, w, pixels.dtype, compute, _precision(compute)),
+        *(has_tokens, is_softmax, aggregates, reads_weights),
+    )
+    tile_sums = pixels.new_empty(prepared.tile_sums, dtype=torch.float32)
+    tile_weights = pixels.new_empty(prepared.tile_weights, dtype=torch.float32)
+    prepared.process_tiles(
         pixels,
         pixels if tokens is None else tokens,
         pixels if association is None else association,
         tile_sums,
         tile_weights,
-        H,
-        W,
-        Hs,
-        Ws,
-        C,
-        *pixels.stride(),
-        *((0, 0, 0, 0) if association is None else association.stride()),
-        C**-0.5 / math.log(2),
-        **tile,
-        IS_ONE_BLOCK=blocks == 1,
-        ASSOCIATES=tokens is not None,
-        IS_SOFTMAX=is_softmax,
-        WRITES_ASSOCIATION=tokens is not None and association is not None,
-        AGGREGATES=aggregates,
-        INDEX=_index(pixels, association),
-        COMPUTE=DTYPES[compute],
-        PRECISION=_precision(compute),
     )
-    sums = pixels.new_empty(B, Hs, Ws, C, dtype=dtype) if aggregates else tile_sums
-    reads_weights = weights is not None
+    sums = pixels.new_empty(prepared.sums, dtype=dtype) if aggregates else tile_sums
     if weights is None:
-        weights = pixels.new_empty((B, Hs, Ws) if is_softmax else 0, dtype=torch.float32)
+        weights = pixels.new_empty(prepared.weights, dtype=torch.float32)
     if aggregates:
-        block_t = max(1, 2048 // block_c)
-        sum_tiles_kernel[(cdiv(B * Hs * Ws, block_t), blocks)](
-            tile_sums,
-            tile_weights,
-            weights,
-            sums,
-            B * Hs * Ws,
-            Hs,
-            Ws,
-            C,
-            TILE=cells,
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
-            SUMS_WEIGHTS=is_softmax,
-            READS_WEIGHTS=reads_weights,
-        )
+        prepared.sum_tiles(tile_sums, tile_weights, weights, sums)
     return sums, weights
 
 
-@on_its_device
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_pass(
+    pixels: _Layout,
+    association: _Layout | None,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    precision: str,
+    has_tokens: bool,
+    is_softmax: bool,
+    aggregates: bool,
+    reads_weights: bool,
+) -> _Pass:
+    """Returns the launches of `_launch`. `dtype` is that of the pixels."""
+    B, C, H, W = pixels.shape
+    Hs, Ws = cdiv(H, h), cdiv(W, w)
+    tile = _tile(h, w, C, dtype, compute)
+    cells, block_c = tile["TILE"], tile["BLOCK_C"]
+    tiles = B * cdiv(Hs, cells) * cdiv(Ws, cells)
+    slots = (cells + 2) ** 2
+    blocks = cdiv(C, block_c)
+    process_tiles = Launch(
+        associate_and_aggregate_kernel,
+        (tiles, blocks if aggregates else 1),
+        *(H, W, Hs, Ws, C),
+        *pixels.strides,
+        *((0, 0, 0, 0) if association is None else association.strides),
+        C**-0.5 / math.log(2),
+        **tile,
+        IS_ONE_BLOCK=blocks == 1,
+        ASSOCIATES=has_tokens,
+        IS_SOFTMAX=is_softmax,
+        WRITES_ASSOCIATION=has_tokens and association is not None,
+        AGGREGATES=aggregates,
+        INDEX=_index(pixels, association),
+        COMPUTE=DTYPES[compute],
+        PRECISION=precision,
+    )
+    block_t = max(1, 2048 // block_c)
+    sum_tiles = Launch(
+        sum_tiles_kernel,
+        (cdiv(B * Hs * Ws, block_t), blocks),
+        *(B * Hs * Ws, Hs, Ws, C),
+        TILE=cells,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        SUMS_WEIGHTS=is_softmax,
+        READS_WEIGHTS=reads_weights,
+    )
+    return _Pass(
+        tile_sums=(tiles if aggregates else 0, slots, C),
+        tile_weights=(tiles if is_softmax else 0, slots),
+        weights=(B, Hs, Ws) if is_softmax else (0,),
+        sums=(B, Hs, Ws, C),
+        process_tiles=process_tiles,
+        sum_tiles=sum_tiles,
+    )
+
+
 def upsample(
     tokens: torch.Tensor,
     association: torch.Tensor,
@@ -658,30 +708,50 @@ def upsample(
         residual: Map (B, H, W, C), contiguous, which may share its memory with `pixels`; None for zero.
         scale: Factor of each image, (B,); None for one.
     """
-    B, C, H, W = pixels.shape
-    Hs, Ws = tokens.shape[1:3]
-    tile = _tile(h, w, C, tokens.dtype, pixels.dtype)
-    grid = (B * cdiv(Hs, tile["TILE"]) * cdiv(Ws, tile["TILE"]), cdiv(C, tile["BLOCK_C"]))
-    upsample_kernel[grid](
+    has_weights, has_residual, has_scale = weights is not None, residual is not None, scale is not None
+    launch = _prepare_upsample(
+        *(_Layout.of(pixels), _Layout.of(association), h, w, pixels.dtype, tokens.dtype, _precision(tokens.dtype)),
+        *(has_weights, has_residual, has_scale),
+    )
+    launch(
         tokens,
         association,
         tokens if weights is None else weights,
         tokens if residual is None else residual,
         tokens if scale is None else scale,
         pixels,
-        H,
-        W,
-        Hs,
-        Ws,
-        C,
-        *association.stride(),
+    )
+
+
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_upsample(
+    pixels: _Layout,
+    association: _Layout,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    precision: str,
+    has_weights: bool,
+    has_residual: bool,
+    has_scale: bool,
+) -> Launch:
+    """Returns the launch of `upsample`. `dtype` is that of the pixels, and `compute` that of the tokens."""
+    B, C, H, W = pixels.shape
+    Hs, Ws = cdiv(H, h), cdiv(W, w)
+    tile = _tile(h, w, C, compute, dtype)
+    return Launch(
+        upsample_kernel,
+        (B * cdiv(Hs, tile["TILE"]) * cdiv(Ws, tile["TILE"]), cdiv(C, tile["BLOCK_C"])),
+        *(H, W, Hs, Ws, C),
+        *association.strides,
         **tile,
-        READS_WEIGHTS=weights is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_SCALE=scale is not None,
+        READS_WEIGHTS=has_weights,
+        HAS_RESIDUAL=has_residual,
+        HAS_SCALE=has_scale,
         INDEX=_index(pixels, association),
-        COMPUTE=DTYPES[tokens.dtype],
-        PRECISION=_precision(tokens.dtype),
+        COMPUTE=DTYPES[compute],
+        PRECISION=precision,
     )
 
 

@@ -14,12 +14,14 @@ Shapes:
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import block_of_channels, cdiv, next_power_of_2, on_its_device
+from stvit.ops.launch import LAUNCHES, Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2
 
 __all__ = ["activate", "activate_backward", "depthwise", "depthwise_backward", "norm_backward", "sum_rows"]
 
@@ -507,7 +509,8 @@ def sum_rows_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches. `blocks` replaces the block sizes, for measurements.
+# Launches. The functions with `lru_cache` compute what depends on the shapes. They run once for each shape.
+# `blocks` replaces the block sizes, for measurements.
 
 
 # The defaults were the fastest of those measured on an H200, see docs/benchmarks/gpu.md.
@@ -515,9 +518,26 @@ def sum_rows_kernel(
 PROGRAMS = 1024  # enough to fill a large GPU; strips become shorter to reach it
 
 
-def _strips(x: torch.Tensor, width: int, blocks: Mapping[str, int], block_s: int, block_c: int) -> tuple[int, int]:
-    """Returns the number of strips in a batch and their height in rows."""
-    B, H, W, C = x.shape
+class _Sums(NamedTuple):
+    """A launch whose programs write partial sums, and the shape of these sums."""
+
+    launch: Launch
+    sums: tuple[int, ...]
+
+
+def _strips(
+    shape: tuple[int, ...], width: int, blocks: Mapping[str, int], block_s: int, block_c: int
+) -> tuple[int, int]:
+    """Returns the number of strips in a batch and their height in rows.
+
+    Args:
+        shape: Shape (B, H, W, C) of the map.
+        width: Width of a strip in pixels.
+        blocks: `rows`, optional.
+        block_s: Strips of a program.
+        block_c: Channels of a program.
+    """
+    B, H, W, C = shape
     columns = B * cdiv(W, width)
     rows = blocks.get("rows", 0)
     if not rows:
@@ -527,7 +547,17 @@ def _strips(x: torch.Tensor, width: int, blocks: Mapping[str, int], block_s: int
     return columns * cdiv(H, rows), rows
 
 
-@on_its_device
+def _share_rows(P: int, block_r: int, max_programs: int) -> tuple[int, int]:
+    """Shares blocks of rows of a matrix (P, C) among programs.
+
+    Returns:
+        The number of programs and the number of blocks of each program.
+    """
+    blocks = cdiv(P, block_r)
+    steps = cdiv(blocks, max_programs)
+    return cdiv(blocks, steps), steps
+
+
 def depthwise(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -553,42 +583,45 @@ def depthwise(
     Returns:
         Two maps (B, H, W, C). Without `norm` the second is the first.
     """
-    C = x.shape[3]
-    blocks = blocks or {}
-    block_c = next_power_of_2(max(16, C)) if norm else blocks.get("block_c", block_of_channels(C, 128))
-    block_s = blocks.get("block_s", max(1, (512 if norm else 256) // block_c))
-    per_warp = 256 if norm and C > 128 and x.itemsize == 2 else 128  # 256 spills registers with few channels
-    strips, rows = _strips(x, FORWARD_WIDTH, blocks, block_s, block_c)
     y = torch.empty_like(x)
     normalized = torch.empty_like(x) if norm else y
     norm_weight, norm_bias, eps = norm or (bias, bias, 0.0)
-    depthwise_kernel[(cdiv(strips, block_s), cdiv(C, block_c))](
-        x,
-        weight,
-        bias,
-        y,
-        norm_weight,
-        norm_bias,
-        normalized,
-        bias if shift is None else shift,
-        x.shape[1],
-        x.shape[2],
-        C,
-        strips,
-        rows,
-        eps,
-        HAS_GELU=has_gelu,
-        HAS_NORM=norm is not None,
-        HAS_SHIFT=shift is not None,
-        IS_EXACT=x.dtype == torch.float32,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", max(1, block_s * block_c // per_warp)),
-    )
+    has_norm, has_shift = norm is not None, shift is not None
+    launch = _prepare_depthwise(x.shape, x.dtype, eps, has_gelu, has_norm, has_shift, freeze(blocks))
+    launch(x, weight, bias, y, norm_weight, norm_bias, normalized, bias if shift is None else shift)
     return y, normalized
 
 
-@on_its_device
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_depthwise(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    has_gelu: bool,
+    has_norm: bool,
+    has_shift: bool,
+    blocks: Blocks,
+) -> Launch:
+    _, H, W, C = shape
+    chosen = dict(blocks)
+    block_c = next_power_of_2(max(16, C)) if has_norm else chosen.get("block_c", block_of_channels(C, 128))
+    block_s = chosen.get("block_s", max(1, (512 if has_norm else 256) // block_c))
+    per_warp = 256 if has_norm and C > 128 and dtype.itemsize == 2 else 128  # 256 spills registers with few channels
+    strips, rows = _strips(shape, FORWARD_WIDTH, chosen, block_s, block_c)
+    return Launch(
+        depthwise_kernel,
+        (cdiv(strips, block_s), cdiv(C, block_c)),
+        *(H, W, C, strips, rows, eps),
+        HAS_GELU=has_gelu,
+        HAS_NORM=has_norm,
+        HAS_SHIFT=has_shift,
+        IS_EXACT=dtype == torch.float32,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", max(1, block_s * block_c // per_warp)),
+    )
+
+
 def depthwise_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -609,35 +642,34 @@ def depthwise_backward(
         The gradient of x, (B, H, W, C), and eleven sums (11, C) in float32: the gradients of the nine weights and of
         the bias, and the sum of the gradient of x over all pixels.
     """
-    C = x.shape[3]
-    blocks = blocks or {}
-    block_c = blocks.get("block_c", block_of_channels(C, 64))
-    block_s = blocks.get("block_s", max(1, 256 // block_c))
-    strips, rows = _strips(x, BACKWARD_WIDTH, blocks, block_s, block_c)
-    programs = cdiv(strips, block_s)
+    launch, shape = _prepare_depthwise_backward(x.shape, x.dtype, has_gelu, freeze(blocks))
     grad_x = torch.empty_like(x)
-    sums = x.new_empty(11, programs, C, dtype=torch.float32)
-    depthwise_backward_kernel[(programs, cdiv(C, block_c))](
-        grad,
-        x,
-        weight,
-        grad_x,
-        sums,
-        x.shape[1],
-        x.shape[2],
-        C,
-        strips,
-        rows,
-        HAS_GELU=has_gelu,
-        IS_EXACT=x.dtype == torch.float32,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", 4),
-    )
+    sums = x.new_empty(shape, dtype=torch.float32)
+    launch(grad, x, weight, grad_x, sums)
     return grad_x, sums.sum(1)
 
 
-@on_its_device
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_depthwise_backward(shape: tuple[int, ...], dtype: torch.dtype, has_gelu: bool, blocks: Blocks) -> _Sums:
+    _, H, W, C = shape
+    chosen = dict(blocks)
+    block_c = chosen.get("block_c", block_of_channels(C, 64))
+    block_s = chosen.get("block_s", max(1, 256 // block_c))
+    strips, rows = _strips(shape, BACKWARD_WIDTH, chosen, block_s, block_c)
+    programs = cdiv(strips, block_s)
+    launch = Launch(
+        depthwise_backward_kernel,
+        (programs, cdiv(C, block_c)),
+        *(H, W, C, strips, rows),
+        HAS_GELU=has_gelu,
+        IS_EXACT=dtype == torch.float32,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", 4),
+    )
+    return _Sums(launch, (11, programs, C))
+
+
 def norm_backward(
     grad: torch.Tensor,
     grad_y: torch.Tensor | None,
@@ -661,43 +693,31 @@ def norm_backward(
         sum of the gradient of y over all pixels.
     """
     C = y.shape[3]
-    blocks = blocks or {}
-    block_c = next_power_of_2(max(16, C))
-    block_r = blocks.get("block_r", max(1, 2048 // block_c))
-    programs, steps = _share_rows(y, block_r, blocks.get("programs", 528))
+    launch, shape = _prepare_norm_backward(y.numel() // C, C, eps, grad_y is not None, freeze(blocks))
     grad_x = torch.empty_like(y)
-    sums = y.new_empty(3, programs, C, dtype=torch.float32)
-    norm_backward_kernel[(programs,)](
-        grad,
-        grad if grad_y is None else grad_y,
-        y,
-        weight,
-        grad_x,
-        sums,
-        y.numel() // C,
-        C,
-        eps,
-        steps,
-        HAS_GRAD_Y=grad_y is not None,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", 4),
-    )
+    sums = y.new_empty(shape, dtype=torch.float32)
+    launch(grad, grad if grad_y is None else grad_y, y, weight, grad_x, sums)
     return grad_x, sums.sum(1)
 
 
-def _share_rows(x: torch.Tensor, block_r: int, max_programs: int) -> tuple[int, int]:
-    """Shares blocks of rows among programs.
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_norm_backward(P: int, C: int, eps: float, has_grad_y: bool, blocks: Blocks) -> _Sums:
+    chosen = dict(blocks)
+    block_c = next_power_of_2(max(16, C))
+    block_r = chosen.get("block_r", max(1, 2048 // block_c))
+    programs, steps = _share_rows(P, block_r, chosen.get("programs", 528))
+    launch = Launch(
+        norm_backward_kernel,
+        (programs,),
+        *(P, C, eps, steps),
+        HAS_GRAD_Y=has_grad_y,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", 4),
+    )
+    return _Sums(launch, (3, programs, C))
 
-    Returns:
-        The number of programs and the number of blocks of each program.
-    """
-    blocks = cdiv(x.numel() // x.shape[-1], block_r)
-    steps = cdiv(blocks, max_programs)
-    return cdiv(blocks, steps), steps
 
-
-@on_its_device
 def activate(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -715,30 +735,35 @@ def activate(
         blocks: `block_r`, `block_c` and `num_warps`, each optional.
     """
     C = x.shape[3]
-    blocks = blocks or {}
-    block_c = blocks.get("block_c", block_of_channels(C, 128))
-    block_r = blocks.get("block_r", max(1, 2048 // block_c))
-    P = x.numel() // C
+    launch = _prepare_activate(x.numel() // C, C, x.dtype, bias is not None, scale is not None, freeze(blocks))
     y = torch.empty_like(x)
-    activate_kernel[(cdiv(P, block_r), cdiv(C, block_c))](
-        x,
-        x if bias is None else bias,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        y,
-        P,
-        C,
-        HAS_BIAS=bias is not None,
-        HAS_AFFINE=scale is not None,
-        IS_EXACT=x.dtype == torch.float32,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", 4),
-    )
+    launch(x, x if bias is None else bias, x if scale is None else scale, x if shift is None else shift, y)
     return y
 
 
-@on_its_device
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_activate(P: int, C: int, dtype: torch.dtype, has_bias: bool, has_affine: bool, blocks: Blocks) -> Launch:
+    chosen = dict(blocks)
+    block_c, block_r = _row_blocks(C, chosen)
+    return Launch(
+        activate_kernel,
+        (cdiv(P, block_r), cdiv(C, block_c)),
+        *(P, C),
+        HAS_BIAS=has_bias,
+        HAS_AFFINE=has_affine,
+        IS_EXACT=dtype == torch.float32,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", 4),
+    )
+
+
+def _row_blocks(C: int, blocks: Mapping[str, int]) -> tuple[int, int]:
+    """Returns the number of channels and of rows in a block of a matrix with C columns."""
+    block_c = blocks.get("block_c", block_of_channels(C, 128))
+    return block_c, blocks.get("block_r", max(1, 2048 // block_c))
+
+
 def activate_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, blocks: Mapping[str, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -754,31 +779,31 @@ def activate_backward(
         The gradient of x, (B, H, W, C), and its sum over all pixels, (C,) in float32.
     """
     C = x.shape[3]
-    blocks = blocks or {}
-    block_c = blocks.get("block_c", block_of_channels(C, 128))
-    block_r = blocks.get("block_r", max(1, 2048 // block_c))
-    programs, steps = _share_rows(x, block_r, blocks.get("programs", 1056))
+    launch, shape = _prepare_activate_backward(x.numel() // C, C, x.dtype, bias is not None, freeze(blocks))
     grad_x = torch.empty_like(x)
-    sums = x.new_empty(programs, C, dtype=torch.float32)
-    activate_backward_kernel[(programs, cdiv(C, block_c))](
-        grad,
-        x,
-        x if bias is None else bias,
-        grad_x,
-        sums,
-        x.numel() // C,
-        C,
-        steps,
-        HAS_BIAS=bias is not None,
-        IS_EXACT=x.dtype == torch.float32,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=blocks.get("num_warps", 4),
-    )
+    sums = x.new_empty(shape, dtype=torch.float32)
+    launch(grad, x, x if bias is None else bias, grad_x, sums)
     return grad_x, sums.sum(0)
 
 
-@on_its_device
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_activate_backward(P: int, C: int, dtype: torch.dtype, has_bias: bool, blocks: Blocks) -> _Sums:
+    chosen = dict(blocks)
+    block_c, block_r = _row_blocks(C, chosen)
+    programs, steps = _share_rows(P, block_r, chosen.get("programs", 1056))
+    launch = Launch(
+        activate_backward_kernel,
+        (programs, cdiv(C, block_c)),
+        *(P, C, steps),
+        HAS_BIAS=has_bias,
+        IS_EXACT=dtype == torch.float32,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", 4),
+    )
+    return _Sums(launch, (programs, C))
+
+
 def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.Tensor:
     """Returns the sum of the rows of a matrix (P, C) as (C,) in float32.
 
@@ -786,13 +811,23 @@ def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.
         x: Contiguous matrix.
         blocks: `block_r`, `block_c`, `programs` and `num_warps`, each optional.
     """
-    P, C = x.shape
-    blocks = blocks or {}
-    block_c = blocks.get("block_c", block_of_channels(C, 128))
-    block_r = blocks.get("block_r", max(1, 2048 // block_c))
-    programs, steps = _share_rows(x, block_r, blocks.get("programs", 1056))
-    sums = x.new_empty(programs, C, dtype=torch.float32)
-    sum_rows_kernel[(programs, cdiv(C, block_c))](
-        x, sums, P, C, steps, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=blocks.get("num_warps", 4)
-    )
+    launch, shape = _prepare_sum_rows(*x.shape, freeze(blocks))
+    sums = x.new_empty(shape, dtype=torch.float32)
+    launch(x, sums)
     return sums.sum(0)
+
+
+@lru_cache(maxsize=LAUNCHES)
+def _prepare_sum_rows(P: int, C: int, blocks: Blocks) -> _Sums:
+    chosen = dict(blocks)
+    block_c, block_r = _row_blocks(C, chosen)
+    programs, steps = _share_rows(P, block_r, chosen.get("programs", 1056))
+    launch = Launch(
+        sum_rows_kernel,
+        (programs, cdiv(C, block_c)),
+        *(P, C, steps),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=chosen.get("num_warps", 4),
+    )
+    return _Sums(launch, (programs, C))
