@@ -9,7 +9,7 @@ Shapes: as in stvit/stvit.py
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from stvit.cuda_graphs import use_cuda_graphs
-from stvit.ops import SuperTokenAttention, layers, sample_super_tokens
-from stvit.ops.backends import describe_context, import_kernels, is_autocast
+from stvit.ops import SuperTokenAttention, layers, triton
+from stvit.ops.backends import choose_backend, describe_context, import_kernels, is_autocast
 from stvit.stvit import (
     ConvMlp,
     ResidualDepthwiseConv,
@@ -465,41 +465,39 @@ class OptimizedBlock(STViTBlock):
         if torch.jit.is_tracing():  # a trace records comparisons of sizes
             return super()._forward(x)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy):
-            return super()._forward(x) if self.why_not_in_place(x) else self._in_place(x)
-        # The complete check takes longer than a kernel. It runs again when something that it depends on has changed.
-        state = self._state(x)
-        if self.__dict__.get("_checked_state") != state:
-            self.__dict__.pop("_watched", None)
-            self.__dict__["_is_in_place"] = not self.why_not_in_place(x)
-            self.__dict__["_checked_state"] = self._state(x)
-        return self._in_place(x) if self.__dict__["_is_in_place"] else super()._forward(x)
+            if self.why_not_in_place(x):
+                return super()._forward(x)
+            with torch.no_grad():
+                return self._in_place(x)
+        return self._in_place(x) if self._may_add_in_place(x) else super()._forward(x)
 
-    def _state(self, x: torch.Tensor) -> tuple[Any, ...]:
-        """Returns all that the result of `why_not_in_place` without gradients depends on."""
-        modules = self.__dict__.get("_watched")
-        if modules is None:
-            modules = self.__dict__["_watched"] = tuple(self.modules())
-        return (
+    def _may_add_in_place(self, x: torch.Tensor) -> bool:
+        """Returns whether `why_not_in_place` returns "", without gradients.
+
+        The complete check takes longer than a kernel. It runs again when something that it depends on has changed.
+        """
+        context = (
             x.dtype,
             x.device,
             x.dim() == 4 and x.numel() > 0,
             is_autocast(x),
             describe_context(),
             layers.has_global_hooks(),
-            [
-                (type(m), m._modules.copy(), "forward" in m.__dict__)
-                if not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-                else object()  # differs from every other state
-                for m in modules
-            ],
         )
+        checked: _Checked | None = self.__dict__.get("_checked")
+        if checked is None or checked.context != context or not all(seen.is_unchanged() for seen in checked.modules):
+            modules = [_SeenModule.of(module) for module in self.modules()]
+            checked = self.__dict__["_checked"] = _Checked(context, modules, not self.why_not_in_place(x))
+            if not all(seen.is_unchanged() for seen in modules):  # there are hooks, and removing them is a change
+                del self.__dict__["_checked"]
+        return checked.may_add
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "OptimizedBlock":
-        self.__dict__.pop("_checked_state", None)  # the parameters may move or change their dtype
+        self.__dict__.pop("_checked", None)  # the parameters may move or change their dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_watched", "_checked_state")}
+        return {key: value for key, value in self.__dict__.items() if key != "_checked"}
 
     @torch.jit.unused
     def why_not_in_place(self, x: torch.Tensor) -> str:
@@ -521,9 +519,10 @@ class OptimizedBlock(STViTBlock):
             return "the attention or the MLP is not plain"
         if not layers.is_pointwise(self.attn.proj) or not layers.is_pointwise(self.attn.qkv):
             return "a projection of the attention is not plain"
+        if choose_backend(self.attn.backend, x) == "reference":
+            return "the backend of the attention is the reference"
         return self.why_not_fused(x) or self.mlp.why_not_fused(x)
 
-    @torch.no_grad()
     def _in_place(self, x: torch.Tensor) -> torch.Tensor:
         kernels = import_kernels(x, "stvit.ops.layer_kernels")
         cpe, norm, attn, mlp = self.cpe.conv, self.norm1, self.attn, self.mlp
@@ -534,21 +533,77 @@ class OptimizedBlock(STViTBlock):
             norm=(norm.weight, norm.bias, norm.eps),
             shift=self.shift,
         )  # (B, H, W, C) each
-        normalized = normalized.permute(0, 3, 1, 2)
-        rows = y.flatten(0, 2)  # (B * H * W, C), shares its memory with y
+        B, H, W, C = y.shape
+        rows = y.view(-1, C)  # (B * H * W, C), shares its memory with y
         if attn.stoken_size == (1, 1):
-            mixed = attn.mix(normalized).permute(0, 2, 3, 1).flatten(0, 2)
-            rows.addmm_(mixed, attn.proj.weight.flatten(1).t())
+            rows.addmm_(self._attend(normalized), attn.proj.weight.view(C, C).t())
         else:
             h, w = attn.stoken_size
-            tokens, association = sample_super_tokens(normalized, (h, w), attn.n_iter, attn.backend)
-            tokens = attn.attend(tokens).permute(0, 2, 3, 1).contiguous()
-            pixels = y.permute(0, 3, 1, 2)
-            import_kernels(x, "stvit.ops.kernels").upsample(tokens, association, None, pixels, h, w, residual=y)
-        hidden = F.linear(rows, mlp.fc1.weight.flatten(1), self.fc1_bias).unflatten(0, y.shape[:3])
+            pixels = normalized.permute(0, 3, 1, 2)
+            tokens, association, _ = triton.run_sampling(pixels, h, w, attn.n_iter, x.dtype)
+            tokens = tokens.permute(0, 2, 3, 1)  # (B, Hs, Ws, C), contiguous
+            attended = F.linear(self._attend(tokens), attn.proj.weight.view(C, C), attn.proj.bias).view(tokens.shape)
+            upsample = import_kernels(x, "stvit.ops.kernels").upsample
+            upsample(attended, association, None, y.permute(0, 3, 1, 2), h, w, residual=y)
+        hidden = F.linear(rows, mlp.fc1.weight.view(-1, C), self.fc1_bias).view(B, H, W, -1)
         hidden, _ = kernels.depthwise(hidden, mlp.conv.conv.weight, mlp.conv.conv.bias, has_gelu=True)
-        rows.addmm_(hidden.flatten(0, 2), mlp.fc2.weight.flatten(1).t())
+        rows.addmm_(hidden.view(rows.shape[0], -1), mlp.fc2.weight.view(C, -1).t())
         return y.permute(0, 3, 1, 2)
+
+    def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the attention among tokens before its projection.
+
+        Args:
+            tokens: Tokens (B, Hs, Ws, C), contiguous.
+
+        Returns:
+            Matrix (B * Hs * Ws, C).
+        """
+        B, Hs, Ws, C = tokens.shape
+        qkv = F.linear(tokens.view(-1, C), self.attn.qkv.weight.view(-1, C), self.attn.qkv.bias)
+        mixed = self.attn.mix_heads(*self.attn.split_heads(qkv.view(B, Hs * Ws, -1)))
+        return mixed.reshape(-1, C)
+
+
+class _SeenModule(NamedTuple):
+    """State of a module at the time of a check."""
+
+    attributes: dict[str, Any]  # the module's own, which change with it
+    module: nn.Module
+    kind: type[nn.Module]
+    children: dict[str, nn.Module | None]
+    backend: str | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_SeenModule":
+        """Returns the present state of a module."""
+        attributes = module.__dict__
+        return cls(attributes, module, type(module), module._modules.copy(), attributes.get("backend"))
+
+    def is_unchanged(self) -> bool:
+        """Returns whether the module is in the same state and has no hooks.
+
+        The state is its class, its children and its backend.
+        """
+        now = self.attributes
+        return not (
+            now["_forward_hooks"]
+            or now["_forward_pre_hooks"]
+            or now["_backward_hooks"]
+            or now["_backward_pre_hooks"]
+            or "forward" in now
+            or type(self.module) is not self.kind
+            or now["_modules"] != self.children
+            or now.get("backend") != self.backend
+        )
+
+
+class _Checked(NamedTuple):
+    """Result of a check, and what it depends on."""
+
+    context: tuple[Any, ...]
+    modules: list[_SeenModule]
+    may_add: bool
 
 
 class OptimizedStem(Stem):

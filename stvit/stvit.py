@@ -148,15 +148,16 @@ class ResidualDepthwiseConv(nn.Module):
         return x + self.conv(x)
 
     @torch.jit.unused
-    def why_not_fused(self, x: torch.Tensor) -> str:
+    def why_not_fused(self, x: torch.Tensor, others: tuple[torch.Tensor, ...] = ()) -> str:
         """Returns why the layers are called one by one, or "" if one kernel runs.
 
         Args:
             x: Input (B, C, H, W).
+            others: Further parameters of the kernel.
         """
         if not layers.is_depthwise(self.conv):
             return "the convolution is not a plain depthwise 3x3 convolution"
-        reason = layers.why_not_fused(x, self.backend, (self.conv.weight, self.conv.bias))
+        reason = layers.why_not_fused(x, self.backend, (self.conv.weight, self.conv.bias, *others))
         return reason or layers.why_not_residual(x)
 
 
@@ -326,8 +327,7 @@ class STViTBlock(nn.Module):
             return "the normalization is not a plain LayerNorm2d with weight and bias"
         if not layers.is_plain(self.cpe, *self._position_types):
             return "the position encoding is not a plain ResidualDepthwiseConv"
-        reason = layers.why_not_fused(x, self.cpe.backend, (norm.weight, norm.bias))
-        return reason or self.cpe.why_not_fused(x)
+        return self.cpe.why_not_fused(x, (norm.weight, norm.bias))
 
     def _add_attention(self, x: torch.Tensor, normalized: torch.Tensor) -> torch.Tensor:
         """Adds the attention branch to x.

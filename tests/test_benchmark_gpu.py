@@ -84,10 +84,14 @@ def test_everything_runs_on_a_cpu_without_installation(tmp_path: Path) -> None:
     for name in ("inference_optimized", "training_eager"):
         header, *lines = (output / f"profile_{name}.txt").read_text().splitlines()
         assert header.startswith("test_stvit, ") and any(line.startswith("command: stvit") for line in lines)
-        top = lines[lines.index(next(line for line in lines if line.endswith("  name"))) + 1 :]
-        assert len(top) == 25 and "aten::" in top[0]
-        milliseconds = [float(line.split()[0]) for line in top]
-        assert milliseconds == sorted(milliseconds, reverse=True) and milliseconds[0] > 0
+        titles = [i for i, line in enumerate(lines) if line.endswith("  name")]
+        host = next(i for i, line in enumerate(lines) if line.startswith("The host queues a step in "))
+        kernels, functions = lines[titles[0] + 1 : host - 1], lines[titles[1] + 1 :]
+        for top in (kernels, functions):
+            milliseconds = [float(line.split()[0]) for line in top]
+            assert len(top) == 25 and milliseconds == sorted(milliseconds, reverse=True) and milliseconds[0] > 0
+        assert "aten::" in kernels[0]
+        assert any(re.search(r"nn/modules/module.py:\d+$", line) for line in functions)
 
 
 @pytest.mark.long

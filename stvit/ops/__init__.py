@@ -238,12 +238,20 @@ class SuperTokenAttention(nn.Module):
         """Returns the attention before its projection, (B, dim, Hs, Ws)."""
         B, C, Hs, Ws = tokens.shape
         q, k, v = self.project(tokens)  # (B, heads, Hs * Ws, dim / heads)
+        return self.mix_heads(q, k, v).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
+
+    def mix_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Applies attention to queries, keys and values, (B, heads, S, d) each.
+
+        Returns:
+            The weighted values (B, S, heads, d).
+        """
         if self.fused_attn and (torch.jit.is_scripting() or not (self.training and _is_slow_to_train(q))):
             tokens = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
-            attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Hs * Ws, Hs * Ws)
+            attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, S, S)
             tokens = self.attn_drop(attn.softmax(dim=-1)) @ v
-        return tokens.transpose(1, 2).reshape(B, Hs, Ws, C).permute(0, 3, 1, 2)
+        return tokens.transpose(1, 2)
 
     def project(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Projects tokens to queries, keys and values.
@@ -260,7 +268,14 @@ class SuperTokenAttention(nn.Module):
             qkv = self.qkv(tokens)
         else:
             qkv = layers.pointwise(self.qkv, tokens)
-        qkv = qkv.flatten(2).transpose(1, 2).contiguous()  # (B, Hs * Ws, 3 * dim)
+        return self.split_heads(qkv.flatten(2).transpose(1, 2).contiguous())
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Splits projected tokens (B, S, 3 * dim) into queries, keys and values.
+
+        Returns:
+            Three tensors (B, heads, S, dim / heads).
+        """
         qkv = qkv.unflatten(2, (self.num_heads, 3 * self.dim // self.num_heads)).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=3)
         return q, k, v

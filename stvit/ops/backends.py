@@ -123,7 +123,10 @@ def import_kernels(x: torch.Tensor, module: str) -> ModuleType:
             f"the Triton operators cannot run: {reason}; if this is an exported program, export it again with "
             "STVIT_OPS_BACKEND=reference"
         )
-    return import_module(module)
+    return _import(module)
+
+
+_import = cache(import_module)  # the first import is slow; the search for an imported module also takes time
 
 
 def _why_not_operators(x: torch.Tensor) -> str:

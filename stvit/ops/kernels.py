@@ -736,7 +736,10 @@ def _prepare_upsample(
     has_residual: bool,
     has_scale: bool,
 ) -> Launch:
-    """Returns the launch of `upsample`. `dtype` is that of the pixels, and `compute` that of the tokens."""
+    """Returns the launch of `upsample`.
+
+    `dtype` is that of the pixels, and `compute` that of the tokens.
+    """
     B, C, H, W = pixels.shape
     Hs, Ws = cdiv(H, h), cdiv(W, w)
     tile = _tile(h, w, C, compute, dtype)

@@ -759,7 +759,10 @@ def _prepare_activate(P: int, C: int, dtype: torch.dtype, has_bias: bool, has_af
 
 
 def _row_blocks(C: int, blocks: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the number of channels and of rows in a block of a matrix with C columns."""
+    """Returns the channels and the rows of a block.
+
+    C is the number of columns of the whole matrix.
+    """
     block_c = blocks.get("block_c", block_of_channels(C, 128))
     return block_c, blocks.get("block_r", max(1, 2048 // block_c))
 

@@ -25,7 +25,7 @@ import torch
 from stvit.ops.backends import compute_dtype, import_kernels
 from stvit.ops.operators import operator
 
-__all__ = ["add_super_tokens", "sample_super_tokens", "upsample_super_tokens"]
+__all__ = ["add_super_tokens", "run_sampling", "sample_super_tokens", "upsample_super_tokens"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators, which torch.compile, export and autocast see as a whole
@@ -56,7 +56,17 @@ def _new_map(like: torch.Tensor, B: int, C: int, H: int, W: int, dtype: torch.dt
 def associate_and_aggregate(
     x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Samples super tokens, see `run_sampling`."""
+    return run_sampling(x, h, w, n_iter, dtype)
+
+
+def run_sampling(
+    x: torch.Tensor, h: int, w: int, n_iter: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Samples super tokens: `n_iter` rounds of association and aggregation.
+
+    This function runs the kernels directly. The operator `associate_and_aggregate` also has gradients, and PyTorch can
+    compile it.
 
     Args:
         x: Pixels (B, C, H, W).

@@ -3,10 +3,13 @@
 Each runs in a process of its own.
 """
 
+import cProfile
 import gc
+import pstats
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +97,10 @@ class PreparedStep:
         return times
 
     def profile(self, steps: int = 3, rows: int = 25) -> str:
-        """Returns a table of the slowest kernels, or of operators on a CPU."""
+        """Returns tables of the slowest kernels and of the slowest Python functions.
+
+        On a CPU, the first table contains operators. If the host queues a step more slowly than the kernels run, the second table shows why.
+        """
         assert self._step is not None
         is_gpu = self.device.type == "cuda"
         self._step()
@@ -126,11 +132,47 @@ class PreparedStep:
         ]
         for ms, count, name in sorted(timed, reverse=True)[:rows]:
             lines.append(f"{ms:9.3f}  {ms / max(total, 1e-9):6.1%}  {count:6g}  {name[:160]}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._profile_host(steps, rows)])
+
+    def _profile_host(self, steps: int, rows: int) -> list[str]:
+        """Returns a table of the Python functions that take the most time themselves."""
+        assert self._step is not None
+        queued = []
+        profiler = cProfile.Profile()
+        # Gradients are computed in this thread, because the profiler does not see others.
+        with torch.autograd.set_multithreading_enabled(False):
+            for _ in range(steps):
+                synchronize(self.device)
+                start = time.perf_counter()
+                self._step()
+                queued.append(time.perf_counter() - start)
+            for _ in range(steps):
+                synchronize(self.device)
+                profiler.runcall(self._step)
+        synchronize(self.device)
+        self._empty_cache()
+        functions = [
+            (1e3 * seconds / steps, calls / steps, _name_function(*key))
+            for key, (_, calls, seconds, *_) in pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+        ]
+        total = sum(ms for ms, _, _ in functions)
+        lines = [
+            f"The host queues a step in {1e3 * min(queued):.2f} ms. Python functions, {total:.2f} ms while profiled:",
+            "",
+            f"{'ms':>9}  {'share':>6}  {'count':>6}  name",
+        ]
+        for ms, count, name in sorted(functions, reverse=True)[:rows]:
+            lines.append(f"{ms:9.3f}  {ms / max(total, 1e-9):6.1%}  {count:6g}  {name}")
+        return lines
 
     def _empty_cache(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _name_function(path: str, line: int, name: str) -> str:
+    """Returns the name of a profiled function, with the end of its path."""
+    return name if path == "~" else f"{name}  {'/'.join(Path(path).parts[-3:])}:{line}"
 
 
 def prepare_inference(
