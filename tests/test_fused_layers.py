@@ -535,8 +535,16 @@ def test_optimized_copy_does_not_change_its_input() -> None:
     assert torch.equal(x, before)
 
 
-def test_optimized_copy_notices_changes() -> None:
-    """A hook, a replaced layer and a cast are noticed after the first call, also in a copy."""
+def test_optimized_copy_notices_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook, a replaced layer, a cast and another backend are noticed after the first call, also in a copy."""
+    calls: list[int] = []
+    add_in_place = OptimizedBlock._in_place
+
+    def count(self: OptimizedBlock, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return add_in_place(self, x)
+
+    monkeypatch.setattr(OptimizedBlock, "_in_place", count)
     optimized = copy.deepcopy(stvit.optimize_for_inference(make_model()[0].eval()))
     block = optimized.stages[0].blocks[0]
     x = draw(1, block.shift.numel(), 5, 6)
@@ -556,6 +564,17 @@ def test_optimized_copy_notices_changes() -> None:
         assert error(block(x), expected) > 1e-3
         block.mlp.act.act = nn.GELU()
         assert torch.equal(block(x), expected)
+        for module in (block.attn, block.cpe):
+            module.backend = "reference"
+            assert "reference" in block.why_not_in_place(x)
+            launched = calls.copy()
+            assert error(block(x), expected) < 1e-5
+            assert calls == launched
+            module.backend = "auto"
+            assert torch.equal(block(x), expected)
+            assert calls != launched
+        block.attn.fused_attn = False
+        assert error(block(x), expected) < 1e-5
 
 
 @pytest.mark.long

@@ -99,7 +99,8 @@ class PreparedStep:
     def profile(self, steps: int = 3, rows: int = 25) -> str:
         """Returns tables of the slowest kernels and of the slowest Python functions.
 
-        On a CPU, the first table contains operators. If the host queues a step more slowly than the kernels run, the second table shows why.
+        On a CPU, the first table contains operators. The second table shows why the host may queue a step more slowly
+        than the kernels run.
         """
         assert self._step is not None
         is_gpu = self.device.type == "cuda"
