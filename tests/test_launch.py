@@ -58,10 +58,10 @@ STEPS = {
 }
 
 
-def run(program: str) -> None:
+def run(program: str, **environment: str) -> None:
     """Runs a program in a new process, on a CPU without Triton's interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
     line = [sys.executable, "-c", PROGRAM + program]
     result = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -120,3 +120,45 @@ unaligned, lookups = hashes(torch.randn(65)[1:])
 aligned, lookups = hashes(vector)
 assert aligned != unaligned and lookups == 1
 """)
+
+
+COMPILED = """
+import timm
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+graphs = []
+
+def keep(graph, inputs):
+    graphs.append(graph)
+    return make_boxed_func(graph.forward)
+
+def train(model, images):
+    "Returns the launches of a step, without tensors."
+    model(images).sum().backward()  # prepares all launches
+    found, _ = launched(lambda: model(images).sum().backward())
+    return sorted((x.name, x.grid, str([a for a in x.arguments if not isinstance(a, tuple)])) for x in found)
+
+model = timm.create_model("test_stvit").to(memory_format=torch.channels_last).train()
+compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), dynamic=IS_DYNAMIC)
+for batch_size in (2, 5)[: 1 + IS_DYNAMIC]:
+    images = torch.randn(batch_size, 3, 64, 64)
+    assert train(compiled, images) == train(model, images)
+targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+operators = {target.split(".")[1] for target in targets if target.startswith("stvit.")}
+kernels = sum("triton_kernel_wrapper_functional" in target for target in targets)
+assert (bool(operators), kernels > 0) == (not IS_INLINED, IS_INLINED), (operators, kernels)
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_inlined", "is_dynamic"),
+    [(True, False), *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, False), (True, True)))],
+)
+def test_compiled_training(is_inlined: bool, is_dynamic: bool) -> None:
+    """A compiled training step launches the same kernels as an eager one.
+
+    With STVIT_OPS_INLINE=1 the graph contains the kernels, otherwise the operators.
+    """
+    program = f"IS_INLINED, IS_DYNAMIC = {is_inlined}, {is_dynamic}\n" + COMPILED
+    run(program, STVIT_OPS_INLINE=str(int(is_inlined)))

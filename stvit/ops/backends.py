@@ -18,6 +18,7 @@ __all__ = [
     "describe_context",
     "import_kernels",
     "is_autocast",
+    "is_interpreted",
     "why_no_kernels",
     "why_not_triton",
 ]
@@ -45,7 +46,7 @@ def why_not_triton(x: torch.Tensor | None = None) -> str:
     """
     if x is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else -1
-        return why_no_kernels("cuda" if index >= 0 or not _is_interpreted() else "cpu", index, torch.float32)
+        return why_no_kernels("cuda" if index >= 0 or not is_interpreted() else "cpu", index, torch.float32)
     return _why_not_operators(x) or why_no_kernels(x.device.type, x.device.index, x.dtype)
 
 
@@ -172,7 +173,7 @@ def _is_in_hidden_onnx_export() -> bool:
 @torch.compiler.assume_constant_result
 def why_no_kernels(device: str, index: int | None, dtype: torch.dtype) -> str:
     """Returns why the kernels cannot run on a device and dtype, or "" if they can."""
-    if device == "cpu" and not _is_interpreted():
+    if device == "cpu" and not is_interpreted():
         return "the tensor is on the CPU (with TRITON_INTERPRET=1, Triton interprets the kernels there)"
     if device not in ("cpu", "cuda"):
         return f"the tensor is on {device}, expected cuda"
@@ -181,7 +182,8 @@ def why_no_kernels(device: str, index: int | None, dtype: torch.dtype) -> str:
     return (_why_not_gpu(index) if device == "cuda" else "") or _why_not_kernels(device)
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
+    """Returns whether TRITON_INTERPRET selects Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 

@@ -14,14 +14,13 @@ Shapes: as in stvit/ops/reference.py, and
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import LAUNCHES, Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2
+from stvit.ops.launch import Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2, once_per_shape
 
 __all__ = [
     "IS_INTERPRETED",
@@ -390,7 +389,7 @@ def upsample_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches. The functions with `lru_cache` compute what depends on the shapes. They run once for each shape.
+# Launches. The functions `_prepare_*` compute what depends on the shapes. They run once for each shape.
 
 IS_INTERPRETED = not isinstance(mean_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on a CPU
 
@@ -481,7 +480,7 @@ def mean(x: torch.Tensor, h: int, w: int, blocks: Mapping[str, int] | None = Non
     return tokens
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_mean(x: _Layout, h: int, w: int, blocks: Blocks) -> tuple[tuple[int, int, int, int], Launch]:
     """Returns the shape of the means, and the launch."""
     B, C, H, W = x.shape
@@ -626,7 +625,7 @@ def _launch(
     return sums, weights
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_pass(
     pixels: _Layout,
     association: _Layout | None,
@@ -723,7 +722,7 @@ def upsample(
     )
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_upsample(
     pixels: _Layout,
     association: _Layout,

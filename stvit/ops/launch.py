@@ -4,14 +4,18 @@ Triton looks up the compiled kernel in each launch. This takes longer than a sma
 depends on the shapes and remembers the compiled kernel.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
+from torch._subclasses.functional_tensor import FunctionalTensor
 from triton.compiler import CompiledKernel
 
-__all__ = ["LAUNCHES", "Blocks", "Launch", "block_of_channels", "cdiv", "freeze", "next_power_of_2"]
+from stvit.ops.operators import IS_INLINED
+
+__all__ = ["Blocks", "Launch", "block_of_channels", "cdiv", "freeze", "next_power_of_2", "once_per_shape"]
 
 # Launches that each function of kernels remembers. A model with fixed sizes needs a few dozen.
 LAUNCHES = 4096
@@ -20,6 +24,7 @@ _ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are no
 _PASSES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 Blocks = tuple[tuple[str, int], ...]
+_Prepared = TypeVar("_Prepared")
 
 
 class Launch:
@@ -49,6 +54,9 @@ class Launch:
         Args:
             tensors: Tensors on one device, in the order of the kernel's parameters.
         """
+        if IS_INLINED and isinstance(tensors[0], FunctionalTensor):  # torch.compile records the launch
+            torch.library.wrap_triton(self.kernel)[self.grid](*tensors, *self.numbers, **self.constants)
+            return
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():  # Triton launches on the current device
             with torch.cuda.device(device):
@@ -75,6 +83,22 @@ def _are_aligned(tensors: tuple[torch.Tensor, ...]) -> bool:
     for x in tensors:
         bits |= x.data_ptr()
     return bits % _ALIGNMENT == 0
+
+
+def once_per_shape(prepare: Callable[..., _Prepared]) -> Callable[..., _Prepared]:
+    """Decorator: remembers the results of a function of shapes and dtypes."""
+    remembered = lru_cache(maxsize=LAUNCHES)(prepare)
+    if not IS_INLINED:
+        return remembered
+
+    @wraps(prepare)
+    def prepare_symbolic(*arguments: Any) -> _Prepared:
+        try:
+            return remembered(*arguments)
+        except TypeError:  # the symbolic sizes of torch.compile are not hashable
+            return prepare(*arguments)
+
+    return prepare_symbolic
 
 
 def freeze(blocks: Mapping[str, int] | None) -> Blocks:

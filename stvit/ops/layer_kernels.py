@@ -14,14 +14,13 @@ Shapes:
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from stvit.ops.launch import LAUNCHES, Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2
+from stvit.ops.launch import Blocks, Launch, block_of_channels, cdiv, freeze, next_power_of_2, once_per_shape
 
 __all__ = ["activate", "activate_backward", "depthwise", "depthwise_backward", "norm_backward", "sum_rows"]
 
@@ -509,7 +508,7 @@ def sum_rows_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches. The functions with `lru_cache` compute what depends on the shapes. They run once for each shape.
+# Launches. The functions `_prepare_*` compute what depends on the shapes. They run once for each shape.
 # `blocks` replaces the block sizes, for measurements.
 
 
@@ -592,7 +591,7 @@ def depthwise(
     return y, normalized
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_depthwise(
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -649,7 +648,7 @@ def depthwise_backward(
     return grad_x, sums.sum(1)
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_depthwise_backward(shape: tuple[int, ...], dtype: torch.dtype, has_gelu: bool, blocks: Blocks) -> _Sums:
     _, H, W, C = shape
     chosen = dict(blocks)
@@ -700,7 +699,7 @@ def norm_backward(
     return grad_x, sums.sum(1)
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_norm_backward(P: int, C: int, eps: float, has_grad_y: bool, blocks: Blocks) -> _Sums:
     chosen = dict(blocks)
     block_c = next_power_of_2(max(16, C))
@@ -741,7 +740,7 @@ def activate(
     return y
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_activate(P: int, C: int, dtype: torch.dtype, has_bias: bool, has_affine: bool, blocks: Blocks) -> Launch:
     chosen = dict(blocks)
     block_c, block_r = _row_blocks(C, chosen)
@@ -789,7 +788,7 @@ def activate_backward(
     return grad_x, sums.sum(0)
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_activate_backward(P: int, C: int, dtype: torch.dtype, has_bias: bool, blocks: Blocks) -> _Sums:
     chosen = dict(blocks)
     block_c, block_r = _row_blocks(C, chosen)
@@ -820,7 +819,7 @@ def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.
     return sums.sum(0)
 
 
-@lru_cache(maxsize=LAUNCHES)
+@once_per_shape
 def _prepare_sum_rows(P: int, C: int, blocks: Blocks) -> _Sums:
     chosen = dict(blocks)
     block_c, block_r = _row_blocks(C, chosen)
