@@ -9,7 +9,8 @@ Shapes: as in stvit/stvit.py
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -565,7 +566,8 @@ class OptimizedBlock(STViTBlock):
         return mixed.reshape(-1, C)
 
 
-class _SeenModule(NamedTuple):
+@dataclass(frozen=True)
+class _SeenModule:
     """State of a module at the time of a check."""
 
     attributes: dict[str, Any]  # the module's own, which change with it
@@ -598,7 +600,8 @@ class _SeenModule(NamedTuple):
         )
 
 
-class _Checked(NamedTuple):
+@dataclass(frozen=True)
+class _Checked:
     """Result of a check, and what it depends on."""
 
     context: tuple[Any, ...]
