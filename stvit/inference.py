@@ -537,18 +537,18 @@ class OptimizedBlock(STViTBlock):
         B, H, W, C = y.shape
         rows = y.view(-1, C)  # (B * H * W, C), shares its memory with y
         if attn.stoken_size == (1, 1):
-            rows.addmm_(self._attend(normalized), attn.proj.weight.view(C, C).t())
+            rows.addmm_(self._attend(normalized), attn.proj.weight.reshape(C, C).t())
         else:
             h, w = attn.stoken_size
             pixels = normalized.permute(0, 3, 1, 2)
             tokens, association, _ = triton.run_sampling(pixels, h, w, attn.n_iter, x.dtype)
             tokens = tokens.permute(0, 2, 3, 1)  # (B, Hs, Ws, C), contiguous
-            attended = F.linear(self._attend(tokens), attn.proj.weight.view(C, C), attn.proj.bias).view(tokens.shape)
+            attended = F.linear(self._attend(tokens), attn.proj.weight.reshape(C, C), attn.proj.bias).view(tokens.shape)
             upsample = import_kernels(x, "stvit.ops.kernels").upsample
             upsample(attended, association, None, y.permute(0, 3, 1, 2), h, w, residual=y)
-        hidden = F.linear(rows, mlp.fc1.weight.view(-1, C), self.fc1_bias).view(B, H, W, -1)
+        hidden = F.linear(rows, mlp.fc1.weight.reshape(-1, C), self.fc1_bias).view(B, H, W, -1)
         hidden, _ = kernels.depthwise(hidden, mlp.conv.conv.weight, mlp.conv.conv.bias, has_gelu=True)
-        rows.addmm_(hidden.view(rows.shape[0], -1), mlp.fc2.weight.view(C, -1).t())
+        rows.addmm_(hidden.view(rows.shape[0], -1), mlp.fc2.weight.reshape(C, -1).t())
         return y.permute(0, 3, 1, 2)
 
     def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -561,7 +561,7 @@ class OptimizedBlock(STViTBlock):
             Matrix (B * Hs * Ws, C).
         """
         B, Hs, Ws, C = tokens.shape
-        qkv = F.linear(tokens.view(-1, C), self.attn.qkv.weight.view(-1, C), self.attn.qkv.bias)
+        qkv = F.linear(tokens.view(-1, C), self.attn.qkv.weight.reshape(-1, C), self.attn.qkv.bias)
         mixed = self.attn.mix_heads(*self.attn.split_heads(qkv.view(B, Hs * Ws, -1)))
         return mixed.reshape(-1, C)
 
