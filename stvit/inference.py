@@ -488,9 +488,9 @@ class OptimizedBlock(STViTBlock):
         checked: _Checked | None = self.__dict__.get("_checked")
         if checked is None or checked.context != context or not all(seen.is_unchanged() for seen in checked.modules):
             modules = [_SeenModule.of(module) for module in self.modules()]
-            checked = self.__dict__["_checked"] = _Checked(context, modules, not self.why_not_in_place(x))
-            if not all(seen.is_unchanged() for seen in modules):  # there are hooks, and removing them is a change
-                del self.__dict__["_checked"]
+            checked = _Checked(context, modules, not self.why_not_in_place(x))
+            if all(seen.is_unchanged() for seen in modules):  # with a hook, each call checks again
+                self.__dict__["_checked"] = checked
         return checked.may_add
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "OptimizedBlock":
@@ -570,7 +570,6 @@ class OptimizedBlock(STViTBlock):
 class _SeenModule:
     """State of a module at the time of a check."""
 
-    attributes: dict[str, Any]  # the module's own, which change with it
     module: nn.Module
     kind: type[nn.Module]
     children: dict[str, nn.Module | None]
@@ -579,15 +578,14 @@ class _SeenModule:
     @classmethod
     def of(cls, module: nn.Module) -> "_SeenModule":
         """Returns the present state of a module."""
-        attributes = module.__dict__
-        return cls(attributes, module, type(module), module._modules.copy(), attributes.get("backend"))
+        return cls(module, type(module), module._modules.copy(), module.__dict__.get("backend"))
 
     def is_unchanged(self) -> bool:
         """Returns whether the module is in the same state and has no hooks.
 
         The state is its class, its children and its backend.
         """
-        now = self.attributes
+        now = self.module.__dict__
         return not (
             now["_forward_hooks"]
             or now["_forward_pre_hooks"]

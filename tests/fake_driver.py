@@ -69,8 +69,8 @@ def install(capability: int = 90, is_recorded: bool = True) -> list[Launched]:
         def get_current_stream(self, device: int | None = None) -> int:
             return 0
 
-        def get_benchmarker(self) -> None:  # asked for by Triton 3.2, and not used
-            return None
+        def get_benchmarker(self) -> None:
+            return None  # Triton 3.2 calls this method, but nothing is timed
 
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")

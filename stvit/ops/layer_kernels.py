@@ -14,7 +14,7 @@ Shapes:
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -790,15 +790,20 @@ def activate_backward(
 
 @once_per_shape
 def _prepare_activate_backward(P: int, C: int, dtype: torch.dtype, has_bias: bool, blocks: Blocks) -> _Sums:
+    is_exact = dtype == torch.float32
+    return _prepare_sums(activate_backward_kernel, P, C, blocks, HAS_BIAS=has_bias, IS_EXACT=is_exact)
+
+
+def _prepare_sums(kernel: Any, P: int, C: int, blocks: Blocks, **constants: bool) -> _Sums:
+    """Returns the launch of a kernel whose programs add rows of a matrix (P, C)."""
     chosen = dict(blocks)
     block_c, block_r = _row_blocks(C, chosen)
     programs, steps = _share_rows(P, block_r, chosen.get("programs", 1056))
     launch = Launch(
-        activate_backward_kernel,
+        kernel,
         (programs, cdiv(C, block_c)),
         *(P, C, steps),
-        HAS_BIAS=has_bias,
-        IS_EXACT=dtype == torch.float32,
+        **constants,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=chosen.get("num_warps", 4),
@@ -821,15 +826,4 @@ def sum_rows(x: torch.Tensor, blocks: Mapping[str, int] | None = None) -> torch.
 
 @once_per_shape
 def _prepare_sum_rows(P: int, C: int, blocks: Blocks) -> _Sums:
-    chosen = dict(blocks)
-    block_c, block_r = _row_blocks(C, chosen)
-    programs, steps = _share_rows(P, block_r, chosen.get("programs", 1056))
-    launch = Launch(
-        sum_rows_kernel,
-        (programs, cdiv(C, block_c)),
-        *(P, C, steps),
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=chosen.get("num_warps", 4),
-    )
-    return _Sums(launch, (programs, C))
+    return _prepare_sums(sum_rows_kernel, P, C, blocks)

@@ -129,11 +129,11 @@ class PreparedStep:
         lines = [
             f"{total:.2f} ms in {launches:.0f} launches of {len(timed)} {kind}; a step takes {1e3 * wall:.2f} ms",
             "",
-            f"{'ms':>9}  {'share':>6}  {'count':>6}  name",
+            *_table(timed, rows),
+            "",
+            *self._profile_host(steps, rows),
         ]
-        for ms, count, name in sorted(timed, reverse=True)[:rows]:
-            lines.append(f"{ms:9.3f}  {ms / max(total, 1e-9):6.1%}  {count:6g}  {name[:160]}")
-        return "\n".join([*lines, "", *self._profile_host(steps, rows)])
+        return "\n".join(lines)
 
     def _profile_host(self, steps: int, rows: int) -> list[str]:
         """Returns a table of the Python functions that take the most time themselves."""
@@ -157,18 +157,29 @@ class PreparedStep:
             for key, (_, calls, seconds, *_) in pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
         ]
         total = sum(ms for ms, _, _ in functions)
-        lines = [
+        return [
             f"The host queues a step in {1e3 * min(queued):.2f} ms. Python functions, {total:.2f} ms while profiled:",
             "",
-            f"{'ms':>9}  {'share':>6}  {'count':>6}  name",
+            *_table(functions, rows),
         ]
-        for ms, count, name in sorted(functions, reverse=True)[:rows]:
-            lines.append(f"{ms:9.3f}  {ms / max(total, 1e-9):6.1%}  {count:6g}  {name}")
-        return lines
 
     def _empty_cache(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _table(timed: list[tuple[float, float, str]], rows: int) -> list[str]:
+    """Returns the lines of a table of the slowest entries.
+
+    Args:
+        timed: Milliseconds, number of calls and name of each entry.
+        rows: Number of entries.
+    """
+    total = max(sum(ms for ms, _, _ in timed), 1e-9)
+    lines = [f"{'ms':>9}  {'share':>6}  {'count':>6}  name"]
+    for ms, count, name in sorted(timed, reverse=True)[:rows]:
+        lines.append(f"{ms:9.3f}  {ms / total:6.1%}  {count:6g}  {name[:160]}")
+    return lines
 
 
 def _name_function(path: str, line: int, name: str) -> str:
