@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -264,7 +266,18 @@ def ultralytics_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Triton's kernels: tests/test_triton.py and tests/test_fused_layers.py
+# Triton's kernels: tests/test_triton.py, tests/test_launch.py and tests/test_fused_layers.py
+
+
+def run_without_interpreter(program: str, *arguments: str, **environment: str) -> list[str]:
+    """Returns the output of a program in a new process, on a CPU without the interpreter."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,10 @@
 """Compares launches through `Launch` with those of Triton, with a driver that records them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("triton")
+from tests.conftest import run_without_interpreter
 
-ROOT = Path(__file__).parent.parent
+pytest.importorskip("triton")
 
 # Launches each kernel twice. `asked` lists the launches for which Triton looked up the kernel.
 PROGRAM = """
@@ -59,12 +54,8 @@ STEPS = {
 
 
 def run(program: str, **environment: str) -> None:
-    """Runs a program in a new process, on a CPU without Triton's interpreter."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
-    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
-    line = [sys.executable, "-c", PROGRAM + program]
-    result = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    """Runs a program after `PROGRAM`."""
+    run_without_interpreter(PROGRAM + program, **environment)
 
 
 def test_remembered_launch() -> None:

@@ -7,10 +7,7 @@ with two and four cells per tile side and with one and several blocks of channel
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,10 +34,10 @@ from stvit.ops import (
 )
 from stvit.ops import triton as backend
 from stvit.tools.benchmarks import kernels as benchmark_of_kernels
+from tests.conftest import run_without_interpreter as run
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -606,17 +603,6 @@ def test_benchmark_measures_the_same_function_in_each_way(monkeypatch: pytest.Mo
 
 
 # Choice of the backend
-
-
-def run(program: str, *arguments: str, **environment: str) -> list[str]:
-    """Returns the output of a program in a new process, on a CPU without the interpreter."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "STVIT_OPS_BACKEND")}
-    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
 
 
 CHOICE = """
