@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,31 @@ from stvit.tools.common.cli import CommandError
 
 # Everything with a state: workers, accumulation, all random augmentations, dropout, EMA, a schedule by updates.
 EPOCHS, UPDATES = 3, 22
+BATCH_SIZE, ACCUMULATED = 8, 2
 RUN = (
-    "--model=test_stvit --img-size=32 --dataset=sklearn/digits --in-chans=1 --workers=2 --batch-size=32 "
-    f"--grad-accum-steps=2 --epochs={EPOCHS} --lr=3e-3 --warmup-epochs=1 --sched-on-updates --drop=0.1 --drop-path=0.2 "
-    "--drop-path-schedule 1:0.1 --mixup=0.2 --cutmix=1 --mixup-prob=0.8 --mixup-off-epoch=2 --reprob=0.5 "
-    "--aa=rand-m5-mstd0.5 --aug-repeats=2 --model-ema --model-ema-decay=0.9 --clip-grad=5 --checkpoint-steps=4 "
-    "--log-interval=1 --experiment=it --resume=auto"
+    f"--model=test_stvit --img-size=32 --in-chans=1 --workers=2 --batch-size={BATCH_SIZE} "
+    f"--grad-accum-steps={ACCUMULATED} --epochs={EPOCHS} --lr=3e-3 --warmup-epochs=1 --sched-on-updates --drop=0.1 "
+    "--drop-path=0.2 --drop-path-schedule 1:0.1 --mixup=0.2 --cutmix=1 --mixup-prob=0.8 --mixup-off-epoch=2 "
+    "--reprob=0.5 --aa=rand-m5-mstd0.5 --aug-repeats=2 --model-ema --model-ema-decay=0.9 --clip-grad=5 "
+    "--checkpoint-steps=4 --log-interval=1 --experiment=it --resume=auto"
 ).split()
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "stvit.tools.train_cls", *RUN, f"--output={folder}", *flags]
+@pytest.fixture(scope="module")
+def recipe(write_digits: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run, with just enough images."""
+    folder = write_digits(tmp_path_factory.mktemp("digits"), UPDATES * BATCH_SIZE * ACCUMULATED, 40)
+    return [*RUN, f"--data-dir={folder}"]
+
+
+def start(recipe: list[str], folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "stvit.tools.train_cls", *recipe, f"--output={folder}", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(folder: Path, *flags: str) -> str:
+def finish(recipe: list[str], folder: Path, *flags: str) -> str:
     """Runs the command to its end, and returns its output."""
-    process = start(folder, *flags)
+    process = start(recipe, folder, *flags)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
     return out
@@ -87,22 +95,22 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run.
 
     It also shows that --resume auto starts a new run if no run exists.
     """
     folder = tmp_path_factory.mktemp("reference")
-    out = finish(folder)
+    out = finish(recipe, folder)
     assert "resuming" not in out
     return folder
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halfway(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in the middle. Tests work on copies of it."""
     folder = tmp_path_factory.mktemp("halfway")
-    process = start(folder)
+    process = start(recipe, folder)
     wait_for_updates(process, folder, UPDATES + 10)
     process.kill()
     process.communicate()
@@ -116,13 +124,13 @@ def killed(halfway: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.long  # `killed` is a run killed at one moment
 @pytest.mark.parametrize("times", [3, 10])
-def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_random_is_the_same_run(recipe: list[str], times: int, reference: Path, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("random moments of seed", seed)
     moments = random.Random(seed)
     resumed = set()
     for i in range(times):
-        process = start(tmp_path)
+        process = start(recipe, tmp_path)
         # The first kill waits for the first checkpoint, after four updates.
         wait_for_updates(process, tmp_path, moments.randint(1 if i else 5, 9))
         time.sleep(moments.uniform(0.0, 0.05))
@@ -130,14 +138,16 @@ def test_killed_at_random_is_the_same_run(times: int, reference: Path, tmp_path:
         out, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, out
         resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
-    out = finish(tmp_path)
+    out = finish(recipe, tmp_path)
     resumed |= {line for line in out.splitlines() if line.startswith("resuming")}
     # Some resumes were in the middle of an epoch.
     assert any(" and 0 updates" not in line for line in resumed), resumed
     assert_same_run(tmp_path, reference)
 
 
-def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(reference: Path, tmp_path: Path) -> None:
+def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(
+    recipe: list[str], reference: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "it"
     code = (
         "import os, signal, sys; from pathlib import Path\n"
@@ -149,11 +159,11 @@ def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(refere
         "Engine._save_checkpoint = save_or_die\n"
         "train_cls.main(sys.argv[1:])"
     )
-    flags = [*RUN, f"--output={tmp_path}", "--checkpoint-steps=1000"]
+    flags = [*recipe, f"--output={tmp_path}", "--checkpoint-steps=1000"]
     process = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert (folder / "summary.csv").exists()
-    finish(tmp_path)
+    finish(recipe, tmp_path)
     assert_same_run(tmp_path, reference)
 
 
@@ -162,9 +172,9 @@ def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(refere
     ("signum", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_signal_saves_and_prints_how_to_resume(
-    signum: int, status: int, word: str, reference: Path, tmp_path: Path
+    recipe: list[str], signum: int, status: int, word: str, reference: Path, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, "--checkpoint-steps=0")
+    process = start(recipe, tmp_path, "--checkpoint-steps=0")
     wait_for_updates(process, tmp_path, UPDATES + 5)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=120)
@@ -174,7 +184,7 @@ def test_signal_saves_and_prints_how_to_resume(
     said = f"{word}; saved after epoch {state['epoch']}, update {state['step']} of {UPDATES}"
     assert out.splitlines()[-1] == f"{said}: to continue, run the same command with --resume auto"
     assert state["epoch"] * UPDATES + state["step"] > UPDATES
-    finish(tmp_path)
+    finish(recipe, tmp_path)
     assert_same_run(tmp_path, reference)
 
 
@@ -209,9 +219,9 @@ def test_mixed_precision_resumes_with_its_loss_scale(
     assert weights.read_bytes() != whole
 
 
-def test_finished_run_is_unchanged(reference: Path) -> None:
+def test_finished_run_is_unchanged(recipe: list[str], reference: Path) -> None:
     before = results(reference)
-    assert f"is finished: {EPOCHS} epochs are done" in finish(reference)
+    assert f"is finished: {EPOCHS} epochs are done" in finish(recipe, reference)
     assert results(reference) == before
 
 
@@ -234,39 +244,39 @@ def test_damaged_checkpoint_is_named(kind: str, killed: Path, capsys: pytest.Cap
 
 
 @pytest.mark.long
-def test_damaged_checkpoint_changes_nothing(killed: Path, reference: Path) -> None:
+def test_damaged_checkpoint_changes_nothing(recipe: list[str], killed: Path, reference: Path) -> None:
     newest = Checkpoints(killed / "it/checkpoints").paths()[-1]
     damage(newest, "flipped")
     # The path of the run directory has priority over --experiment.
-    out = finish(killed, f"--resume={killed / 'it'}", "--experiment=other")
+    out = finish(recipe, killed, f"--resume={killed / 'it'}", "--experiment=other")
     assert f"warning: checkpoint {newest} is damaged" in out
     assert_same_run(killed, reference)
 
 
 @pytest.mark.long
-def test_incomplete_files_beside_the_checkpoints_are_ignored(killed: Path, reference: Path) -> None:
+def test_incomplete_files_beside_the_checkpoints_are_ignored(recipe: list[str], killed: Path, reference: Path) -> None:
     """A kill in the middle of a write leaves half a temporary file and half a line."""
     checkpoints = killed / "it/checkpoints"
     (checkpoints / "00003-00000000.pt.tmp").write_bytes(b"PK\x03\x04")
     with (killed / "it/log.jsonl").open("a") as log:
         log.write('{"event": "tra')
-    finish(killed)
+    finish(recipe, killed)
     assert [json.loads(line)["event"] for line in (killed / "it/log.jsonl").read_text().splitlines()][-1] == "epoch"
     assert_same_run(killed, reference)
 
 
-def test_all_checkpoints_damaged(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_checkpoints_damaged(recipe: list[str], killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in Checkpoints(killed / "it/checkpoints").paths():
         path.write_bytes(b"")
-    assert train_cls.main([*RUN, f"--output={killed}"]) == 1
+    assert train_cls.main([*recipe, f"--output={killed}"]) == 1
     assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.long
-def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
+def test_full_disk_loses_nothing(recipe: list[str], killed: Path, reference: Path) -> None:
     """A limit on file sizes makes a write fail in the middle."""
     before = set(Checkpoints(killed / "it/checkpoints").paths())
-    process = start(killed)
+    process = start(recipe, killed)
     wait_for_updates(process, killed, 1)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
     out, _ = process.communicate(timeout=120)
@@ -277,15 +287,15 @@ def test_full_disk_loses_nothing(killed: Path, reference: Path) -> None:
     assert after and all(load_checkpoint(path) for path in after)
     assert before & set(after)
     assert not list((killed / "it/checkpoints").glob("*.tmp"))
-    finish(killed)
+    finish(recipe, killed)
     assert_same_run(killed, reference)
 
 
 @pytest.mark.long
-def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> None:
+def test_full_disk_keeps_the_weights_before(recipe: list[str], killed: Path, reference: Path) -> None:
     """Weights are written completely or not at all, and the run resumes from the previous checkpoint."""
     before = results(killed)
-    process = start(killed, "--checkpoint-steps=0")
+    process = start(recipe, killed, "--checkpoint-steps=0")
     wait_for_updates(process, killed, 1)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
     out, _ = process.communicate(timeout=120)
@@ -294,25 +304,25 @@ def test_full_disk_keeps_the_weights_before(killed: Path, reference: Path) -> No
     assert line.startswith("error: cannot write the weights to") and "--resume auto" in line, line
     assert results(killed) == before
     assert not list((killed / "it").glob("*.tmp"))
-    finish(killed)
+    finish(recipe, killed)
     assert_same_run(killed, reference)
 
 
-def test_other_flags_are_refused(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_flags_are_refused(recipe: list[str], killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, said in (
         ("--lr=0.1", "was started with other flags (lr 0.003, now 0.1)"),
-        ("--grad-accum-steps=1", "with 64 images per update, but this one has 32"),
+        ("--grad-accum-steps=1", f"with {BATCH_SIZE * ACCUMULATED} images per update, but this one has {BATCH_SIZE}"),
         ("--resume=", "contains the results of another run"),
         ("--resume=nowhere", "no checkpoint there"),
     ):
-        assert train_cls.main([*RUN, f"--output={killed}", flag]) == 1
+        assert train_cls.main([*recipe, f"--output={killed}", flag]) == 1
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.long
-def test_resume_by_the_path_of_a_file(killed: Path, reference: Path) -> None:
+def test_resume_by_the_path_of_a_file(recipe: list[str], killed: Path, reference: Path) -> None:
     checkpoint = Checkpoints(killed / "it/checkpoints").paths()[0]
-    out = finish(killed, f"--resume={checkpoint}", "--experiment=other")
+    out = finish(recipe, killed, f"--resume={checkpoint}", "--experiment=other")
     assert f"resuming {checkpoint}" in out
     assert_same_run(killed, reference)
 
