@@ -17,11 +17,12 @@ are not tensors are equal. Later calls copy the inputs, replay the graph, and re
   captures, the others must not synchronize the device.
 """
 
+import gc
 import inspect
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from operator import is_
@@ -110,7 +111,7 @@ class CudaGraphs:
         self._state: _State | None = None
         self._is_paused = False  # whether the last call could not use a graph, for example because of a hook
         self._pool: _Pool | None = None
-        # Captures of one model use one stream, because each stream has a workspace of its own for matrix products.
+        # Captures of one model use one stream, because PyTorch keeps freed memory for each stream.
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -513,18 +514,21 @@ class _Graph:
                 static.copy_(x)
             pool.wait()
             pool.stream.wait_stream(torch.cuda.current_stream(pool.device))
-            with torch.cuda.stream(pool.stream):  # torch.cuda.graph does not restore the stream after an error
-                outputs = self._warm_up(graphs, state)
-                attributes = state.attributes()
-                # Tensors that modules made in the warm-up; the graph reads them.
-                self._memory = [x for x in tree_leaves(attributes) if isinstance(x, torch.Tensor)]
-                del outputs
-                try:
-                    outputs = self._capture(graphs)
-                finally:
-                    # Tensors that modules made in the capture have no values outside a replay.
-                    state.restore(attributes)
-            torch.cuda.current_stream(pool.device).wait_stream(pool.stream)
+            try:
+                with torch.cuda.stream(pool.stream):  # torch.cuda.graph does not restore the stream after an error
+                    outputs = self._warm_up(graphs, state)
+                    attributes = state.attributes()
+                    # Tensors that modules made in the warm-up; the graph reads them.
+                    self._memory = [x for x in tree_leaves(attributes) if isinstance(x, torch.Tensor)]
+                    del outputs
+                    try:
+                        outputs = self._capture(graphs)
+                    finally:
+                        # Tensors that modules made in the capture have no values outside a replay.
+                        state.restore(attributes)
+            finally:
+                # Also without a graph: the next call reads what modules keep from the warm-up.
+                torch.cuda.current_stream(pool.device).wait_stream(pool.stream)
         self._outputs, self._spec = outputs
 
     def _forward(self, graphs: CudaGraphs) -> Any:
@@ -556,12 +560,16 @@ class _Graph:
         """
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(
-                self._graph, pool=self._pool.handle, stream=self._pool.stream, capture_error_mode="thread_local"
+            with (
+                _no_garbage_collection(),
+                _own_workspace(),
+                torch.cuda.graph(
+                    self._graph, pool=self._pool.handle, stream=self._pool.stream, capture_error_mode="thread_local"
+                ),
             ):
                 return tree_flatten(self._forward(graphs))
         except Exception as error:
-            _recover(self._pool)
+            _recover(self._pool, self._graph)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _Refused(f"the capture failed ({_first_line(error)})", "out of memory" in str(error)) from error
@@ -595,18 +603,66 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _recover(pool: _Pool) -> None:
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Context without automatic garbage collection.
+
+    It could delete another CUDA graph, which CUDA forbids during a capture. The capture would fail.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# PyTorch keeps a workspace for matrix products for each stream. Before this version, no lock protects the workspaces.
+_HAS_LOCKED_WORKSPACES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Context of a capture with a new workspace for matrix products.
+
+    The workspace lies in the memory of the graph. Graphs that share the workspace of their stream could use freed
+    memory: PyTorch (2.14, perhaps earlier) frees it with each graph of this stream, and
+    `torch.compile(mode="reduce-overhead")` frees the workspaces of all streams.
+    """
+    clear: Callable[[], None] | None = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is None or not _HAS_LOCKED_WORKSPACES:
+        yield
+        return
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+# Graphs of failed captures. PyTorch's allocator of pinned memory may still refer to them.
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+def _recover(pool: _Pool, failed: torch.cuda.CUDAGraph) -> None:
     """Makes the process usable after an invalid operation has ended a capture.
 
-    PyTorch then leaves its allocator and its random generator in the state of a capture. If it could end the capture
+    PyTorch then leaves its allocators and its random generator in the state of a capture. If it could end the capture
     itself, the first call raises an exception, and nothing is left to do.
     """
     end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name in torch 2.6 was another one
     end = end or vars(torch._C)["_cuda_endAllocateCurrentStreamToPool"]
     with suppress(RuntimeError):
         end(pool.device.index, pool.handle)
+        _FAILED.append(failed)
         torch._C._cuda_releasePool(pool.device.index, pool.handle)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=pool.stream, capture_error_mode="thread_local"):
+        # The allocator of pinned memory still records to the old memory, and refuses a second capture into it.
+        pool.handle = torch.cuda.graph_pool_handle()
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=pool.stream, capture_error_mode="thread_local"),
+        ):
             torch.zeros(1, device=pool.device)  # the end of a capture resets the generator
 
 

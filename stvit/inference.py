@@ -7,6 +7,7 @@ Shapes: as in stvit/stvit.py
 """
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,14 +222,16 @@ def fold_batch_norms(model: nn.Module) -> int:
 def _trace(model: nn.Module) -> fx.Graph:
     with _TRACING:
         try:
-            return _Tracer().trace(model)
+            graph = _Tracer().trace(model)
         except Exception:  # the model's code may raise anything when it meets a symbolic tensor
             try:
-                return _CarefulTracer().trace(model)
+                graph = _CarefulTracer().trace(model)
             except Exception as error:
                 raise ValueError(
                     f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
                 ) from error
+    gc.collect()  # torch.fx leaves reference cycles, which would keep the memory of a deleted model
+    return graph
 
 
 def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> nn.Conv2d | None:

@@ -4,8 +4,10 @@ Also tests memory formats and graphs of the plain model.
 """
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +207,21 @@ def test_the_original_is_unchanged() -> None:
     for (name, value), expected in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
         assert torch.equal(value, expected) and value.stride() == expected.stride(), name
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_a_deleted_copy_is_free_at_once(features_only: bool) -> None:
+    """Nothing that torch.fx leaves refers to the copy."""
+    model = timm.create_model("test_stvit", features_only=features_only).eval()
+    gc.collect()
+    gc.disable()
+    try:
+        optimized = stvit.optimize_for_inference(model)
+        reference = weakref.ref(next(optimized.parameters()))
+        del optimized
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_optimizing_twice_changes_nothing() -> None:
