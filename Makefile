@@ -39,7 +39,7 @@ test-long: setup  ## Run the tests that `make test` leaves out (over an hour on 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 test-gpu: setup  ## Run the tests that need a GPU (under 90 seconds on an H100 and 12 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 -m gpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal --verbose -m gpu $(ARGS)
 
 # Skips are allowed here: the tests' own packages, which are not part of what is supported, are not all installed.
 test-oldest: $(OLDEST)/.installed  ## Run the library's tests with the oldest supported versions and Python 3.10

@@ -561,7 +561,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         try:
             with (
-                _no_garbage_collection(),
+                no_garbage_collection(),
                 _own_workspace(),
                 torch.cuda.graph(
                     self._graph, pool=self._pool.handle, stream=self._pool.stream, capture_error_mode="thread_local"
@@ -604,10 +604,10 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Context without automatic garbage collection.
 
-    It could delete another CUDA graph, which CUDA forbids during a capture. The capture would fail.
+    During a capture, it could delete another CUDA graph. CUDA forbids this, and the capture would fail.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -660,7 +660,7 @@ def _recover(pool: _Pool, failed: torch.cuda.CUDAGraph) -> None:
         # The allocator of pinned memory still records to the old memory, and refuses a second capture into it.
         pool.handle = torch.cuda.graph_pool_handle()
         with (
-            _no_garbage_collection(),
+            no_garbage_collection(),
             torch.cuda.graph(torch.cuda.CUDAGraph(), stream=pool.stream, capture_error_mode="thread_local"),
         ):
             torch.zeros(1, device=pool.device)  # the end of a capture resets the generator

@@ -22,7 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stvit.cuda_graphs import use_cuda_graphs
+from stvit.cuda_graphs import no_garbage_collection, use_cuda_graphs
 from stvit.ops import SuperTokenAttention, layers, triton
 from stvit.ops.backends import choose_backend, describe_context, import_kernels, is_autocast
 from stvit.stvit import (
@@ -220,7 +220,7 @@ def fold_batch_norms(model: nn.Module) -> int:
 
 
 def _trace(model: nn.Module) -> fx.Graph:
-    with _TRACING:
+    with _TRACING, no_garbage_collection():
         try:
             graph = _Tracer().trace(model)
         except Exception:  # the model's code may raise anything when it meets a symbolic tensor
@@ -230,7 +230,9 @@ def _trace(model: nn.Module) -> fx.Graph:
                 raise ValueError(
                     f"torch.fx cannot trace the model ({type(error).__name__}: {error}); pass its backbone instead"
                 ) from error
-    gc.collect()  # torch.fx leaves reference cycles, which would keep the memory of a deleted model
+        # torch.fx leaves reference cycles, which would keep the memory of a deleted model. All of them are young,
+        # because nothing was collected before.
+        gc.collect(0)
     return graph
 
 

@@ -36,12 +36,28 @@ if not torch.cuda.is_available():
 LONG_FILES = ("test_timm.py", "test_ultralytics.py")
 
 
+# The longest tests on a GPU. Each should begin at once, in a process of its own.
+LONG_ON_GPU = (
+    "test_compiled_training", "test_killed_run_resumes_exactly", "test_on_a_gpu", "test_one_process_of_torchrun",
+    "test_training_in_mixed_precision", "test_on_a_gpu_with_little_time", "test_validation", "test_detector",
+)  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # after the tests were selected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    if torch.cuda.is_available() and all(item.get_closest_marker("gpu") for item in items):
+        items[:] = spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch.cuda can use"))
+
+
+def spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Returns tests in an order whose equal parts, one for each process, begin with the longest tests."""
+    ordered = sorted(items, key=lambda item: item.originalname not in LONG_ON_GPU)
+    return [item for first in range(processes) for item in ordered[first::processes]]
 
 
 # CI installs everything that the tests need except a GPU. A skipped test there hides a mistake.

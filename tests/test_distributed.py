@@ -45,7 +45,7 @@ def test_more_workers_than_cores_are_no_warning() -> None:
 def command(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "stvit.tools.train_cls"]
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
     return [sys.executable, "-m", *torchrun, "-m", "stvit.tools.train_cls"]
 
 

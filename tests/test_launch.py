@@ -142,10 +142,8 @@ assert (bool(operators), kernels > 0) == (not IS_INLINED, IS_INLINED), (operator
 """
 
 
-@pytest.mark.parametrize(
-    ("is_inlined", "is_dynamic"),
-    [(True, False), *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, False), (True, True)))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("is_inlined", "is_dynamic"), [(True, False), (False, False), (True, True)])
 def test_compiled_training(is_inlined: bool, is_dynamic: bool) -> None:
     """A compiled training step launches the same kernels as an eager one.
 

@@ -271,7 +271,14 @@ def test_primary_process_uploads(hub: Hub, tmp_path: Path, digits_folder: Path) 
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
 
     def train(output: Path, *flags: str) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=localhost",
+            "--nproc-per-node=2",
+        ]
         command = [
             *torchrun,
             "-m",

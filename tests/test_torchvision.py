@@ -34,7 +34,9 @@ FEW_BOXES: dict[str, Any] = {
 }
 ALL_MODELS = pytest.mark.parametrize("builder", BUILDERS)
 # The other two are parts of them.
-EXPORTED_MODELS = pytest.mark.parametrize("builder", ["mask_rcnn", "cascade_mask_rcnn", "retinanet", "fcos"])
+EXPORTED_MODELS = pytest.mark.parametrize(
+    "builder", ["mask_rcnn", pytest.param("cascade_mask_rcnn", marks=pytest.mark.long), "retinanet", "fcos"]
+)
 
 
 def create(builder: str, backbone: str = "test_stvit", **kwargs: Any) -> Any:

@@ -170,7 +170,14 @@ def test_three_kills_and_a_signal(reference: Path, coco_photos: Path, tmp_path: 
 
 
 def torchrun(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", f"stvit.tools.{module}"]
+    launcher = [
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=localhost",
+        "--nproc-per-node=2",
+        "-m",
+        f"stvit.tools.{module}",
+    ]
     return subprocess.run([sys.executable, "-m", *launcher, *flags], capture_output=True, text=True, timeout=600)
 
 

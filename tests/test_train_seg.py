@@ -115,7 +115,7 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
             shutil.copy(path, target)
     flags = [*DATA, f"--val-images={images}", f"--val-labels={labels}", f"--checkpoint={run}"]
     assert validate_seg.main([*flags, f"--output={tmp_path / 'one'}"]) == 0
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
     line = [sys.executable, "-m", *torchrun, "-m", "stvit.tools.validate_seg", *flags, f"--output={tmp_path / 'two'}"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,14 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
 @pytest.mark.long  # test_distributed.py trains classifiers on several processes
 @pytest.mark.parametrize("model", ["upernet", "semantic_fpn"])
 def test_training_on_several_processes(model: str, data: Path, tmp_path: Path) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stvit.tools.train_seg"]
+    torchrun = [
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=localhost",
+        "--nproc-per-node=2",
+        "-m",
+        "stvit.tools.train_seg",
+    ]
     flags = [*RUN, *DATA, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={tmp_path}"]
     flags += ["--experiment=run", "--epochs=2", f"--model={model}", "--model-ema", "--model-ema-decay=0.5"]
     done = subprocess.run([sys.executable, "-m", *torchrun, *flags], capture_output=True, text=True, timeout=600)
@@ -246,10 +253,10 @@ def test_unreadable_images_are_skipped_up_to_a_limit(
 
 
 # Resume. Everything with a state: workers, accumulation, augmentation, dropout, drop path, EMA, a schedule by updates.
-EPOCHS = 6
+EPOCHS = 4
 RESUMED = (
-    "--workers=1 --batch-size=2 --epochs=6 --drop-path=0.2 --model-ema --model-ema-decay=0.9 --checkpoint-steps=1 "
-    "--log-interval=1 --resume=auto"
+    f"--workers=1 --batch-size=2 --epochs={EPOCHS} --drop-path=0.2 --model-ema --model-ema-decay=0.9 "
+    "--checkpoint-steps=1 --log-interval=1 --resume=auto"
 ).split()
 
 
@@ -285,7 +292,7 @@ def test_a_killed_run_is_the_same_run(times: int, data: Path, uninterrupted: Pat
     print("random moments of seed", seed)
     moments = random.Random(seed)
     for i in range(times):
-        process, goal = start(data, tmp_path), updates_logged(tmp_path) + moments.randint(1 if i else 3, 4)
+        process, goal = start(data, tmp_path), updates_logged(tmp_path) + (1 if i else moments.randint(3, 4))
         while updates_logged(tmp_path) < goal and process.poll() is None:
             time.sleep(0.005)
         time.sleep(moments.uniform(0.0, 0.05))

@@ -246,7 +246,14 @@ def test_several_processes_count_the_same(
     bad.write_bytes(b"")
     flags = [f"--checkpoint={run_folder}", "--max-bad-images=1"]
     one = validate(*flags, data=own_digits_folder)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=localhost",
+        "--nproc-per-node=3",
+    ]
     command = [*torchrun, "-m", "stvit.tools.validate_cls", *flags, f"--data-dir={own_digits_folder}"]
     output = tmp_path / "three"
     result = subprocess.run(

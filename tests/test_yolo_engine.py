@@ -514,6 +514,7 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
             "--nproc-per-node",
             "2",
             "--standalone",
+            "--local-addr=localhost",
             script,
             photos,
             tmp_path,
