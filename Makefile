@@ -38,7 +38,7 @@ test: setup  ## Run the tests (up to 15 minutes on two cores)
 test-long: setup  ## Run the tests that `make test` leaves out (over an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
-test-gpu: setup  ## Run the tests that need a GPU (under 90 seconds on an H100 and 12 cores)
+test-gpu: setup  ## Run the tests that need a GPU (planned for 90 seconds on a GPU and 12 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal --verbose -m gpu $(ARGS)
 
 # Skips are allowed here: the tests' own packages, which are not part of what is supported, are not all installed.

@@ -2,7 +2,7 @@
 
 Without a GPU, Triton interprets the kernels and compiles them for GPUs of five generations.
 With a GPU, all tests run natively. `make test-gpu` selects those marked `gpu`. They cover each kernel in each dtype,
-with two and four cells per tile side and with one and several blocks of channels. They take about a minute.
+with two and four cells per tile side and with one and several blocks of channels.
 """
 
 import copy
