@@ -445,8 +445,15 @@ def test_wrong_models_get_a_message(laptop: Browser, photo: Path) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(
+    ("width", "height", "dark"),
+    [
+        (1366, 768, False),
+        (390, 844, True),
+        pytest.param(1366, 768, True, marks=pytest.mark.long),
+        pytest.param(390, 844, False, marks=pytest.mark.long),
+    ],
+)
 def test_legible_at_each_width_and_in_dark_mode(page: str, photo: Path, width: int, height: int, dark: bool) -> None:
     """The page does not scroll sideways.
 

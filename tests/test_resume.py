@@ -86,11 +86,11 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
+def assert_same_run(folder: Path, reference: Path, epochs: int = EPOCHS) -> None:
     ours, wanted = results(folder), results(reference)
     assert [name for name in wanted if ours[name] != wanted[name]] == []
     # Also optimizer, schedule and random states.
-    last = f"it/checkpoints/{EPOCHS:05d}-00000000.pt"
+    last = f"it/checkpoints/{epochs:05d}-00000000.pt"
     assert same(load_checkpoint(folder / last), load_checkpoint(reference / last))
 
 
@@ -145,8 +145,22 @@ def test_killed_at_random_is_the_same_run(recipe: list[str], times: int, referen
     assert_same_run(tmp_path, reference)
 
 
+@pytest.fixture(scope="module")
+def short(recipe: list[str]) -> list[str]:
+    """Flags of a run of one epoch."""
+    return [*recipe, "--epochs=1", "--warmup-epochs=0", "--checkpoint-steps=1000"]
+
+
+@pytest.fixture(scope="module")
+def finished(short: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train_cls.main([*short, f"--output={folder}"]) == 0
+    return folder
+
+
 def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(
-    recipe: list[str], reference: Path, tmp_path: Path
+    short: list[str], finished: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "it"
     code = (
@@ -159,12 +173,12 @@ def test_killed_between_the_results_and_the_checkpoint_of_the_first_epoch(
         "Engine._save_checkpoint = save_or_die\n"
         "train_cls.main(sys.argv[1:])"
     )
-    flags = [*recipe, f"--output={tmp_path}", "--checkpoint-steps=1000"]
+    flags = [*short, f"--output={tmp_path}"]
     process = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert (folder / "summary.csv").exists()
-    finish(recipe, tmp_path)
-    assert_same_run(tmp_path, reference)
+    assert train_cls.main(flags) == 0
+    assert_same_run(tmp_path, finished, epochs=1)
 
 
 @pytest.mark.long  # test_distributed.py and test_train_cls.py send these signals to other runs
@@ -219,10 +233,10 @@ def test_mixed_precision_resumes_with_its_loss_scale(
     assert weights.read_bytes() != whole
 
 
-def test_finished_run_is_unchanged(recipe: list[str], reference: Path) -> None:
-    before = results(reference)
-    assert f"is finished: {EPOCHS} epochs are done" in finish(recipe, reference)
-    assert results(reference) == before
+def test_finished_run_is_unchanged(short: list[str], finished: Path) -> None:
+    before = results(finished)
+    assert "is finished: 1 epochs are done" in finish(short, finished)
+    assert results(finished) == before
 
 
 def damage(path: Path, kind: str) -> None:

@@ -82,7 +82,9 @@ def test_scales_pair_with_backbones(scale: str) -> None:
     assert config["backbone"][0][3][1] == PAIRS[scale]
 
 
-@pytest.mark.parametrize("scale", PAIRS)
+@pytest.mark.parametrize(
+    "scale", [pytest.param(scale, marks=pytest.mark.long if scale in "lx" else []) for scale in PAIRS]
+)
 def test_pairs_cost_at_most_a_quarter_more(scale: str) -> None:
     """Latency, which has the same limit, depends on the machine: docs/results.md lists it."""
     flops = [count_flops(f"yolo26{scale}{backbone}.yaml") for backbone in ("", "-stvit")]
