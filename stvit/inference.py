@@ -11,7 +11,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +62,15 @@ def optimize_for_inference(model: nn.Module, cuda_graphs: bool = False) -> nn.Mo
     - Computed weights (parametrizations, pruning masks, weight norm) are replaced by their values.
     - Weights become channels_last. On a CPU, MLPs compute their hidden maps in tiles.
 
-    Convolutions with hooks and modules that replace a convolution (LoRA) are not folded. Four batch normalizations of
-    the stem are not folded either: each follows an activation and precedes a convolution that pads with zeros.
+    Layers with hooks, subclasses and modules that replace a layer (LoRA) are not folded or replaced. Four batch
+    normalizations of the stem are not folded either: each follows an activation and precedes a convolution that pads
+    with zeros.
 
     The outputs are the same up to rounding. In float32 they differ by less than 1e-4 standard deviations. In reduced
     precision they are as close to float32 as the outputs of the plain model.
 
     The copy has the same class and the same methods. It can be exported, compiled, scripted and pickled. Its state
-    dict has other keys, so load weights before optimizing.
+    dict has other keys, so load weights before optimizing. Do not change weights afterwards: some are part of others.
 
     Args:
         model: `STViT` in evaluation mode, or a module that contains one (`features_only=True`, a detector). Batch
@@ -81,7 +82,7 @@ def optimize_for_inference(model: nn.Module, cuda_graphs: bool = False) -> nn.Mo
         ValueError: If the model is in training mode or torch.fx cannot trace it.
         TypeError: If the model is already compiled or scripted.
     """
-    if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+    if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise TypeError(
             f"optimize_for_inference expected a plain model, got {type(model).__name__}; optimize first, then compile "
             "or script"
@@ -118,20 +119,24 @@ def fold_constants(model: nn.Module) -> int:
         OptimizedStem.convert(stem)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, STViTBlock)]
     for block in blocks:
-        block.ls1 = _fold_layer_scale(block.attn.proj, block.ls1)
-        if isinstance(block.mlp, ConvMlp):
+        if layers.is_plain(block.attn, SuperTokenAttention) and layers.is_plain(block.attn.proj_drop, nn.Dropout):
+            block.ls1 = _fold_layer_scale(block.attn.proj, block.ls1)
+        if layers.is_plain(block.mlp, ConvMlp) and layers.is_plain(block.mlp.drop2, nn.Dropout):
             block.ls2 = _fold_layer_scale(block.mlp.fc2, block.ls2)
             convs = (block.mlp.fc1, block.mlp.conv.conv, block.mlp.fc2)
-            if all(layers.is_plain(conv, nn.Conv2d) for conv in convs):
+            is_plain = all(layers.is_plain(conv, nn.Conv2d) for conv in convs)
+            is_plain = is_plain and layers.is_plain(block.mlp.conv, ResidualDepthwiseConv)
+            if is_plain and layers.is_plain(block.mlp.drop1, nn.Dropout):
                 block.mlp = TiledConvMlp(block.mlp)
-        if isinstance(block.cpe, ResidualDepthwiseConv) and layers.is_plain(block.cpe.conv, nn.Conv2d):
+        if layers.is_plain(block.cpe, ResidualDepthwiseConv) and layers.is_plain(block.cpe.conv, nn.Conv2d):
             block.cpe = FoldedResidualConv(block.cpe)
         if type(block) is STViTBlock:
             OptimizedBlock.convert(block)
-        block.attn.attn_drop.p = 0.0  # fused attention reads the rate
+        if isinstance(block.attn.attn_drop, nn.Dropout):
+            block.attn.attn_drop.p = 0.0  # fused attention reads the rate
         for module in (block, block.attn):  # other models' modules may read the rate of their dropout
             for name, child in module.named_children():
-                if isinstance(child, (nn.Dropout, DropPath)) and name != "attn_drop":
+                if layers.is_plain(child, nn.Dropout, DropPath) and name != "attn_drop":
                     setattr(module, name, nn.Identity())
     return folded
 
@@ -200,8 +205,10 @@ def fold_batch_norms(model: nn.Module) -> int:
     targets = [node.target for node in calls]
     folded = 0
     for node in calls:
-        bn = modules.get(str(node.target))
-        if not isinstance(bn, nn.BatchNorm2d) or targets.count(node.target) > 1 or bn.running_var is None:
+        bn: Any = modules.get(str(node.target))
+        if bn is None or not layers.is_plain(bn, nn.BatchNorm2d, BatchNormAct2d):
+            continue
+        if targets.count(node.target) > 1 or bn.running_var is None:
             continue
         before = _only_conv(node.args[0] if node.args else None, modules, targets)
         after = _only_conv(next(iter(node.users)) if len(node.users) == 1 else None, modules, targets)
@@ -240,9 +247,9 @@ def _only_conv(node: Any, modules: dict[str, nn.Module], targets: list[Any]) -> 
     """Returns the plain convolution that only this node calls, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or targets.count(node.target) > 1:
         return None
-    module = modules.get(str(node.target))
-    # Other subclasses may change their weight in forward, as weight standardization does.
-    return module if type(module) in (nn.Conv2d, Conv2dSame) else None  # type: ignore[return-value]
+    module: Any = modules.get(str(node.target))
+    # Other subclasses may change their weight in forward, as weight standardization does. Hooks see the outputs.
+    return module if module is not None and layers.is_plain(module, nn.Conv2d, Conv2dSame) else None
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -386,7 +393,7 @@ class TiledConvMlp(nn.Module):
         if not torch.jit.is_scripting():
             if not self.why_not_fused(x):
                 return fused_mlp(x, self.fc1, self.conv, self.fc2)
-            if _may_tile(x):
+            if _may_tile(x) and self._is_plain():
                 return self._in_tiles(x)
         return self._whole(x)
 
@@ -405,6 +412,14 @@ class TiledConvMlp(nn.Module):
         if torch.jit.is_scripting():
             return self.fc2(self.conv(self.act(self.fc1(x))))
         return layers.pointwise(self.fc2, self.conv(self.act(layers.pointwise(self.fc1, x))))
+
+    @torch.jit.unused
+    def _is_plain(self) -> bool:
+        """Returns whether no hook and no replaced layer must see whole maps."""
+        convs = (self.fc1, self.conv.conv, self.fc2)
+        return layers.is_plain(self.conv, FoldedResidualConv) and all(
+            layers.is_plain(conv, nn.Conv2d) for conv in convs
+        )
 
     @torch.jit.unused
     def _in_tiles(self, x: torch.Tensor) -> torch.Tensor:
@@ -668,9 +683,9 @@ def _fold_layer_scale(conv: nn.Conv2d, scale: nn.Module) -> nn.Module:
     Returns:
         The module that replaces the layer scale.
     """
-    if not isinstance(scale, LayerScale2d) or not layers.is_plain(conv, nn.Conv2d):
+    if not layers.is_plain(scale, LayerScale2d) or not layers.is_plain(conv, nn.Conv2d):
         return scale
-    gamma = scale.gamma.double()
+    gamma = cast(LayerScale2d, scale).gamma.double()
     conv.weight.copy_(conv.weight.double() * gamma.reshape(-1, 1, 1, 1))
     if conv.bias is not None:
         conv.bias.copy_(conv.bias.double() * gamma)

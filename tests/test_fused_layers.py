@@ -151,6 +151,25 @@ def test_adding_super_tokens(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("stoken_size", [(2, 2), (1, 1)])
+def test_vectors_of_any_strides(stoken_size: tuple[int, int]) -> None:
+    """Vectors are columns of a matrix, or one number for all channels."""
+    block = STViTBlock(16, 2, stoken_size).to(DEVICE)
+    x = draw(1, 16, 6, 6)
+    # PyTorch's own batch normalization (norm2) returns wrong gradients for such weights, at least on CPUs.
+    names = [name for name, p in block.named_parameters() if p.dim() == 1 and not name.startswith("norm2")]
+    assert block.why_not_fused(x) == "" and len(names) > 6
+    for make in (lambda p: draw(len(p), 2)[:, 1], lambda p: draw(1).expand(len(p))):
+        strided = {name: make(block.get_parameter(name)).requires_grad_() for name in names}
+        dense = {name: value.detach().clone().contiguous().requires_grad_() for name, value in strided.items()}
+        results = []
+        for parameters in (strided, dense):
+            y = torch.func.functional_call(block, parameters, (x,))
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(parameters.values()))])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_fast_gelu_is_as_exact_as_16_bits() -> None:
     """The approximation is far more exact than float16, from the middle of the curve to its tails."""
     x = torch.linspace(-12, 12, 4096, device=DEVICE).half().reshape(1, 1, 64, 64)

@@ -182,6 +182,62 @@ def test_replaced_and_hooked_convolutions() -> None:
         assert_same(stvit.optimize_for_inference(model)(x), model(x))
 
 
+BLOCK = "stages.0.blocks.0"
+CHANGED = [
+    *(f"{BLOCK}.{name}" for name in ("cpe", "norm2", "attn", "attn.proj_drop", "ls1", "drop_path1", "mlp", "mlp.conv")),
+    *(f"{BLOCK}.mlp.{name}" for name in ("fc1", "drop1", "drop2", "conv.conv")),
+    *("stem.0", "final_conv", "final_norm", "stages.1.downsample.0", "stages.1.downsample.1"),
+]
+
+
+@torch.no_grad()
+def changed_model() -> Any:
+    model = timm.create_model("test_stvit", num_classes=5, ls_init_values=0.5, drop_path_rate=0.1).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def assert_optimized_is_equal(model: nn.Module) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(stvit.optimize_for_inference(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_hooks_see_the_same_maps(name: str) -> None:
+    model = changed_model()
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: 1.5 * output + 0.1)
+    assert_optimized_is_equal(model)
+
+
+@pytest.mark.parametrize("name", ["cpe", "norm2", "attn", "mlp", "mlp.conv", "mlp.fc1"])
+@pytest.mark.parametrize("way", ["subclass", "patch"])
+def test_changed_forward_methods_are_kept(name: str, way: str) -> None:
+    model = changed_model()
+    module = model.get_submodule(f"{BLOCK}.{name}")
+    forward = type(module).forward
+    if way == "subclass":
+        module.__class__ = type("Doubled", (type(module),), {"forward": lambda self, x: 2 * forward(self, x)})
+    else:
+        module.forward = lambda x: 2 * forward(module, x)
+    assert_optimized_is_equal(model)
+
+
+def test_layers_replaced_afterwards_see_whole_maps(small_tiles: None) -> None:
+    model = stvit.optimize_for_inference(timm.create_model("test_stvit").eval())
+    x, mlp, sizes = torch.randn(1, 3, 64, 64), model.get_submodule(f"{BLOCK}.mlp"), []
+    with torch.no_grad():
+        expected = model(x)
+        mlp.fc1 = nn.Sequential(mlp.fc1)  # a wrapper without the attributes of a convolution
+        mlp.fc1.register_forward_hook(lambda module, args, output: sizes.append(output.shape[2:]))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [(16, 16)]
+
+
 def test_folded_and_removed_modules() -> None:
     model = create("stvit_pico", ls_init_values=0.1, drop_path_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1)
     optimized = stvit.optimize_for_inference(model)

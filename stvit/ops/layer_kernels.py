@@ -509,10 +509,11 @@ def sum_rows_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches. The functions `_prepare_*` compute what depends on the shapes. They run once for each shape.
-# `blocks` replaces the block sizes, for measurements.
+# `blocks` replaces the block sizes, for measurements. Kernels read weights and vectors as contiguous memory.
 
 
-# The defaults were the fastest of those measured on an H200, see docs/benchmarks/gpu.md.
+# The defaults come from measurements on an H200, see docs/benchmarks/gpu.md. A few other settings were up to a tenth
+# faster at one shape.
 
 PROGRAMS = 1024  # enough to fill a large GPU; strips become shorter to reach it
 
@@ -584,10 +585,21 @@ def depthwise(
     """
     y = torch.empty_like(x)
     normalized = torch.empty_like(x) if norm else y
+    bias = bias.contiguous()
     norm_weight, norm_bias, eps = norm or (bias, bias, 0.0)
     has_norm, has_shift = norm is not None, shift is not None
     launch = _prepare_depthwise(x.shape, x.dtype, eps, has_gelu, has_norm, has_shift, freeze(blocks))
-    launch(x, weight, bias, y, norm_weight, norm_bias, normalized, bias if shift is None else shift)
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    launch(
+        x,
+        weight.contiguous(),
+        bias,
+        y,
+        norm_weight,
+        norm_bias,
+        normalized,
+        bias if shift is None else shift.contiguous(),
+    )
     return y, normalized
 
 
@@ -644,7 +656,7 @@ def depthwise_backward(
     launch, shape = _prepare_depthwise_backward(x.shape, x.dtype, has_gelu, freeze(blocks))
     grad_x = torch.empty_like(x)
     sums = x.new_empty(shape, dtype=torch.float32)
-    launch(grad, x, weight, grad_x, sums)
+    launch(grad, x, weight.contiguous(), grad_x, sums)
     return grad_x, sums.sum(1)
 
 
@@ -695,7 +707,7 @@ def norm_backward(
     launch, shape = _prepare_norm_backward(y.numel() // C, C, eps, grad_y is not None, freeze(blocks))
     grad_x = torch.empty_like(y)
     sums = y.new_empty(shape, dtype=torch.float32)
-    launch(grad, grad if grad_y is None else grad_y, y, weight, grad_x, sums)
+    launch(grad, grad if grad_y is None else grad_y, y, weight.contiguous(), grad_x, sums)
     return grad_x, sums.sum(1)
 
 
@@ -736,7 +748,8 @@ def activate(
     C = x.shape[3]
     launch = _prepare_activate(x.numel() // C, C, x.dtype, bias is not None, scale is not None, freeze(blocks))
     y = torch.empty_like(x)
-    launch(x, x if bias is None else bias, x if scale is None else scale, x if shift is None else shift, y)
+    vectors = [x if vector is None else vector.contiguous() for vector in (bias, scale, shift)]
+    launch(x, *vectors, y)
     return y
 
 
@@ -784,7 +797,7 @@ def activate_backward(
     launch, shape = _prepare_activate_backward(x.numel() // C, C, x.dtype, bias is not None, freeze(blocks))
     grad_x = torch.empty_like(x)
     sums = x.new_empty(shape, dtype=torch.float32)
-    launch(grad, x, x if bias is None else bias, grad_x, sums)
+    launch(grad, x, x if bias is None else bias.contiguous(), grad_x, sums)
     return grad_x, sums.sum(0)
 
 

@@ -114,7 +114,7 @@ def is_gelu(act: nn.Module) -> bool:
 def why_not_fused(x: torch.Tensor, backend: str, parameters: Sequence[torch.Tensor | None]) -> str:
     """Returns why the fused layers cannot process a tensor, or "" if they can.
 
-    They need what the kernels of super token attention need (`stvit.why_not_triton`), and parameters that PyTorch's
+    They need what the kernels of super token attention need (`stvit.ops.why_not_triton`), and parameters that PyTorch's
     layers would accept.
 
     Args:
@@ -304,7 +304,7 @@ def _empty_like(x: torch.Tensor, C: int | None = None) -> torch.Tensor:
 @operator("stvit::depthwise")
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, has_gelu: bool) -> torch.Tensor:
     """Implements `depthwise_reference`."""
-    y, _ = _kernels(x).depthwise(_rows(x), weight.contiguous(), bias, has_gelu)
+    y, _ = _kernels(x).depthwise(_rows(x), weight, bias, has_gelu)
     return y.permute(0, 3, 1, 2)
 
 
@@ -323,7 +323,7 @@ def _depthwise_backward(
         The gradient of x, (B, C, H, W), and eleven sums (11, C) in float32: the gradients of the nine weights and of
         the bias, and the sum of the gradient of x over batch and pixels.
     """
-    grad_x, sums = _kernels(x).depthwise_backward(_rows(grad), _rows(x), weight.contiguous(), has_gelu)
+    grad_x, sums = _kernels(x).depthwise_backward(_rows(grad), _rows(x), weight, has_gelu)
     return grad_x.permute(0, 3, 1, 2), sums
 
 
@@ -369,7 +369,7 @@ def _depthwise_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns x + depthwise(x) and its layer normalization, (B, C, H, W) each."""
-    y, normalized = _kernels(x).depthwise(_rows(x), weight.contiguous(), bias, norm=(norm_weight, norm_bias, eps))
+    y, normalized = _kernels(x).depthwise(_rows(x), weight, bias, norm=(norm_weight, norm_bias, eps))
     return y.permute(0, 3, 1, 2), normalized.permute(0, 3, 1, 2)
 
 
@@ -460,7 +460,7 @@ def _mlp(
         The output (B, C, H, W), and the hidden map before the activation, (B, D, H, W).
     """
     hidden = _product(x, weight1, bias1)
-    y, _ = _kernels(x).depthwise(_rows(hidden), weight.contiguous(), bias, True)
+    y, _ = _kernels(x).depthwise(_rows(hidden), weight, bias, True)
     return _product(y.permute(0, 3, 1, 2), weight2, bias2), hidden
 
 
@@ -495,11 +495,11 @@ def _mlp_backward(
     """
     kernels = _kernels(x)
     grad_rows, hidden_rows = _matrix(grad), _rows(hidden)
-    y, _ = kernels.depthwise(hidden_rows, weight.contiguous(), bias, True)
+    y, _ = kernels.depthwise(hidden_rows, weight, bias, True)
     grad_weight2 = grad_rows.t() @ y.flatten(0, 2)
     del y
     grad_y = (grad_rows @ weight2).view(hidden_rows.shape)
-    grad_hidden, sums = kernels.depthwise_backward(grad_y, hidden_rows, weight.contiguous(), True)
+    grad_hidden, sums = kernels.depthwise_backward(grad_y, hidden_rows, weight, True)
     del grad_y
     grad_hidden = grad_hidden.flatten(0, 2)
     grad_weight1 = grad_hidden.t() @ _matrix(x)
