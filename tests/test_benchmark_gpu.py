@@ -128,9 +128,11 @@ def test_wrong_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([f"--output={tmp_path / 'full'}"], "is not empty; choose a new folder"),
         ([f"--output={tmp_path / 'file'}"], "cannot write --output"),
         ([f"--output={tmp_path / 'new'}", "--device=meta"], "pass cuda, or cpu to try everything at tiny sizes"),
+        ([f"--output={tmp_path / 'new'}", "--device=xla"], "--device xla is not available: "),
     ):
         assert benchmark.main(["gpu", "--device=cpu", *flags]) == 1
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert message in line and len(line) < 300
     assert not (tmp_path / "new").exists()
     for flags in (["--minutes=0"], ["--parts", "model"], []):
         with pytest.raises(SystemExit):

@@ -86,8 +86,10 @@ def _compiled_and_kernels(run: Run) -> Iterator[list[Row]]:
     if run.wants("kernels") and run.is_gpu:
         parts = max(1, run.at_once // 3)
         compilers = [Job(CandidateCompiler, (part, parts)) for part in range(parts)]
-    # Ours first, then the kernels, and the peers last: with few cores or little time, the last ones do not get ready.
+    # With few cores or little time, the last ones do not get ready. First what needs no compiler, then our models, the
+    # kernels, and the peers.
     jobs = [*models[:3], *training[:4], *compilers, *models[3:], *training[4:]]
+    jobs.sort(key=lambda job: job in compilers or "compiled" in job.case.way)
     is_compiled = bool(models or training)
     needed = COMPILE_SECONDS if is_compiled and run.is_gpu else MIN_SECONDS
     if jobs and run.fits("compiled models and training" if is_compiled else "compiling the kernels", needed):

@@ -62,7 +62,8 @@ def require_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name} is not available: {reason(error)}") from error
+        first_sentence = reason(error).partition(". ")[0]  # a list of thousands of characters may follow
+        raise CommandError(f"--device {name} is not available: {first_sentence}") from error
     return device
 
 
