@@ -206,7 +206,9 @@ def fold_batch_norms(model: nn.Module) -> int:
     folded = 0
     for node in calls:
         bn: Any = modules.get(str(node.target))
-        if bn is None or not layers.is_plain(bn, nn.BatchNorm2d, BatchNormAct2d):
+        if not isinstance(bn, nn.BatchNorm2d) or not layers.is_plain(bn, type(bn)):
+            continue
+        if type(bn).forward not in (nn.BatchNorm2d.forward, BatchNormAct2d.forward):  # a subclass of another kind
             continue
         if targets.count(node.target) > 1 or bn.running_var is None:
             continue
