@@ -349,8 +349,10 @@ def test_the_process_server_does_not_use_cuda() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "Sizes", lambda: gpu_run.TINY)  # stvit_small is not ready in time beside other tests
+    start = time.monotonic()
     flags = ["--minutes=0.7", "--parts", "latency", "kernels"]
     assert benchmark.main(["gpu", f"--output={tmp_path}", *flags]) == 0
+    assert time.monotonic() - start < 50
     rows = {(row["model"], row["way"]): row for row in read(tmp_path / "latency.csv")}
     for row in rows.values():
         assert row["failure"] == "" and float(row["ms"]) > 0 and float(row["memory_gib"]) > 0
@@ -364,5 +366,5 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_with_little_time(tmp_path: Path) -> None:
     start = time.monotonic()
     assert benchmark.main(["gpu", f"--output={tmp_path}", "--minutes=0.3"]) == 0
-    assert time.monotonic() - start < 45  # beside other tests, the libraries may take 20 seconds to load
+    assert time.monotonic() - start < 25
     assert "models" in (tmp_path / "summary.md").read_text()

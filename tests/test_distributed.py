@@ -21,6 +21,7 @@ from stvit.tools import train_cls
 from stvit.tools.common.cli import CommandError
 from stvit.tools.common.distributed import Distributed, join_processes
 from stvit.tools.common.engine import check_config
+from tests.torchrun import torchrun
 
 # No number of processes and no batch size divides these numbers of images.
 TRAIN, VAL = 203, 101
@@ -45,8 +46,7 @@ def test_more_workers_than_cores_are_no_warning() -> None:
 def command(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "stvit.tools.train_cls"]
-    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
-    return [sys.executable, "-m", *torchrun, "-m", "stvit.tools.train_cls"]
+    return [*torchrun(processes), "-m", "stvit.tools.train_cls"]
 
 
 def train_on_two_machines(folder: Path, data: Path, *flags: str) -> Path:

@@ -34,6 +34,7 @@ import stvit
 from stvit.cuda_graphs import why_not_cuda_graph
 from stvit.tools import train_cls, validate_cls
 from stvit.tools.common.checkpoint import load_checkpoint
+from tests.torchrun import torchrun
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -190,7 +191,7 @@ def test_killed_run_resumes_exactly(data: Path, tmp_path: Path) -> None:
     for row, wanted in zip(read_summary(killed), read_summary(whole), strict=True):
         assert row["lr"] == wanted["lr"]
         for name in ("train_loss", "eval_loss", "ema_loss"):
-            assert row[name] == pytest.approx(wanted[name], rel=1e-2), name
+            assert row[name] == pytest.approx(wanted[name], rel=5e-3), name
 
 
 def test_validation(data: Path, tmp_path: Path) -> None:
@@ -210,11 +211,9 @@ def test_validation(data: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_of_torchrun(data: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
-    launcher.append("--nproc-per-node=1")
     backend = "nccl" if HAS_GPU else "gloo"
     flags = ["--workers=1", f"--data-dir={data}", f"--output={tmp_path}", f"--dist-backend={backend}", "--amp"]
-    line = [*launcher, "-m", "stvit.tools.train_cls", *RUN, *flags]
+    line = [*torchrun(1), "-m", "stvit.tools.train_cls", *RUN, *flags]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(read_summary(tmp_path / "it")) == 2

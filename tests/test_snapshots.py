@@ -20,6 +20,7 @@ from stvit.hub import write_card
 from stvit.tools import train_cls
 from stvit.tools.common import snapshots
 from tests.hub_server import OWNER, STRANGER, Hub
+from tests.torchrun import torchrun
 
 REPO = "org/run"
 # Everything with a state, in a run of a second or two.
@@ -271,16 +272,8 @@ def test_primary_process_uploads(hub: Hub, tmp_path: Path, digits_folder: Path) 
     env = hub.environment(tmp_path / "home2", OWNER) | {"OMP_NUM_THREADS": "1"}
 
     def train(output: Path, *flags: str) -> None:
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=localhost",
-            "--nproc-per-node=2",
-        ]
         command = [
-            *torchrun,
+            *torchrun(2),
             "-m",
             "stvit.tools.train_cls",
             *FLAGS,

@@ -30,6 +30,7 @@ from stvit.tools.detection import requirements
 from stvit.tools.detection.config import MODELS
 from stvit.tools.detection.metrics import METRICS
 from tests.hub_server import Hub
+from tests.torchrun import torchrun
 
 CONFIGS = Path(__file__).parents[1] / "configs/det"
 # A detector that trains in seconds.
@@ -169,16 +170,9 @@ def test_three_kills_and_a_signal(reference: Path, coco_photos: Path, tmp_path: 
     assert_same_run(tmp_path, reference)
 
 
-def torchrun(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=localhost",
-        "--nproc-per-node=2",
-        "-m",
-        f"stvit.tools.{module}",
-    ]
-    return subprocess.run([sys.executable, "-m", *launcher, *flags], capture_output=True, text=True, timeout=600)
+def run_in_two_processes(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    line = [*torchrun(2), "-m", f"stvit.tools.{module}", *flags]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.long
@@ -192,7 +186,7 @@ def test_two_processes_train_on_one_batch(coco_photos: Path, tmp_path: Path) -> 
             "rpn_pre_nms_top_n_train=200", "rpn_post_nms_top_n_train=50"]  # fmt: skip
     flags += ["--model-kwargs", *more]
     assert train_det.main([*flags, "--experiment=one", "--grad-accum-steps=2"]) == 0
-    done = torchrun("train_det", *flags, "--experiment=two")
+    done = run_in_two_processes("train_det", *flags, "--experiment=two")
     assert done.returncode == 0, done.stderr
     one, two = (detectors.load(tmp_path / name / "last").state_dict() for name in ("one", "two"))
     for key, value in one.items():
@@ -449,7 +443,7 @@ def test_two_processes_give_the_same_results(reference: Path, coco_photos: Path,
         "--batch-size=3",
     ]
     assert validate_det.main([*flags, f"--output={tmp_path / 'one'}"]) == 0
-    done = torchrun("validate_det", *flags, f"--output={tmp_path / 'two'}")
+    done = run_in_two_processes("validate_det", *flags, f"--output={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     for name in ("detections.json", "per_class.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -25,6 +25,7 @@ from stvit.tools.common.checkpoint import load_checkpoint
 from tests.hub_server import Hub
 from tests.label_maps import CLASS_NAMES, write_labeled_photos
 from tests.test_resume import same
+from tests.torchrun import torchrun
 
 CONFIGS = sorted((Path(train_seg.__file__).parents[1] / "configs/seg").glob("*.yaml"))
 # Settings of a small model.
@@ -115,8 +116,7 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
             shutil.copy(path, target)
     flags = [*DATA, f"--val-images={images}", f"--val-labels={labels}", f"--checkpoint={run}"]
     assert validate_seg.main([*flags, f"--output={tmp_path / 'one'}"]) == 0
-    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
-    line = [sys.executable, "-m", *torchrun, "-m", "stvit.tools.validate_seg", *flags, f"--output={tmp_path / 'two'}"]
+    line = [*torchrun(processes), "-m", "stvit.tools.validate_seg", *flags, f"--output={tmp_path / 'two'}"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
@@ -127,17 +127,10 @@ def test_metrics_are_exact_on_several_processes(processes: int, run: Path, data:
 @pytest.mark.long  # test_distributed.py trains classifiers on several processes
 @pytest.mark.parametrize("model", ["upernet", "semantic_fpn"])
 def test_training_on_several_processes(model: str, data: Path, tmp_path: Path) -> None:
-    torchrun = [
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=localhost",
-        "--nproc-per-node=2",
-        "-m",
-        "stvit.tools.train_seg",
-    ]
     flags = [*RUN, *DATA, f"--data-dir={data}", f"--class-names={data / 'names.txt'}", f"--output={tmp_path}"]
     flags += ["--experiment=run", "--epochs=2", f"--model={model}", "--model-ema", "--model-ema-decay=0.5"]
-    done = subprocess.run([sys.executable, "-m", *torchrun, *flags], capture_output=True, text=True, timeout=600)
+    line = [*torchrun(2), "-m", "stvit.tools.train_seg", *flags]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     history = rows(tmp_path / "run/summary.csv")
     assert len(history) == 2 and all(np.isfinite(float(value)) for row in history for value in row.values())

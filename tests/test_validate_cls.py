@@ -26,6 +26,7 @@ from stvit.tools.common import validation
 from stvit.tools.common.evaluation import confidence_interval
 from tests.golden.fill import draw
 from tests.hub_server import REPOSITORY, serve
+from tests.torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,15 +247,7 @@ def test_several_processes_count_the_same(
     bad.write_bytes(b"")
     flags = [f"--checkpoint={run_folder}", "--max-bad-images=1"]
     one = validate(*flags, data=own_digits_folder)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=localhost",
-        "--nproc-per-node=3",
-    ]
-    command = [*torchrun, "-m", "stvit.tools.validate_cls", *flags, f"--data-dir={own_digits_folder}"]
+    command = [*torchrun(3), "-m", "stvit.tools.validate_cls", *flags, f"--data-dir={own_digits_folder}"]
     output = tmp_path / "three"
     result = subprocess.run(
         [*command, "--workers=1", "--batch-size=4", f"--output={output}"], capture_output=True, text=True, timeout=300

@@ -19,6 +19,7 @@ from ultralytics.utils import ASSETS
 
 from stvit.adapters.yolo import YOLO, DetectionTrainer, TimmBackbone, model_file
 from stvit.adapters.yolo.modules import BackboneBatchNorm2d
+from tests.torchrun import torchrun
 from tests.versions import needs_gloo_average
 
 QUICK = {"imgsz": 64, "batch": 4, "plots": False, "val": False, "amp": False, "device": "cpu", "mosaic": 0.0}
@@ -507,18 +508,7 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--standalone",
-            "--local-addr=localhost",
-            script,
-            photos,
-            tmp_path,
-        ],
+        [*torchrun(2), script, photos, tmp_path],
         capture_output=True,
         text=True,
         timeout=400,
